@@ -1,0 +1,1 @@
+"""Mixture-of-Experts ops: gating, row movement and grouped matmuls, with gradients."""

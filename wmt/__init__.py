@@ -1,0 +1,1 @@
+"""Reference multilingual translation system built on `taskmoe.moe`."""
