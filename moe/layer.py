@@ -1,0 +1,148 @@
+"""The Mixture-of-Experts layer: `y_s = sum_e G[s, e] * FFN_e(x_s)` (GShard, equations 1 and 2).
+
+Three levels of routing share one path; they differ only in what is routed as one unit. With
+"token" the units are the B*S tokens; with "sentence" and "task" they are the B sequences, so that
+queues, row plan and row movement work on B rows of width S*D and no token is looked at.
+A scalar task goes further: the layer folds the task's experts into one dense FFN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from taskmoe.kernels import combine, dispatch, expert_ffn, row_plan, top_k_gating
+from taskmoe.moe.config import Metrics, MoEConfig
+from taskmoe.moe.expert_parallel import exchange_apply
+from taskmoe.moe.extraction import ffn, fold
+from taskmoe.moe.routing import Params, capacity, metrics, task_logits, unit_logits
+
+
+def init(key: jax.Array, config: MoEConfig, dtype: Any = jnp.float32) -> Params:
+    """Fresh parameters of one layer.
+
+    Returns gate [D, E], w_in [E, D, F], w_out [E, F, D]; with `gated` w_gate [E, D, F]; with task
+    routing task_embedding [num_tasks, D]. Experts are drawn with variance 1/fan_in.
+    """
+    names = ["gate", "w_in", "w_out", "w_gate", "task_embedding"]
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    d, f, e = config.d_model, config.d_ff, config.num_experts
+    shapes = {"gate": (d, e), "w_in": (e, d, f), "w_out": (e, f, d)}
+    if config.gated:
+        shapes["w_gate"] = (e, d, f)
+    params = {
+        name: jax.random.normal(keys[name], shape, dtype) * (shape[-2] ** -0.5)
+        for name, shape in shapes.items()
+    }
+    if config.routing == "task":
+        # Unit variance gives gate logits of unit variance, as normalised tokens have.
+        shape = (config.num_tasks, d)
+        params["task_embedding"] = jax.random.normal(keys["task_embedding"], shape, dtype)
+    return params
+
+
+def apply(
+    params: Params,
+    config: MoEConfig,
+    x: jax.Array,
+    *,
+    valid: jax.Array | None = None,
+    task: jax.Array | int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """Apply the layer to a batch of sequences.
+
+    x: [B, S, D] bf16|f32.
+    valid: [B, S] bool, False at padding; None means all valid. Padding is routed nowhere, its
+      output is 0, and it counts in no queue, loss or statistic.
+    task: [B] i32, the task of each sequence, or a scalar for a batch of one task, which costs what
+      a dense FFN of width top_k*F costs. Only with routing "task"; ids out of range clamp.
+    mesh: a mesh with an axis "expert": expert weights are sharded over that axis, sequences over
+      all axes, and rows travel by all-to-all. None runs on one device.
+    implementation: of the kernels; None chooses by platform.
+
+    Returns y [B, S, D] in x's dtype, without the residual, and Metrics. Rows that found no room
+    (with a capacity factor) contribute 0: they pass by the residual.
+    Raises ValueError or TypeError that names the argument where one does not fit.
+    """
+    _check(config, x, valid, task, mesh)
+    if config.routing == "task" and jnp.ndim(task) == 0:
+        return _apply_one_task(params, config, x, valid, jnp.asarray(task))
+    task = None if task is None else jnp.asarray(task)
+    if mesh is not None:
+        return exchange_apply(params, config, x, valid, task, mesh, implementation)
+    logits, unit_valid = unit_logits(params, config, x, valid, task)
+    gating = top_k_gating(logits, config.top_k, valid=unit_valid, implementation=implementation)
+    units = logits.shape[0]
+    plan = row_plan(gating, capacity=capacity(config, units))
+    width = x.shape[1] if units == x.shape[0] else 1  # tokens a unit
+    rows = dispatch(
+        x.reshape(units, -1), plan.rows, plan.num_rows, implementation=implementation
+    ).reshape(-1, config.d_model)
+    out = expert_ffn(
+        rows,
+        params["w_in"],
+        params["w_out"],
+        plan.group_sizes * width,
+        activation=config.activation,
+        w_gate=params.get("w_gate"),
+        implementation=implementation,
+    )
+    y = combine(
+        out.reshape(plan.num_rows, -1), plan.rows, gating.weights, implementation=implementation
+    ).reshape(x.shape)
+    if valid is not None:  # sequences travel whole, padding inside them included
+        y = jnp.where(valid[..., None], y, 0)
+    placed = jnp.sum(plan.rows < plan.num_rows)
+    return y, metrics(config, gating, jnp.sum(unit_valid), placed)
+
+
+def _apply_one_task(
+    params: Params, config: MoEConfig, x: jax.Array, valid: jax.Array | None, task: jax.Array
+) -> tuple[jax.Array, Metrics]:
+    gating = top_k_gating(task_logits(params)[task][None], config.top_k)
+    y = ffn(fold(params, config, gating.experts[0], gating.weights[0]), x)
+    if valid is not None:
+        y = jnp.where(valid[..., None], y, 0)
+    return y, metrics(config, gating, jnp.int32(1), jnp.int32(config.top_k))
+
+
+def _check(
+    config: MoEConfig,
+    x: jax.Array,
+    valid: jax.Array | None,
+    task: jax.Array | int | None,
+    mesh: jax.sharding.Mesh | None,
+) -> None:
+    if x.ndim != 3 or x.shape[2] != config.d_model:
+        raise ValueError(f"x must be [B, S, D] with D={config.d_model}, got {list(x.shape)}")
+    if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != jnp.bool_):
+        raise ValueError(
+            f"valid must be bool {list(x.shape[:2])}, got {valid.dtype} {list(valid.shape)}"
+        )
+    if (config.routing == "task") != (task is not None):
+        raise ValueError(
+            f"task must be given with routing='task' and only then; routing is {config.routing!r} "
+            f"and task is {'not given' if task is None else 'given'}"
+        )
+    if task is not None:
+        shape = jnp.shape(task)
+        if shape not in ((), (x.shape[0],)):
+            raise ValueError(f"task must be a scalar or [{x.shape[0]}], got {list(shape)}")
+        if not jnp.issubdtype(jnp.asarray(task).dtype, jnp.integer):
+            raise TypeError(f"task must be of an integer dtype, got {jnp.asarray(task).dtype}")
+    if mesh is not None:
+        if "expert" not in mesh.axis_names:
+            raise ValueError(f"mesh must have an axis 'expert', got axes {mesh.axis_names}")
+        if config.num_experts % mesh.shape["expert"]:
+            raise ValueError(
+                f"mesh axis 'expert' must divide num_experts={config.num_experts}, "
+                f"got size {mesh.shape['expert']}"
+            )
+        if x.shape[0] % mesh.size:
+            raise ValueError(
+                f"x must have a batch that the mesh's {mesh.size} devices divide, got {x.shape[0]}"
+            )

@@ -1,0 +1,243 @@
+"""Configurations of the translation model and of its training, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+
+from taskmoe.moe import MoEConfig
+
+SideRouting = Literal["dense", "token", "sentence", "target", "source", "pair"]
+TASK_LEVELS = ("target", "source", "pair")
+
+
+def split_pair(pair: str) -> tuple[str, str]:
+    """ "en-de" -> ("en", "de"). Raises ValueError where it is not two different codes."""
+    source, dash, target = pair.partition("-")
+    if not (source and dash and target) or "-" in target or source == target:
+        raise ValueError(f"pair must be two different language codes like 'en-de', got {pair!r}")
+    return source, target
+
+
+class _Json:
+    """Reading and writing a frozen dataclass as a JSON object."""
+
+    def to_json(self) -> str:
+        """All fields, as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """The inverse of `to_json`; raises ValueError that names an unknown field."""
+        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; it has {sorted(known)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(_Json):
+    """An encoder-decoder Transformer whose every other feed-forward layer is a mixture.
+
+    pairs: the translation directions, like "en-de"; their order is the order of task ids.
+    vocab_size: of the shared SentencePiece vocabulary.
+    encoder, decoder: routing of the mixture layers on each side: "dense" (no mixture), "token",
+      "sentence", or a task level: "target" language, "source" language or "pair".
+    encoder_wide_d_ff, decoder_wide_d_ff: hidden width of the feed-forward layers that stand where
+      the mixtures would, on a dense side. None is `top_k * d_ff`: equal compute per token with a
+      mixture, and what an extracted sub-network has. The paper's dense baseline has d_ff.
+    tie_embeddings: one matrix for source, target and softmax; the paper unties all three.
+    """
+
+    pairs: tuple[str, ...]
+    vocab_size: int
+    d_model: int = 512
+    d_ff: int = 2048
+    num_heads: int = 8
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    encoder: SideRouting = "target"
+    decoder: SideRouting = "target"
+    num_experts: int = 32
+    top_k: int = 2
+    encoder_wide_d_ff: int | None = None
+    decoder_wide_d_ff: int | None = None
+    capacity_factor: float | None = None
+    tie_embeddings: bool = False
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for pair in self.pairs:
+            split_pair(pair)
+        if not self.pairs or len(set(self.pairs)) != len(self.pairs):
+            raise ValueError(f"pairs must be one or more different directions, got {self.pairs}")
+        for name in ("vocab_size", "d_model", "d_ff", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % (2 * self.num_heads):
+            raise ValueError(
+                f"d_model must be a multiple of 2*num_heads={2 * self.num_heads}, "
+                f"got {self.d_model}"
+            )
+        for side in ("encoder", "decoder"):
+            if getattr(self, side) not in get_args(SideRouting):
+                raise ValueError(
+                    f"{side} must be one of {get_args(SideRouting)}, got {getattr(self, side)!r}"
+                )
+            self.moe(side)  # raises where sizes do not fit
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    def wide_d_ff(self, side: str) -> int:
+        """Hidden width of the dense layers that stand where the mixtures of a side would."""
+        return getattr(self, f"{side}_wide_d_ff") or self.top_k * self.d_ff
+
+    def moe(self, side: str) -> MoEConfig | None:
+        """The mixture layer of "encoder" or "decoder"; None on a dense side."""
+        routing = getattr(self, side)
+        if routing == "dense":
+            return None
+        by_task = routing in TASK_LEVELS
+        return MoEConfig(
+            d_model=self.d_model,
+            d_ff=self.d_ff,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            routing="task" if by_task else routing,
+            num_tasks=len(self.tasks(side)) if by_task else 0,
+            capacity_factor=None if by_task else self.capacity_factor,
+        )
+
+    def task_name(self, side: str, pair: str) -> str | None:
+        """The task that a direction is on a side; None where that is not task-routed."""
+        source, target = split_pair(pair)
+        names = {"target": target, "source": source, "pair": pair}
+        return names.get(getattr(self, side))
+
+    def tasks(self, side: str) -> tuple[str, ...]:
+        """Names of a side's tasks in the order of their ids; empty where not task-routed."""
+        names = dict.fromkeys(self.task_name(side, pair) for pair in self.pairs)
+        return tuple(name for name in names if name is not None)
+
+    def task_table(self, side: str) -> np.ndarray | None:
+        """Task id of each pair on one side: [len(pairs)] i32; None where not task-routed."""
+        tasks = self.tasks(side)
+        if not tasks:
+            return None
+        ids = [tasks.index(str(self.task_name(side, pair))) for pair in self.pairs]
+        return np.array(ids, np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(_Json):
+    """How a model is trained.
+
+    batch_tokens: source plus target positions of one step's batch, padding included.
+    buckets: padded sentence lengths in tokens; longer sentences are left out (and counted).
+    temperature: T of p ~ size^(1/T) over directions (the paper: 5).
+    schedule: "inverse_sqrt" after `warmup_steps` (the paper), or "cosine" down to 0 at `steps`.
+    optimizer: "adafactor" (the paper) or "adamw". learning_rate: its peak, after warm-up.
+    clip_norm: largest global gradient norm.
+    """
+
+    steps: int = 1000
+    batch_tokens: int = 8192
+    buckets: tuple[int, ...] = (16, 32, 64, 128)
+    temperature: float = 5.0
+    optimizer: Literal["adafactor", "adamw"] = "adamw"
+    learning_rate: float = 1e-3
+    warmup_steps: int = 200
+    schedule: Literal["inverse_sqrt", "cosine"] = "inverse_sqrt"
+    label_smoothing: float = 0.1
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "checkpoint_every", "keep_checkpoints", "warmup_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps < 0:
+            raise ValueError(f"steps must be at least 0, got {self.steps}")
+        if not self.buckets or sorted(set(self.buckets)) != list(self.buckets):
+            raise ValueError(f"buckets must be rising lengths, got {self.buckets}")
+        if 2 * self.buckets[-1] > self.batch_tokens:
+            raise ValueError(
+                f"batch_tokens must hold one pair of the longest bucket, {2 * self.buckets[-1]}, "
+                f"got {self.batch_tokens}"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if self.optimizer not in ("adafactor", "adamw"):
+            raise ValueError(f"optimizer must be adafactor or adamw, got {self.optimizer!r}")
+        if self.schedule not in ("inverse_sqrt", "cosine"):
+            raise ValueError(f"schedule must be inverse_sqrt or cosine, got {self.schedule!r}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+
+
+# Named sizes: overrides of the two dataclasses' defaults.
+PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tiny": (
+        {
+            "vocab_size": 4000,
+            "d_model": 128,
+            "d_ff": 256,
+            "num_heads": 4,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "num_experts": 8,
+            "tie_embeddings": True,
+            "dropout": 0.0,
+        },
+        {"batch_tokens": 4096, "buckets": (16, 32, 64), "learning_rate": 3e-3},
+    ),
+    "small": (
+        {
+            "vocab_size": 8000,
+            "d_model": 256,
+            "d_ff": 1024,
+            "num_heads": 4,
+            "encoder_layers": 4,
+            "decoder_layers": 4,
+            "num_experts": 16,
+            "tie_embeddings": True,
+        },
+        {},
+    ),
+    "base": (
+        {"vocab_size": 64000, "encoder_wide_d_ff": 2048, "decoder_wide_d_ff": 2048},
+        {
+            "batch_tokens": 65536,
+            "optimizer": "adafactor",
+            "learning_rate": 0.015,  # 3.0 / sqrt(warm-up)
+            "warmup_steps": 40000,
+            "checkpoint_every": 1000,
+            "steps": 200000,
+        },
+    ),
+    "big": (
+        {
+            "vocab_size": 64000,
+            "d_model": 1024,
+            "d_ff": 8192,
+            "num_heads": 16,
+            "num_experts": 128,
+            "encoder_wide_d_ff": 8192,
+            "decoder_wide_d_ff": 8192,
+        },
+        {
+            "batch_tokens": 262144,
+            "optimizer": "adafactor",
+            "learning_rate": 0.015,  # 3.0 / sqrt(warm-up)
+            "warmup_steps": 40000,
+            "checkpoint_every": 1000,
+            "steps": 200000,
+        },
+    ),
+}

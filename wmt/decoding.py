@@ -1,0 +1,183 @@
+"""Greedy and beam search with a key-value cache, one compiled loop that ends when all have ended.
+
+Beam search keeps `beam` live and `beam` ended hypotheses a sentence and ranks the ended ones by
+`log p / ((5 + length) / 6)^alpha` (Wu et al. 2016, equation 14). It stops once no live hypothesis
+can overtake the worst ended one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from taskmoe.wmt.config import ModelConfig
+from taskmoe.wmt.subnetwork import one_task
+from taskmoe.wmt.tokenizer import BOS, EOS, PAD
+from taskmoe.wmt.transformer import Cache, Params, Tasks, decode_step, encode, start_cache
+
+_NEVER = -1e9  # log probability of what must not be chosen; finite, so that sums stay numbers
+
+
+def search(
+    params: Params,
+    config: ModelConfig,
+    source: jax.Array,
+    tasks: Tasks,
+    *,
+    max_length: int,
+    beam: int = 1,
+    alpha: float = 0.6,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Translate padded source ids [B, S] i32.
+
+    max_length: target positions at most, `</s>` included (static). beam: hypotheses; 1 is greedy.
+    alpha: strength of the length penalty. mesh: as in `moe.apply`, for expert parallelism.
+    tasks: scalar tasks run as their sub-network.
+    Returns ids [B, max_length] i32 (PAD after `</s>`) and scores [B] f32 (log probability, with a
+    beam divided by the length penalty). A row of only padding ends at once.
+    Raises ValueError where beam or max_length is below 1.
+    """
+    if beam < 1 or max_length < 1:
+        raise ValueError(
+            f"beam and max_length must be at least 1, got beam={beam}, max_length={max_length}"
+        )
+    params, config, tasks = one_task(params, config, tasks)
+    valid = source != PAD
+    memory, _ = encode(params, config, source, valid, tasks.encoder, mesh=mesh)
+    if beam == 1:
+        return _greedy(params, config, memory, valid, tasks.decoder, max_length, mesh)
+    return _beam(params, config, memory, valid, tasks.decoder, max_length, beam, alpha, mesh)
+
+
+class _Greedy(NamedTuple):
+    position: jax.Array
+    tokens: jax.Array  # [B, L + 1], column 0 holds <s>
+    score: jax.Array  # [B]
+    ended: jax.Array  # [B] bool
+    cache: Cache
+
+
+def _greedy(
+    params: Params,
+    config: ModelConfig,
+    memory: jax.Array,
+    valid: jax.Array,
+    task: jax.Array | None,
+    max_length: int,
+    mesh: jax.sharding.Mesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    def step(s: _Greedy) -> _Greedy:
+        token = jax.lax.dynamic_index_in_dim(s.tokens, s.position, 1, keepdims=False)
+        logits, cache = decode_step(
+            params, config, s.cache, valid, token, s.position, task, valid=~s.ended, mesh=mesh
+        )
+        chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        gain = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.where(s.ended, PAD, chosen)
+        return _Greedy(
+            s.position + 1,
+            jax.lax.dynamic_update_slice_in_dim(s.tokens, chosen[:, None], s.position + 1, 1),
+            s.score + jnp.where(s.ended, 0, gain),
+            s.ended | (chosen == EOS),
+            cache,
+        )
+
+    rows = memory.shape[0]
+    tokens = jnp.full((rows, max_length + 1), PAD, jnp.int32).at[:, 0].set(BOS)
+    start = _Greedy(
+        jnp.int32(0),
+        tokens,
+        jnp.zeros(rows),
+        ~valid.any(axis=1),
+        start_cache(params, config, memory, max_length),
+    )
+    end = jax.lax.while_loop(lambda s: (s.position < max_length) & ~s.ended.all(), step, start)
+    return end.tokens[:, 1:], end.score
+
+
+class _Beam(NamedTuple):
+    position: jax.Array
+    live: jax.Array  # [B, K, L + 1] ids, column 0 holds <s>
+    live_score: jax.Array  # [B, K] log probability
+    done: jax.Array  # [B, K, L + 1]
+    done_score: jax.Array  # [B, K] log probability over the length penalty
+    cache: Cache  # rows are B*K
+
+
+def _beam(
+    params: Params,
+    config: ModelConfig,
+    memory: jax.Array,
+    valid: jax.Array,
+    task: jax.Array | None,
+    max_length: int,
+    beam: int,
+    alpha: float,
+    mesh: jax.sharding.Mesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    batch = memory.shape[0]
+    wide = functools.partial(jnp.repeat, repeats=beam, axis=0)
+    memory, valid_wide = wide(memory), wide(valid)
+    if task is not None and task.ndim == 1:
+        task = wide(task)
+
+    def penalty(length: jax.Array | int) -> Any:
+        return ((5.0 + length) / 6.0) ** alpha
+
+    def running(s: _Beam) -> jax.Array:
+        best_live = s.live_score[:, 0] / penalty(max_length)
+        can_improve = best_live > s.done_score[:, -1]
+        return (s.position < max_length) & can_improve.any()
+
+    def step(s: _Beam) -> _Beam:
+        token = jax.lax.dynamic_index_in_dim(s.live, s.position, 2, keepdims=False).reshape(-1)
+        # A sentence with no live hypothesis left takes no expert's time.
+        alive = (s.live_score > _NEVER / 2).reshape(-1)
+        logits, cache = decode_step(
+            params, config, s.cache, valid_wide, token, s.position, task, valid=alive, mesh=mesh
+        )
+        log_probs = jax.nn.log_softmax(logits).reshape(batch, beam, -1)
+        vocab = log_probs.shape[-1]
+        total = (s.live_score[:, :, None] + log_probs).reshape(batch, -1)
+        # 2K candidates hold at least K that do not end.
+        score, flat = jax.lax.top_k(total, 2 * beam)
+        origin, chosen = flat // vocab, (flat % vocab).astype(jnp.int32)
+        grown = jnp.take_along_axis(s.live, origin[:, :, None], axis=1)
+        grown = jax.lax.dynamic_update_slice_in_dim(grown, chosen[:, :, None], s.position + 1, 2)
+        ends = chosen == EOS
+
+        ended_score = jnp.where(ends, score / penalty(s.position + 1), _NEVER)
+        done_score, best = jax.lax.top_k(jnp.concatenate([s.done_score, ended_score], 1), beam)
+        done = jnp.take_along_axis(jnp.concatenate([s.done, grown], 1), best[:, :, None], axis=1)
+
+        live_score, best = jax.lax.top_k(jnp.where(ends, _NEVER, score), beam)
+        live = jnp.take_along_axis(grown, best[:, :, None], axis=1)
+        rows = jnp.arange(batch)[:, None] * beam + jnp.take_along_axis(origin, best, axis=1)
+        rows = rows.reshape(-1)
+        cache = cache._replace(
+            self_key=tuple(k[rows] for k in cache.self_key),
+            self_value=tuple(v[rows] for v in cache.self_value),
+        )
+        return _Beam(s.position + 1, live, live_score, done, done_score, cache)
+
+    empty = jnp.full((batch, beam, max_length + 1), PAD, jnp.int32)
+    padding = ~valid.any(axis=1, keepdims=True)
+    first = jnp.where(jnp.arange(beam) == 0, 0.0, _NEVER)[None]
+    start = _Beam(
+        jnp.int32(0),
+        empty.at[:, :, 0].set(BOS),
+        jnp.where(padding, _NEVER, first),
+        empty,
+        jnp.where(padding, 0.0, jnp.full((batch, beam), _NEVER)),
+        start_cache(params, config, memory, max_length),
+    )
+    end = jax.lax.while_loop(running, step, start)
+    # A sentence none of whose hypotheses ended in time gets its best live one.
+    none = end.done_score[:, :1] <= _NEVER / 2
+    ids = jnp.where(none, end.live[:, 0], end.done[:, 0])[:, 1:]
+    score = jnp.where(none, end.live_score[:, :1] / penalty(max_length), end.done_score[:, :1])
+    return ids, score[:, 0]

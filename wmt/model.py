@@ -1,0 +1,93 @@
+"""A model on disk: a folder with `config.json`, `params.safetensors` and `spm.model`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from taskmoe.wmt.config import ModelConfig
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.tokenizer import Tokenizer
+from taskmoe.wmt.transformer import Params, init
+
+CONFIG, PARAMS, VOCABULARY = "config.json", "params.safetensors", "spm.model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """All that translating needs: parameters, configuration and vocabulary."""
+
+    params: Params
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+
+def save_model(model: Model, folder: Path, *, replace: bool = False) -> None:
+    """Write a model folder: beside it first, then renamed, so that it is whole or not there.
+
+    replace: an older model in that folder gives way; without it InputError is raised where the
+    folder already holds something.
+    """
+    if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} already holds something; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        (beside / CONFIG).write_text(model.config.to_json() + "\n", encoding="utf-8")
+        (beside / VOCABULARY).write_bytes(model.tokenizer.model)
+        save_file({k: np.asarray(v) for k, v in flatten(model.params).items()}, beside / PARAMS)
+        beside.chmod(0o755)
+        if replace and folder.exists():
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+            os.replace(beside, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def load_model(folder: Path) -> Model:
+    """Read a model folder; raises InputError that names the file that is missing or damaged."""
+    for name in (CONFIG, PARAMS, VOCABULARY):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is no model folder: it has no {name}")
+    try:
+        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = ModelConfig.from_dict(fields)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{folder / CONFIG} is damaged: {error}") from None
+    try:
+        arrays = load_file(folder / PARAMS)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / PARAMS} is damaged: {error}") from None
+    template = jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
+    wanted = flatten(template)
+    for name, leaf in wanted.items():
+        got = arrays[name].shape if name in arrays else None
+        if got != leaf.shape:
+            raise InputError(
+                f"{folder / PARAMS}: {name} should be {list(leaf.shape)}, "
+                + ("is missing" if got is None else f"is {list(got)}")
+            )
+    leaves = [jax.numpy.asarray(arrays[name]) for name in wanted]
+    params = jax.tree.unflatten(jax.tree.structure(template), leaves)
+    return Model(params, config, Tokenizer.load(folder / VOCABULARY))
+
+
+def flatten(params: Params) -> dict[str, jax.Array]:
+    """Path with slashes -> array, in the tree's order."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

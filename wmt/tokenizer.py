@@ -1,0 +1,101 @@
+"""A shared SentencePiece vocabulary with a target-language token in front of the source."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from taskmoe.wmt.errors import InputError
+
+PAD, UNK, BOS, EOS = 0, 1, 2, 3
+
+
+class Tokenizer:
+    """Text to ids and back. Ids 0 to 3 are padding, unknown, `<s>` and `</s>`."""
+
+    def __init__(self, model: bytes) -> None:
+        """model: a serialised SentencePiece model, as `train_tokenizer` makes it."""
+        self.model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read a model file; raises InputError where it is not one."""
+        try:
+            return cls(path.read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{path} is no SentencePiece model: {error}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces."""
+        return int(self._processor.vocab_size())
+
+    def encode_source(self, lines: list[str], target_language: str) -> list[list[int]]:
+        """`<2xx> pieces </s>` of each line; raises InputError for a language without a token."""
+        tag = self._processor.piece_to_id(language_token(target_language))
+        if tag == UNK:
+            raise InputError(f"the vocabulary has no token for target language {target_language!r}")
+        return [[tag, *ids, EOS] for ids in self._processor.encode(lines)]
+
+    def encode_target(self, lines: list[str]) -> list[list[int]]:
+        """`pieces </s>` of each line."""
+        return [[*ids, EOS] for ids in self._processor.encode(lines)]
+
+    def decode(self, ids: list[list[int]]) -> list[str]:
+        """Text of id sequences; special ids vanish."""
+        return [str(line) for line in self._processor.decode(ids)]
+
+
+def language_token(language: str) -> str:
+    """The piece that asks for a target language."""
+    return f"<2{language}>"
+
+
+def train_tokenizer(
+    texts: dict[str, list[str]],
+    vocab_size: int,
+    *,
+    temperature: float = 5.0,
+    sentences: int = 200_000,
+    seed: int = 0,
+) -> Tokenizer:
+    """Train a unigram vocabulary on text sampled with p ~ size^(1/T) over languages.
+
+    texts: language -> sentences. vocab_size: pieces, byte pieces and language tokens included; a
+    text too poor for so many gets fewer. sentences: how many are drawn for training.
+    """
+    rng = np.random.default_rng(seed)
+    weight = np.array([len(lines) for lines in texts.values()], float) ** (1 / temperature)
+    quota = np.ceil(weight / weight.sum() * sentences).astype(int)
+
+    def draw() -> Iterable[str]:
+        for lines, n in zip(texts.values(), quota, strict=True):
+            chosen = rng.permutation(len(lines))[:n]
+            yield from (lines[i] for i in chosen)
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(draw()),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=0.9999,
+            byte_fallback=True,
+            pad_id=PAD,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+            user_defined_symbols=[language_token(language) for language in sorted(texts)],
+            num_threads=2,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise InputError(f"vocab_size={vocab_size} does not fit this text: {error}") from None
+    return Tokenizer(model.getvalue())

@@ -1,0 +1,282 @@
+"""Encoder-decoder Transformer whose every other feed-forward layer is a mixture of experts.
+
+Vaswani et al. 2017 with layer normalisation before each sub-layer (RMS, scale only), sinusoidal
+positions and no biases; layers 1, 3, 5, ... (from 0) of each side hold the mixture (GShard,
+section 2.1), or, on a dense side, a feed-forward layer of width `config.wide_d_ff(side)`. All
+functions are pure; parameters are a pytree of arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from taskmoe import moe
+from taskmoe.wmt.config import ModelConfig
+
+Params = dict[str, Any]
+
+
+class Tasks(NamedTuple):
+    """Task ids of a batch on each side: [B] i32, or a scalar for a batch of one task.
+
+    None on a side that is not task-routed.
+    """
+
+    encoder: jax.Array | None
+    decoder: jax.Array | None
+
+
+class Cache(NamedTuple):
+    """Keys and values of the decoder's layers while decoding.
+
+    self_key, self_value: one [B, L, H, D/H] a layer, filled up to the present position.
+    cross_key, cross_value: one [B, S, H, D/H] a layer, of the encoder's output.
+    """
+
+    self_key: tuple[jax.Array, ...]
+    self_value: tuple[jax.Array, ...]
+    cross_key: tuple[jax.Array, ...]
+    cross_value: tuple[jax.Array, ...]
+
+
+def init(key: jax.Array, config: ModelConfig) -> Params:
+    """Fresh float32 parameters."""
+    keys = iter(jax.random.split(key, 3 + 4 * (config.encoder_layers + config.decoder_layers)))
+    d, v = config.d_model, config.vocab_size
+
+    def matrix(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape) * shape[0] ** -0.5
+
+    def attention(names: tuple[str, ...]) -> Params:
+        split = jax.random.split(next(keys), len(names) + 1)
+        p: Params = {
+            name: jax.random.normal(k, (d, width)) * d**-0.5
+            for name, k, width in zip(
+                names,
+                split,
+                [2 * d if n == "kv" else 3 * d if n == "qkv" else d for n in names],
+                strict=False,
+            )
+        }
+        return p | {"norm": jnp.ones(d), "out": jax.random.normal(split[-1], (d, d)) * d**-0.5}
+
+    def feed_forward(side: str, index: int) -> Params:
+        mixture = config.moe(side) if index % 2 else None
+        if mixture is not None:
+            return {"norm": jnp.ones(d), "moe": moe.init(next(keys), mixture)}
+        width = config.wide_d_ff(side) if index % 2 else config.d_ff
+        w_in, w_out = jax.random.split(next(keys))
+        return {
+            "norm": jnp.ones(d),
+            "ffn": moe.FFNParams(
+                w_in=jax.random.normal(w_in, (d, width)) * d**-0.5,
+                w_out=jax.random.normal(w_out, (width, d)) * width**-0.5,
+            ),
+        }
+
+    params: Params = {"embedding": matrix(v, d) * (v / d) ** 0.5}
+    if not config.tie_embeddings:
+        params["target_embedding"] = matrix(v, d) * (v / d) ** 0.5
+        params["softmax"] = matrix(d, v)
+    params["encoder"] = [
+        {"attention": attention(("qkv",)), "feed_forward": feed_forward("encoder", i)}
+        for i in range(config.encoder_layers)
+    ]
+    params["decoder"] = [
+        {
+            "attention": attention(("qkv",)),
+            "cross": attention(("query", "kv")),
+            "feed_forward": feed_forward("decoder", i),
+        }
+        for i in range(config.decoder_layers)
+    ]
+    params["encoder_norm"] = jnp.ones(d)
+    params["decoder_norm"] = jnp.ones(d)
+    return params
+
+
+def param_count(params: Params) -> int:
+    """Number of scalars in a tree of parameters (or of their shapes)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def encode(
+    params: Params,
+    config: ModelConfig,
+    source: jax.Array,
+    valid: jax.Array,
+    task: jax.Array | None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, list[moe.Metrics]]:
+    """Encode source ids [B, S] i32 with valid [B, S] bool; returns [B, S, D] and metrics.
+
+    task: [B] i32 or scalar on a task-routed encoder, else None. key: of dropout; None is off.
+    """
+    x = _embed(params["embedding"], source, jnp.arange(source.shape[1]))
+    mask = valid[:, None, None, :]
+    drop = _Dropout(config.dropout, key)
+    reports: list[moe.Metrics] = []
+    for layer in params["encoder"]:
+        q, k, v = _qkv(layer["attention"], x, config)
+        x = x + drop(_attend(layer["attention"], q, k, v, mask))
+        y = _feed_forward(layer["feed_forward"], config, "encoder", x, valid, task, mesh, reports)
+        x = x + drop(y)
+    return _rms_norm(x, params["encoder_norm"]), reports
+
+
+def decode(
+    params: Params,
+    config: ModelConfig,
+    memory: jax.Array,
+    memory_valid: jax.Array,
+    target: jax.Array,
+    valid: jax.Array,
+    task: jax.Array | None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, list[moe.Metrics]]:
+    """Logits [B, L, V] f32 of the next token at each position of target ids [B, L], and metrics."""
+    length = target.shape[1]
+    x = _embed(_target_embedding(params), target, jnp.arange(length))
+    causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    cross_mask = memory_valid[:, None, None, :]
+    drop = _Dropout(config.dropout, key)
+    reports: list[moe.Metrics] = []
+    for layer in params["decoder"]:
+        q, k, v = _qkv(layer["attention"], x, config)
+        x = x + drop(_attend(layer["attention"], q, k, v, causal))
+        k, v = _cross_key_value(layer["cross"], memory, config)
+        x = x + drop(_attend(layer["cross"], _query(layer["cross"], x, config), k, v, cross_mask))
+        y = _feed_forward(layer["feed_forward"], config, "decoder", x, valid, task, mesh, reports)
+        x = x + drop(y)
+    return _logits(params, x), reports
+
+
+def start_cache(params: Params, config: ModelConfig, memory: jax.Array, length: int) -> Cache:
+    """An empty cache for `length` target positions over the encoder's output [B, S, D]."""
+    heads = config.num_heads
+    shape = (memory.shape[0], length, heads, config.d_model // heads)
+    empty = tuple(jnp.zeros(shape, memory.dtype) for _ in params["decoder"])
+    cross = [_cross_key_value(layer["cross"], memory, config) for layer in params["decoder"]]
+    return Cache(empty, empty, tuple(k for k, _ in cross), tuple(v for _, v in cross))
+
+
+def decode_step(
+    params: Params,
+    config: ModelConfig,
+    cache: Cache,
+    memory_valid: jax.Array,
+    token: jax.Array,
+    position: jax.Array,
+    task: jax.Array | None,
+    *,
+    valid: jax.Array | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[jax.Array, Cache]:
+    """One position of decoding: token ids [B] at `position` (scalar) -> logits [B, V] f32.
+
+    valid: [B] bool, sequences that are still being decoded; others take no expert's time.
+    Returns the logits and the cache with this position filled in.
+    """
+    x = _embed(_target_embedding(params), token[:, None], position[None])
+    length = cache.self_key[0].shape[1]
+    seen = (jnp.arange(length) <= position)[None, None, None, :]
+    cross_mask = memory_valid[:, None, None, :]
+    alive = jnp.ones_like(token, bool) if valid is None else valid
+    keys, values = [], []
+    for i, layer in enumerate(params["decoder"]):
+        q, k, v = _qkv(layer["attention"], x, config)
+        keys.append(jax.lax.dynamic_update_slice_in_dim(cache.self_key[i], k, position, 1))
+        values.append(jax.lax.dynamic_update_slice_in_dim(cache.self_value[i], v, position, 1))
+        x = x + _attend(layer["attention"], q, keys[-1], values[-1], seen)
+        q = _query(layer["cross"], x, config)
+        x = x + _attend(layer["cross"], q, cache.cross_key[i], cache.cross_value[i], cross_mask)
+        x = x + _feed_forward(
+            layer["feed_forward"], config, "decoder", x, alive[:, None], task, mesh, []
+        )
+    return _logits(params, x)[:, 0], cache._replace(self_key=tuple(keys), self_value=tuple(values))
+
+
+class _Dropout:
+    """Drops entries of a residual branch; hands out one key a call. Off without a key."""
+
+    def __init__(self, rate: float, key: jax.Array | None) -> None:
+        self.rate, self.key = rate, key if rate > 0 else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.key is None:
+            return x
+        self.key, key = jax.random.split(self.key)
+        keep = jax.random.bernoulli(key, 1 - self.rate, x.shape)
+        return jnp.where(keep, x / (1 - self.rate), 0)
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def _embed(embedding: jax.Array, ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """Scaled embeddings plus sinusoidal positions (Vaswani et al. 2017, 3.4, 3.5): [B, S, D]."""
+    d = embedding.shape[1]
+    rate = jnp.exp(jnp.arange(0, d, 2) * (-jnp.log(10000.0) / d))
+    angle = positions[:, None] * rate
+    return embedding[ids] * d**0.5 + jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def _target_embedding(params: Params) -> jax.Array:
+    return params.get("target_embedding", params["embedding"])
+
+
+def _logits(params: Params, x: jax.Array) -> jax.Array:
+    x = _rms_norm(x, params["decoder_norm"])
+    return x @ (params["softmax"] if "softmax" in params else params["embedding"].T)
+
+
+def _heads(x: jax.Array, config: ModelConfig) -> jax.Array:
+    return x.reshape(*x.shape[:2], config.num_heads, -1)
+
+
+def _qkv(p: Params, x: jax.Array, config: ModelConfig) -> list[jax.Array]:
+    fused = _rms_norm(x, p["norm"]) @ p["qkv"]
+    return [_heads(part, config) for part in jnp.split(fused, 3, axis=-1)]
+
+
+def _query(p: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
+    return _heads(_rms_norm(x, p["norm"]) @ p["query"], config)
+
+
+def _cross_key_value(p: Params, memory: jax.Array, config: ModelConfig) -> list[jax.Array]:
+    return [_heads(part, config) for part in jnp.split(memory @ p["kv"], 2, axis=-1)]
+
+
+def _attend(p: Params, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """q [B, T, H, D/H], k and v [B, S, H, D/H], mask broadcasting to [B, H, T, S]."""
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    return out.reshape(*q.shape[:2], -1) @ p["out"]
+
+
+def _feed_forward(
+    p: Params,
+    config: ModelConfig,
+    side: str,
+    x: jax.Array,
+    valid: jax.Array,
+    task: jax.Array | None,
+    mesh: jax.sharding.Mesh | None,
+    reports: list[moe.Metrics],
+) -> jax.Array:
+    """The feed-forward branch, dense or mixture; a mixture appends its metrics to `reports`."""
+    x = _rms_norm(x, p["norm"])
+    if "ffn" in p:
+        return moe.ffn(p["ffn"], x)
+    mixture = config.moe(side)
+    assert mixture is not None  # the parameters were made by the same configuration
+    y, report = moe.apply(p["moe"], mixture, x, valid=valid, task=task, mesh=mesh)
+    reports.append(report)
+    return y
