@@ -1,0 +1,219 @@
+"""Expert feed-forward networks over rows sorted by expert.
+
+    out[i] = act(x[i] W_in[g(i)]) W_out[g(i)]
+    out[i] = (act(x[i] W_gate[g(i)]) * (x[i] W_in[g(i)])) W_out[g(i)]     gated (SwiGLU and kin)
+
+Backward recomputes the hidden activations. Shazeer 2020, GLU variants (arXiv 2002.05202).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from taskmoe.kernels import row_tiles
+from taskmoe.kernels.checks import (
+    accumulator,
+    check_float,
+    check_shape,
+    choose_implementation,
+    match_varying,
+)
+from taskmoe.kernels.grouped_matmul import _check_groups, gmm_reference
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+Activation = Literal["relu", "gelu", "silu"]
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+
+
+def expert_ffn_reference(
+    x: jax.Array,
+    w_in: jax.Array,
+    w_out: jax.Array,
+    w_gate: jax.Array | None,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
+    activation: Activation,
+) -> jax.Array:
+    """The definition of `expert_ffn`."""
+    acc = accumulator(x.dtype)
+    act = ACTIVATIONS[activation]
+
+    def times(rows: jax.Array, matrices: jax.Array, dtype: Any) -> jax.Array:
+        return gmm_reference(rows, matrices, group_sizes, group_offset, False, dtype)
+
+    hidden = times(x, w_in, acc)
+    hidden = act(hidden) if w_gate is None else act(times(x, w_gate, acc)) * hidden
+    return times(hidden.astype(x.dtype), w_out, x.dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array, left: int = 1, right: int = 0) -> jax.Array:
+    dims: Any = (((left,), (right,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=accumulator(a.dtype))
+
+
+def _hidden(
+    x: jax.Array, w_in: jax.Array, w_gate: jax.Array | None, activation: Activation
+) -> jax.Array:
+    """Hidden activations of one tile [rows, F], in the accumulator's dtype."""
+    act = ACTIVATIONS[activation]
+    up = _dot(x, w_in)
+    return act(up) if w_gate is None else act(_dot(x, w_gate)) * up
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _expert_ffn(
+    x: jax.Array,
+    w_in: jax.Array,
+    w_out: jax.Array,
+    w_gate: jax.Array | None,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
+    activation: Activation,
+    implementation: str,
+) -> jax.Array:
+    num_rows, num_groups = x.shape[0], w_in.shape[0]
+    bounds = row_tiles.group_bounds(group_sizes, group_offset, num_groups, num_rows)
+
+    def pick(w: jax.Array | None, tile: row_tiles.Tile) -> Any:
+        return None if w is None else jax.lax.dynamic_index_in_dim(w, tile.group, keepdims=False)
+
+    def body(tile: row_tiles.Tile, out: jax.Array) -> jax.Array:
+        rows = row_tiles.take(x, tile)
+        hidden = _hidden(rows, pick(w_in, tile), pick(w_gate, tile), activation)
+        return row_tiles.put(out, tile, _dot(hidden.astype(x.dtype), pick(w_out, tile)))
+
+    rows = row_tiles.tile_rows(num_rows, num_groups)
+    out = jnp.zeros((num_rows, w_out.shape[2]), x.dtype)
+    (out,) = match_varying(out, x)[:1]
+    return row_tiles.for_each_tile(bounds, num_rows, rows, body, out)
+
+
+def _expert_ffn_forward(
+    x: jax.Array,
+    w_in: jax.Array,
+    w_out: jax.Array,
+    w_gate: jax.Array | None,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
+    activation: Activation,
+    implementation: str,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    args = (x, w_in, w_out, w_gate, group_sizes, group_offset)
+    return _expert_ffn(*args, activation, implementation), args
+
+
+def _expert_ffn_backward(
+    activation: Activation, implementation: str, residuals: tuple[Any, ...], grad: jax.Array
+) -> tuple[Any, ...]:
+    x, w_in, w_out, w_gate, group_sizes, group_offset = residuals
+    num_rows, num_groups = x.shape[0], w_in.shape[0]
+    acc = accumulator(x.dtype)
+    act = ACTIVATIONS[activation]
+    bounds = row_tiles.group_bounds(group_sizes, group_offset, num_groups, num_rows)
+
+    def pick(w: jax.Array, tile: row_tiles.Tile) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(w, tile.group, keepdims=False)
+
+    def body(tile: row_tiles.Tile, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        d_x, d_in, d_out, d_gate = state
+        rows, g = row_tiles.take(x, tile), row_tiles.take(grad, tile)
+        up = _dot(rows, pick(w_in, tile))
+        d_hidden = _dot(g, pick(w_out, tile), 1, 1)
+        if w_gate is None:
+            hidden, pull = jax.vjp(act, up)
+            (d_up,) = pull(d_hidden)
+        else:
+            gate = _dot(rows, pick(w_gate, tile))
+            hidden, pull = jax.vjp(lambda a, b: act(a) * b, gate, up)
+            d_pre, d_up = pull(d_hidden)
+        d_out = row_tiles.add_to_group(d_out, tile, _dot(hidden.astype(x.dtype), g, 0, 0))
+        d_up = d_up.astype(x.dtype)
+        d_rows = _dot(d_up, pick(w_in, tile), 1, 1)
+        d_in = row_tiles.add_to_group(d_in, tile, _dot(rows, d_up, 0, 0))
+        if w_gate is not None:
+            d_pre = d_pre.astype(x.dtype)
+            d_rows += _dot(d_pre, pick(w_gate, tile), 1, 1)
+            d_gate = row_tiles.add_to_group(d_gate, tile, _dot(rows, d_pre, 0, 0))
+        return row_tiles.put(d_x, tile, d_rows), d_in, d_out, d_gate
+
+    def zeros(like: jax.Array, dtype: Any) -> jax.Array:
+        return match_varying(jnp.zeros(like.shape, dtype), x)[0]
+
+    state = (
+        zeros(x, x.dtype),
+        zeros(w_in, acc),
+        zeros(w_out, acc),
+        None if w_gate is None else zeros(w_gate, acc),
+    )
+    rows = row_tiles.tile_rows(num_rows, num_groups)
+    d_x, d_in, d_out, d_gate = row_tiles.for_each_tile(bounds, num_rows, rows, body, state)
+    d_gate = None if w_gate is None else d_gate.astype(w_gate.dtype)
+    return d_x, d_in.astype(w_in.dtype), d_out.astype(w_out.dtype), d_gate, None, None
+
+
+_expert_ffn.defvjp(_expert_ffn_forward, _expert_ffn_backward)
+
+
+def expert_ffn(
+    x: Float[Array, "M D"],
+    w_in: Float[Array, "E D F"],
+    w_out: Float[Array, "E F D"],
+    group_sizes: Int[Array, " G"],
+    *,
+    activation: Activation = "relu",
+    w_gate: Float[Array, "E D F"] | None = None,
+    group_offset: int | Int[Array, ""] | None = None,
+    tiling: Any = None,
+    implementation: str | None = None,
+) -> Float[Array, "M D"]:
+    """Run each group of rows through its expert's feed-forward network.
+
+        out[i] = act(x[i] W_in) W_out,  or gated  (act(x[i] W_gate) * (x[i] W_in)) W_out
+
+    x: [M, D] bf16|f32, rows sorted by expert.
+    w_in: [E, D, F], same dtype.
+    w_out: [E, F, D], same dtype.
+    group_sizes: [G] i32, rows of each expert; negative counts as 0, rows past M are cut off.
+    activation: "relu", "gelu" (tanh form) or "silu", taken in f32.
+    w_gate: [E, D, F] or None; the activation is on x W_gate (silu: SwiGLU, gelu: GeGLU).
+    group_offset: scalar i32, the group that w_in[0] belongs to; None means 0 and wants E == G.
+    tiling: a `Tiling` that overrides the kernel's choice of block sizes ("mosaic" only).
+    implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by platform).
+
+    Returns [M, D] in x's dtype; hidden activations are rounded to x's dtype before W_out. Rows past
+    sum(group_sizes) and of experts that are not held are zero, whatever x holds there; gradients of
+    experts without rows are zero. Raises ValueError or TypeError where an argument does not fit.
+
+    Shazeer 2020 (arXiv 2002.05202) for the gated forms; Gale et al. 2022 (arXiv 2211.15841).
+    """
+    check_shape("x", x, ("M", "D"))
+    check_float("x", x)
+    check_shape("w_in", w_in, ("E", x.shape[1], "F"))
+    check_float("w_in", w_in, ("x", x))
+    num_groups, _, hidden = w_in.shape
+    check_shape("w_out", w_out, (num_groups, hidden, x.shape[1]))
+    check_float("w_out", w_out, ("x", x))
+    if w_gate is not None:
+        check_shape("w_gate", w_gate, w_in.shape)
+        check_float("w_gate", w_gate, ("x", x))
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
+        )
+    offset = _check_groups(group_sizes, group_offset, num_groups, "w_in.shape[0]")
+    chosen = choose_implementation("expert_ffn", implementation)
+    arrays = (x, w_in, w_out, group_sizes, offset)
+    if w_gate is None:
+        x, w_in, w_out, group_sizes, offset = match_varying(*arrays)
+    else:
+        x, w_in, w_out, group_sizes, offset, w_gate = match_varying(*arrays, w_gate)
+    args = (x, w_in, w_out, w_gate, group_sizes, offset, activation)
+    if chosen == "reference":
+        return expert_ffn_reference(*args)
+    return _expert_ffn(*args, chosen)

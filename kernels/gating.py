@@ -1,0 +1,154 @@
+"""Top-k gating: who goes to which expert, with what weight, and which place in its queue.
+
+    p = softmax(logits);  experts = the k largest, ties to the lower index
+    weights_j = p[experts_j] / sum_i p[experts_i]
+    slots: number of earlier assignments to the same expert, all first choices before any second
+
+GShard, Algorithm 1 (Lepikhin et al. 2020, arXiv 2006.16668); z-loss of ST-MoE (arXiv 2202.08906).
+The statistics that the auxiliary losses need come from the same pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from taskmoe.kernels.checks import (
+    accumulator,
+    check_float,
+    check_shape,
+    choose_implementation,
+    match_varying,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
+
+class Gating(NamedTuple):
+    """What `top_k_gating` found out about T tokens and E experts.
+
+    experts: [T, k] i32, chosen experts, best first; 0..k-1 where a token is not valid
+    weights: [T, k] f32, probabilities of the chosen, normalised to sum 1; 0 where not valid
+    slots: [T, k] i32, place in the expert's queue, first choices first; -1 where not valid
+    counts: [k, E] i32, valid tokens whose j-th choice is e, before any capacity
+    mean_probs: [E] f32, mean of the softmax over valid tokens; 0 when there are none
+    z_loss: [] f32, mean of logsumexp(logits)**2 over valid tokens; 0 when there are none
+    """
+
+    experts: Int[Array, "T k"]
+    weights: Float[Array, "T k"]
+    slots: Int[Array, "T k"]
+    counts: Int[Array, "k E"]
+    mean_probs: Float[Array, " E"]
+    z_loss: Float[Array, ""]
+
+
+def top_k_gating_reference(logits: jax.Array, top_k: int, valid: jax.Array) -> Gating:
+    """The definition of `top_k_gating`."""
+    num_experts = logits.shape[1]
+    logits = jnp.where(valid[:, None], logits.astype(accumulator(logits.dtype)), 0)
+    probs = jnp.where(valid[:, None], jax.nn.softmax(logits, axis=1), 0)
+    experts = jnp.argsort(-logits, axis=1, stable=True)[:, :top_k].astype(jnp.int32)
+    chosen = jnp.take_along_axis(logits, experts, axis=1)
+    weights = jnp.where(valid[:, None], jax.nn.softmax(chosen, axis=1), 0)
+    assigned = jax.nn.one_hot(experts.T, num_experts, dtype=jnp.int32) * valid[None, :, None]
+    queue = assigned.reshape(-1, num_experts)  # all first choices, then all second choices
+    before = (jnp.cumsum(queue, axis=0) - queue).reshape(assigned.shape)
+    slots = jnp.where(valid[:, None], jnp.sum(before * assigned, axis=2).T, -1)
+    lse = jnp.where(valid, jax.nn.logsumexp(logits, axis=1), 0)
+    num_valid = jnp.maximum(jnp.sum(valid), 1)
+    return Gating(
+        experts=experts,
+        weights=weights,
+        slots=slots.astype(jnp.int32),
+        counts=jnp.sum(assigned, axis=1, dtype=jnp.int32),
+        mean_probs=jnp.sum(probs, axis=0) / num_valid,
+        z_loss=jnp.sum(lse**2) / num_valid,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gating_xla(logits: jax.Array, top_k: int, valid: jax.Array) -> Gating:
+    return _gating_xla_forward(logits, top_k, valid)[0]
+
+
+def _gating_xla_forward(
+    logits: jax.Array, top_k: int, valid: jax.Array
+) -> tuple[Gating, tuple[jax.Array, ...]]:
+    gating = top_k_gating_reference(logits, top_k, valid)
+    return gating, (logits, valid, gating.experts, gating.weights)
+
+
+def gating_gradient(
+    logits: jax.Array, valid: jax.Array, experts: jax.Array, weights: jax.Array, grads: Gating
+) -> jax.Array:
+    """Gradient of the logits [T, E] from those of weights, mean_probs and z_loss.
+
+    d logits = scatter(w * (dw - <w, dw>)) + (p * (dm - <p, dm>) + 2 * lse * p * dz) / valid tokens
+    """
+    x = jnp.where(valid[:, None], logits.astype(weights.dtype), 0)
+    probs = jax.nn.softmax(x, axis=1)
+    lse = jax.nn.logsumexp(x, axis=1, keepdims=True)
+    num_valid = jnp.maximum(jnp.sum(valid), 1)
+    centred = grads.mean_probs - probs @ grads.mean_probs[:, None]
+    dense = probs * (centred + 2 * lse * grads.z_loss) / num_valid
+    dot = jnp.sum(weights * grads.weights, axis=1, keepdims=True)
+    chosen = weights * (grads.weights - dot)
+    for j in range(experts.shape[1]):
+        hit = experts[:, j, None] == jnp.arange(logits.shape[1])
+        dense = dense + jnp.where(hit, chosen[:, j, None], 0)
+    return jnp.where(valid[:, None], dense, 0).astype(logits.dtype)
+
+
+def _gating_xla_backward(
+    top_k: int, residuals: tuple[jax.Array, ...], grads: Gating
+) -> tuple[Any, ...]:
+    logits, valid, experts, weights = residuals
+    return gating_gradient(logits, valid, experts, weights, grads), None
+
+
+_gating_xla.defvjp(_gating_xla_forward, _gating_xla_backward)
+
+
+def top_k_gating(
+    logits: Float[Array, "T E"],
+    top_k: int = 2,
+    *,
+    valid: Bool[Array, " T"] | None = None,
+    implementation: str | None = None,
+) -> Gating:
+    """Choose top_k experts a token and count each assignment into its expert's queue.
+
+        p = softmax(logits);  weights_j = p[experts_j] / sum_i p[experts_i]
+
+    logits: [T, E] bf16|f32, gate logits; the softmax is taken in f32.
+    top_k: experts a token, 1 <= top_k <= E. Ties go to the lower expert index.
+    valid: [T] bool, False at padding, which gets weight 0, joins no queue and counts nowhere;
+      what its logits hold, NaN included, is never looked at. None means all valid.
+    implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by platform).
+
+    Returns `Gating`; weights, mean_probs and z_loss carry gradients to the logits.
+    Raises ValueError or TypeError that names the argument that does not fit.
+
+    Lepikhin et al. 2020, GShard (arXiv 2006.16668), Algorithm 1, without its capacity: `row_plan`
+    applies that.
+    """
+    check_shape("logits", logits, ("T", "E"))
+    check_float("logits", logits)
+    num_tokens, num_experts = logits.shape
+    if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be an int in [1, E={num_experts}], got {top_k!r}")
+    if valid is None:
+        valid = jnp.ones((num_tokens,), jnp.bool_)
+    check_shape("valid", valid, (num_tokens,))
+    if valid.dtype != jnp.bool_:
+        raise TypeError(f"valid must be bool, got {valid.dtype}")
+    chosen = choose_implementation("top_k_gating", implementation)
+    logits, valid = match_varying(logits, valid)
+    if chosen == "reference":
+        return top_k_gating_reference(logits, top_k, valid)
+    return _gating_xla(logits, top_k, valid)

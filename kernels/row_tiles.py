@@ -1,0 +1,96 @@
+"""Grouped work in tiles of rows, for CPU: each expert's rows, tile by tile, with its own matrices.
+
+Rows are sorted by group, so a tile is a slice and its result is written back in place; there is no
+gather, no padding and no work for groups without rows. Tiles start where their group starts, so
+that a tile never needs two experts; rows of other groups that a tile overhangs into are masked.
+
+Tile size: see `tile_rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Tile(NamedTuple):
+    """One tile of a group's rows.
+
+    group: [] i32, which of the local groups
+    start: [] i32, first row of the slice
+    mask: [rows, 1] bool, rows of the slice that are the tile's own
+    """
+
+    group: jax.Array
+    start: jax.Array
+    mask: jax.Array
+
+
+def group_bounds(
+    group_sizes: jax.Array, group_offset: jax.Array, num_groups: int, num_rows: int
+) -> tuple[jax.Array, jax.Array]:
+    """First and one past the last row, [num_groups] i32 each, of the local groups.
+
+    Negative sizes count as 0, rows past num_rows are cut off, and groups that group_sizes does not
+    have are empty.
+    """
+    sizes = jnp.maximum(group_sizes.astype(jnp.int32), 0)
+    ends = jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), num_rows)
+    starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    index = group_offset + jnp.arange(num_groups, dtype=jnp.int32)
+    known = (index >= 0) & (index < sizes.shape[0])
+    index = jnp.clip(index, 0, sizes.shape[0] - 1)
+    return jnp.where(known, starts[index], 0), jnp.where(known, ends[index], 0)
+
+
+def tile_rows(num_rows: int, num_groups: int) -> int:
+    """Rows a tile."""
+    mean = max(1, num_rows // num_groups)
+    size = 8
+    while size < min(mean, 256):
+        size *= 2
+    return min(size, num_rows)
+
+
+def for_each_tile(
+    bounds: tuple[jax.Array, jax.Array],
+    num_rows: int,
+    rows: int,
+    body: Callable[[Tile, Any], Any],
+    init: Any,
+) -> Any:
+    """Run `state = body(tile, state)` over all tiles of all groups, in order of rows."""
+    starts, ends = bounds
+    tiles = -(-(ends - starts) // rows)
+    first = jnp.cumsum(tiles) - tiles
+
+    def step(i: jax.Array, state: Any) -> Any:
+        group = jnp.sum(first + tiles <= i, dtype=jnp.int32)
+        begin = starts[group] + (i - first[group]) * rows
+        start = jnp.minimum(begin, num_rows - rows)
+        row = start + jnp.arange(rows, dtype=jnp.int32)[:, None]
+        return body(Tile(group, start, (row >= begin) & (row < ends[group])), state)
+
+    return jax.lax.fori_loop(0, jnp.sum(tiles), step, init)
+
+
+def take(x: jax.Array, tile: Tile) -> jax.Array:
+    """The tile's rows of x [M, D]; rows that are not its own are zero."""
+    rows = jax.lax.dynamic_slice_in_dim(x, tile.start, tile.mask.shape[0])
+    return jnp.where(tile.mask, rows, 0)
+
+
+def put(x: jax.Array, tile: Tile, values: jax.Array) -> jax.Array:
+    """x with the tile's own rows replaced by values."""
+    old = jax.lax.dynamic_slice_in_dim(x, tile.start, tile.mask.shape[0])
+    values = jnp.where(tile.mask, values.astype(x.dtype), old)
+    return jax.lax.dynamic_update_slice_in_dim(x, values, tile.start, 0)
+
+
+def add_to_group(x: jax.Array, tile: Tile, values: jax.Array) -> jax.Array:
+    """x [E, K, N] with values added to the tile's group."""
+    old = jax.lax.dynamic_index_in_dim(x, tile.group, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(x, old + values, tile.group, 0)
