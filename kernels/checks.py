@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 IMPLEMENTATIONS = ("mosaic", "xla", "reference")
 #: Ops that have a Pallas TPU kernel.
-MOSAIC_OPS: tuple[str, ...] = ()
+MOSAIC_OPS: tuple[str, ...] = ("gmm", "tgmm")
 
 
 def choose_implementation(op: str, implementation: str | None) -> str:
@@ -97,6 +97,15 @@ def varying_axes(x: jax.Array) -> frozenset[Any]:
     """Manual mesh axes over which x differs between devices; none outside `jax.shard_map`."""
     aval: Any = jax.typeof(x)
     return aval.mat.varying if hasattr(aval, "mat") else aval.vma
+
+
+def result_like(x: jax.Array, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """What a kernel returns: this shape and dtype, differing between devices as x does."""
+    aval: Any = jax.typeof(x)
+    if hasattr(aval, "mat"):
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=aval.mat)
+    make: Any = jax.ShapeDtypeStruct
+    return make(shape, dtype, vma=aval.vma)
 
 
 def accumulator(dtype: Any) -> Any:

@@ -25,6 +25,9 @@ from taskmoe.kernels.checks import (
     choose_implementation,
     match_varying,
 )
+from taskmoe.kernels.gmm_kernel import gmm_mosaic
+from taskmoe.kernels.tgmm_kernel import tgmm_mosaic
+from taskmoe.kernels.tiling import Tiling
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -132,7 +135,7 @@ def _tgmm_xla(
     return row_tiles.for_each_tile(bounds, num_rows, rows, body, out).astype(out_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _gmm(
     lhs: jax.Array,
     rhs: jax.Array,
@@ -141,7 +144,11 @@ def _gmm(
     transpose_rhs: bool,
     out_dtype: Any,
     implementation: str,
+    tiling: Tiling | None = None,
 ) -> jax.Array:
+    if implementation == "mosaic":
+        args = (lhs, rhs, group_sizes, group_offset, transpose_rhs, out_dtype)
+        return gmm_mosaic(*args, tiling)
     return _gmm_xla(lhs, rhs, group_sizes, group_offset, transpose_rhs, out_dtype)
 
 
@@ -153,8 +160,11 @@ def _gmm_forward(
     transpose_rhs: bool,
     out_dtype: Any,
     implementation: str,
+    tiling: Tiling | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out = _gmm(lhs, rhs, group_sizes, group_offset, transpose_rhs, out_dtype, implementation)
+    out = _gmm(
+        lhs, rhs, group_sizes, group_offset, transpose_rhs, out_dtype, implementation, tiling
+    )
     return out, (lhs, rhs, group_sizes, group_offset)
 
 
@@ -162,6 +172,7 @@ def _gmm_backward(
     transpose_rhs: bool,
     out_dtype: Any,
     implementation: str,
+    tiling: Tiling | None,
     residuals: tuple[jax.Array, ...],
     grad: jax.Array,
 ) -> tuple[Any, ...]:
@@ -176,7 +187,7 @@ def _gmm_backward(
 _gmm.defvjp(_gmm_forward, _gmm_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _tgmm(
     lhs: jax.Array,
     grad: jax.Array,
@@ -185,7 +196,11 @@ def _tgmm(
     num_groups: int,
     out_dtype: Any,
     implementation: str,
+    tiling: Tiling | None = None,
 ) -> jax.Array:
+    if implementation == "mosaic":
+        args = (lhs, grad, group_sizes, group_offset, num_groups, out_dtype)
+        return tgmm_mosaic(*args, tiling)
     return _tgmm_xla(lhs, grad, group_sizes, group_offset, num_groups, out_dtype)
 
 
@@ -197,8 +212,9 @@ def _tgmm_forward(
     num_groups: int,
     out_dtype: Any,
     implementation: str,
+    tiling: Tiling | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out = _tgmm(lhs, grad, group_sizes, group_offset, num_groups, out_dtype, implementation)
+    out = _tgmm(lhs, grad, group_sizes, group_offset, num_groups, out_dtype, implementation, tiling)
     return out, (lhs, grad, group_sizes, group_offset)
 
 
@@ -206,6 +222,7 @@ def _tgmm_backward(
     num_groups: int,
     out_dtype: Any,
     implementation: str,
+    tiling: Tiling | None,
     residuals: tuple[jax.Array, ...],
     d_out: jax.Array,
 ) -> tuple[Any, ...]:
@@ -227,7 +244,7 @@ def gmm(
     transpose_rhs: bool = False,
     group_offset: int | Int[Array, ""] | None = None,
     preferred_element_type: Any = None,
-    tiling: Any = None,
+    tiling: Tiling | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
     """Multiply each group of rows with its own matrix.
@@ -260,7 +277,7 @@ def gmm(
     lhs, rhs, group_sizes, offset = match_varying(lhs, rhs, group_sizes, offset)
     if chosen == "reference":
         return gmm_reference(lhs, rhs, group_sizes, offset, transpose_rhs, out_dtype)
-    return _gmm(lhs, rhs, group_sizes, offset, transpose_rhs, out_dtype, chosen)
+    return _gmm(lhs, rhs, group_sizes, offset, transpose_rhs, out_dtype, chosen, tiling)
 
 
 def tgmm(
@@ -271,7 +288,7 @@ def tgmm(
     num_groups: int | None = None,
     group_offset: int | Int[Array, ""] | None = None,
     preferred_element_type: Any = None,
-    tiling: Any = None,
+    tiling: Tiling | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "E K N"]:
     """Sum the outer products of each group's rows: the gradient of `gmm` for its matrices.
@@ -304,7 +321,7 @@ def tgmm(
     lhs, grad, group_sizes, offset = match_varying(lhs, grad, group_sizes, offset)
     if chosen == "reference":
         return tgmm_reference(lhs, grad, group_sizes, offset, num_groups, out_dtype)
-    return _tgmm(lhs, grad, group_sizes, offset, num_groups, out_dtype, chosen)
+    return _tgmm(lhs, grad, group_sizes, offset, num_groups, out_dtype, chosen, tiling)
 
 
 def _check_groups(group_sizes: Any, group_offset: Any, num_groups: int, source: str) -> jax.Array:

@@ -1,0 +1,176 @@
+"""gmm as a Pallas TPU kernel:  out[i] = lhs[i] @ rhs[g(i)].
+
+Grid: (blocks of width, visits, blocks of depth), see `group_visits`. Visits walk the rows in order,
+so a group's matrix is fetched once a width block, and a block of rows that straddles groups stays
+in VMEM until its last group has written its rows. A visit that owns its whole block is one
+product; one that owns a part works in sub-blocks and skips those that it has no row in.
+
+VMEM: two buffers each of lhs [m, k], rhs [k, n] and out [m, n], the product in f32, and the sum
+[m, n] in f32 where depth is cut.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from taskmoe.kernels import tiling as tilings
+from taskmoe.kernels.checks import result_like
+from taskmoe.kernels.group_visits import visit_blocks
+from taskmoe.kernels.row_tiles import group_bounds
+from taskmoe.kernels.tiling import Tiling
+
+#: Rows of the sub-blocks that a visit works in when it owns a part of its block.
+SUB_ROWS = 128
+
+
+def cost(m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int) -> pl.CostEstimate:
+    """FLOPs and least bytes of gmm when every group has rows."""
+    moved = (m * k + e * k * n) * itemsize + m * n * out_itemsize
+    return pl.CostEstimate(flops=2 * m * k * n, bytes_accessed=moved, transcendentals=0)
+
+
+def lhs_block(width: Any, visit: Any, depth: Any, *walk: Any) -> tuple[Any, ...]:
+    """Rows of the visit's block, at this depth."""
+    return walk[3][visit], depth
+
+
+def rhs_block(width: Any, visit: Any, depth: Any, *walk: Any) -> tuple[Any, ...]:
+    """The matrix [K, N] of the visit's group."""
+    return walk[2][visit], depth, width
+
+
+def rhs_block_transposed(width: Any, visit: Any, depth: Any, *walk: Any) -> tuple[Any, ...]:
+    """The matrix [N, K] of the visit's group."""
+    return walk[2][visit], width, depth
+
+
+def out_block(width: Any, visit: Any, depth: Any, *walk: Any) -> tuple[Any, ...]:
+    """Rows of the visit's block; the same for all visits of the block and all depths."""
+    return walk[3][visit], width
+
+
+def kernel(
+    starts_ref: Any,
+    ends_ref: Any,
+    group_ref: Any,
+    block_ref: Any,
+    lhs_ref: Any,
+    rhs_ref: Any,
+    out_ref: Any,
+    *acc_ref: Any,
+    depth_size: int,
+    transpose_rhs: bool,
+) -> None:
+    """One visit at one depth. acc_ref is there when depth is cut."""
+    visit, depth = pl.program_id(1), pl.program_id(2)
+    rows, block_depth = lhs_ref.shape
+    depths = pl.cdiv(depth_size, block_depth)
+    block, group = block_ref[visit], group_ref[visit]
+    low = jnp.maximum(starts_ref[group] - block * rows, 0)
+    high = jnp.minimum(ends_ref[group] - block * rows, rows)
+    owns_all = (low == 0) & (high == rows)
+    arrives = (visit == 0) | (block_ref[jnp.maximum(visit - 1, 0)] != block)
+
+    def product(part: Any) -> jax.Array:
+        lhs, rhs = lhs_ref[part, :], rhs_ref[...]
+        if depth_size % block_depth:  # the last block of depth overhangs: both sides may hold NaN
+            left = depth_size - depth * block_depth
+            lhs = keep(lhs, left, axis=1)
+            rhs = keep(rhs, left, axis=1 if transpose_rhs else 0)
+        dims: Any = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
+        return jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+
+    def work(start: Any, size: int, masked: bool) -> None:
+        part = pl.ds(start, size)
+
+        def store(value: jax.Array) -> None:
+            if masked:
+                row = start + jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
+                old = out_ref[part, :].astype(value.dtype)
+                value = jnp.where((row >= low) & (row < high), value, old)
+            out_ref[part, :] = value.astype(out_ref.dtype)
+
+        if not acc_ref:
+            store(product(part))
+            return
+        (acc,) = acc_ref
+
+        @pl.when(depth == 0)
+        def _init() -> None:
+            acc[part, :] = product(part)
+
+        @pl.when((depth > 0) & (depth < depths - 1))
+        def _accumulate() -> None:
+            acc[part, :] += product(part)
+
+        @pl.when((depth > 0) & (depth == depths - 1))
+        def _store() -> None:
+            store(acc[part, :] + product(part))
+
+    @pl.when(arrives & (depth == 0) & ~owns_all)
+    def _zero() -> None:
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+    @pl.when(owns_all)
+    def _whole() -> None:
+        work(0, rows, masked=False)
+
+    @pl.when(~owns_all & (high > low))
+    def _parts() -> None:
+        sub = SUB_ROWS if rows % SUB_ROWS == 0 else rows
+
+        def one(i: jax.Array, carry: None) -> None:
+            work(pl.multiple_of(i * sub, sub), sub, masked=True)
+
+        jax.lax.fori_loop(low // sub, pl.cdiv(high, sub), one, None)
+
+
+def keep(x: jax.Array, left: Any, axis: int) -> jax.Array:
+    """X with everything from index `left` of this axis on set to zero."""
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    return jnp.where(index < left, x.astype(jnp.float32), 0).astype(x.dtype)
+
+
+def gmm_mosaic(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
+    transpose_rhs: bool,
+    out_dtype: Any,
+    tiling: Tiling | None = None,
+) -> jax.Array:
+    """The kernel call; arguments as in `gmm`, validated."""
+    m, k = lhs.shape
+    e, n = rhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
+    itemsize, out_itemsize = lhs.dtype.itemsize, jnp.dtype(out_dtype).itemsize
+    t = tiling or tilings.gmm_tiling(m, k, n, e, itemsize, out_itemsize, tilings.chip())
+    walk = visit_blocks(group_bounds(group_sizes, group_offset, e, m), m, t.m)
+    rhs_spec = (
+        pl.BlockSpec((None, t.n, t.k), rhs_block_transposed)
+        if transpose_rhs
+        else pl.BlockSpec((None, t.k, t.n), rhs_block)
+    )
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=4,
+        grid=(pl.cdiv(n, t.n), walk.num, pl.cdiv(k, t.k)),
+        in_specs=[pl.BlockSpec((t.m, t.k), lhs_block), rhs_spec],
+        out_specs=pl.BlockSpec((t.m, t.n), out_block),
+        scratch_shapes=[pltpu.VMEM((t.m, t.n), jnp.float32)] if t.k < k else [],
+    )
+    vmem = tilings.gmm_vmem_bytes(t, k, itemsize, out_itemsize)
+    call = pl.pallas_call(
+        functools.partial(kernel, depth_size=k, transpose_rhs=transpose_rhs),
+        grid_spec=grid_spec,
+        out_shape=result_like(lhs, (m, n), out_dtype),
+        compiler_params=tilings.compiler_params(("parallel", "arbitrary", "arbitrary"), vmem),
+        cost_estimate=cost(m, k, n, e, itemsize, out_itemsize),
+        name="taskmoe_gmm",
+    )
+    return call(walk.starts, walk.ends, walk.group, walk.block, lhs, rhs)

@@ -1,0 +1,76 @@
+"""Which blocks of rows meet which groups: the walk of the grouped kernels, found on device.
+
+The sequential grid axis of gmm, tgmm and expert_ffn is a list of visits. A visit is one block of
+rows and one group that has rows there. A block that straddles groups is visited once for each,
+consecutively, so that its output stays in VMEM between them; empty groups are not visited. Blocks
+without any row of the local groups are visited once, to be zeroed; tgmm instead visits groups
+without rows once, for the same reason.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Visits(NamedTuple):
+    """The walk, prefetched to SMEM.
+
+    starts: [E] i32, first row of each local group
+    ends: [E] i32, one past its last row
+    group: [V] i32, group of each visit
+    block: [V] i32, block of rows of each visit
+    num: [] i32, visits that count: the grid's bound on device
+    """
+
+    starts: jax.Array
+    ends: jax.Array
+    group: jax.Array
+    block: jax.Array
+    num: jax.Array
+
+
+def visit_blocks(bounds: tuple[jax.Array, jax.Array], num_rows: int, block_rows: int) -> Visits:
+    """Every block of rows at least once, in order: for kernels whose output is rows."""
+    starts, ends = bounds
+    blocks = -(-num_rows // block_rows)
+    held = ends > starts
+    some = jnp.any(held)
+    # Rows [low, high) belong to local groups; the blocks before and after them hold none.
+    low = jnp.where(some, jnp.min(jnp.where(held, starts, num_rows)), 0)
+    high = jnp.where(some, jnp.max(jnp.where(held, ends, 0)), 0)
+    first = jnp.where(held, starts // block_rows, 0)
+    count = jnp.where(held, (ends - 1) // block_rows - first + 1, 0)
+    after = -(-high // block_rows)
+    first = jnp.concatenate([jnp.zeros(1, jnp.int32), first, after[None]])
+    count = jnp.concatenate([(low // block_rows)[None], count, (blocks - after)[None]])
+    segment, place, num = _unroll(count, blocks + starts.shape[0])
+    # The zeroing visits borrow a group that is visited anyway, so that no matrix is fetched for
+    # them.
+    order = jnp.arange(starts.shape[0], dtype=jnp.int32)
+    lowest = jnp.min(jnp.where(held, order, starts.shape[0] - 1))
+    highest = jnp.max(jnp.where(held, order, 0))
+    group = jnp.clip(segment - 1, lowest, jnp.maximum(lowest, highest))
+    return Visits(starts, ends, group, first[segment] + place, num)
+
+
+def visit_groups(bounds: tuple[jax.Array, jax.Array], num_rows: int, block_rows: int) -> Visits:
+    """Every group at least once, in order: for kernels whose output is a matrix a group."""
+    starts, ends = bounds
+    first = jnp.minimum(starts, num_rows - 1) // block_rows
+    count = jnp.where(ends > starts, (ends - 1) // block_rows - first + 1, 1)
+    segment, place, num = _unroll(count, -(-num_rows // block_rows) + starts.shape[0])
+    return Visits(starts, ends, segment, first[segment] + place, num)
+
+
+def _unroll(count: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Segment and place in it of the i-th of sum(count) visits, [length] i32 each, and the sum.
+
+    Places past the sum repeat the last visit's segment and are not walked.
+    """
+    stop = jnp.cumsum(count, dtype=jnp.int32)
+    visit = jnp.minimum(jnp.arange(length, dtype=jnp.int32), stop[-1] - 1)
+    segment = jnp.sum(visit[:, None] >= stop, axis=1, dtype=jnp.int32)
+    return segment, visit - (stop - count)[segment], stop[-1]

@@ -1,0 +1,145 @@
+"""Block sizes by one rule: of the candidates that fit in VMEM, the one that moves fewest bytes.
+
+What fits is counted with double buffering of every block that is streamed. The chip is the one that
+Pallas compiles for, and TPU v5e in interpret mode. Where several candidates move the same bytes the
+largest blocks win: fewest grid steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from jax.experimental.pallas import tpu as pltpu
+
+#: Lanes of a vector register: the unit of a block's last dimension on every TPU.
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Block sizes of one kernel call.
+
+    m: rows a block; a multiple of 8 (f32) or 16 (bf16), or all rows
+    k: depth a block, the contracted size; a multiple of 128 or all of it
+    n: width a block; a multiple of 128 or all of it. In expert_ffn: hidden units a block
+    """
+
+    m: int
+    k: int
+    n: int
+
+
+def chip() -> pltpu.TpuInfo:
+    """The TPU core that kernels traced here are for."""
+    if pltpu.is_tpu_device():
+        return pltpu.get_tpu_info()
+    return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
+
+
+def vmem_budget_bytes(info: pltpu.TpuInfo) -> int:
+    """VMEM that a kernel's blocks may take: half of a large VMEM, three quarters of a small one."""
+    capacity = info.vmem_capacity_bytes
+    return capacity // 2 if capacity > 32 << 20 else capacity * 3 // 4
+
+
+def sublanes(itemsize: int) -> int:
+    """Rows that one vector register holds: 8 of 4 bytes, 16 of 2."""
+    return 32 // itemsize
+
+
+def round_up(x: int, multiple: int) -> int:
+    """The smallest multiple that is at least x."""
+    return -(-x // multiple) * multiple
+
+
+def splits(size: int, parts: Iterable[int] = (1, 2, 3, 4, 6, 8, 16, 32, 64)) -> list[int]:
+    """Block sizes that cut `size` into about equal multiples of 128, largest first."""
+    sizes = {size} | {round_up(-(-size // part), LANES) for part in parts}
+    return sorted((s for s in sizes if s <= size), reverse=True)
+
+
+def block_rows(num_rows: int, num_groups: int, itemsize: int, largest: int = 256) -> int:
+    """Rows a block: the mean group, rounded up to a power of two, between one register and 256.
+
+    Larger blocks make tiles that straddle groups dearer, smaller ones starve the MXU.
+    """
+    size = sublanes(itemsize)
+    while size < min(-(-num_rows // num_groups), largest):
+        size *= 2
+    return min(size, round_up(num_rows, sublanes(itemsize)))
+
+
+def gmm_vmem_bytes(t: Tiling, k: int, itemsize: int, out_itemsize: int) -> int:
+    """VMEM that gmm takes with these blocks: three streams twice, the product, the sum if split."""
+    streams = t.m * t.k * itemsize + t.k * t.n * itemsize + t.m * t.n * out_itemsize
+    return 2 * streams + t.m * t.n * 4 * (1 if t.k >= k else 2)
+
+
+def gmm_bytes(t: Tiling, m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int) -> int:
+    """HBM bytes that gmm moves: rows once a column block, matrices once a group unless k is cut."""
+    visits = -(-m // t.m) + e - 1
+    rhs_reads = e if t.k >= k else visits
+    lhs_reads = -(-n // t.n) * (1 if t.k >= k else visits * t.m / m)
+    return int(lhs_reads * m * k * itemsize + rhs_reads * k * n * itemsize + m * n * out_itemsize)
+
+
+@functools.cache
+def gmm_tiling(
+    m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int, info: pltpu.TpuInfo
+) -> Tiling:
+    """Block sizes for gmm of [m, k] x [e, k, n]."""
+    rows = block_rows(m, e, itemsize)
+    budget = vmem_budget_bytes(info)
+    fits = [
+        t
+        for bn in splits(n)
+        for bk in splits(k)
+        if gmm_vmem_bytes(t := Tiling(rows, bk, bn), k, itemsize, out_itemsize) <= budget
+        and (info.num_cores == 1 or bn < n or n <= LANES)
+    ]
+    if not fits:
+        return Tiling(rows, min(k, LANES), min(n, LANES))
+    return min(fits, key=lambda t: gmm_bytes(t, m, k, n, e, itemsize, out_itemsize))
+
+
+def tgmm_vmem_bytes(t: Tiling, itemsize: int, out_itemsize: int) -> int:
+    """VMEM that tgmm takes with these blocks: three streams twice, the sum and the product."""
+    streams = t.m * (t.k + t.n) * itemsize + t.k * t.n * out_itemsize
+    return 2 * streams + 2 * t.k * t.n * 4
+
+
+def tgmm_bytes(t: Tiling, m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int) -> int:
+    """HBM bytes that tgmm moves: lhs once a column block, grad once a depth block, result once."""
+    lhs, grad = -(-n // t.n) * m * k, -(-k // t.k) * m * n
+    return (lhs + grad) * itemsize + e * k * n * out_itemsize
+
+
+@functools.cache
+def tgmm_tiling(
+    m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int, info: pltpu.TpuInfo
+) -> Tiling:
+    """Block sizes for tgmm of [m, k]^T x [m, n] into [e, k, n]."""
+    rows = block_rows(m, e, itemsize)
+    budget = vmem_budget_bytes(info)
+    fits = [
+        t
+        for bn in splits(n)
+        for bk in splits(k)
+        if tgmm_vmem_bytes(t := Tiling(rows, bk, bn), itemsize, out_itemsize) <= budget
+        and (info.num_cores == 1 or bn < n or n <= LANES)
+    ]
+    if not fits:
+        return Tiling(rows, min(k, LANES), min(n, LANES))
+    return min(fits, key=lambda t: tgmm_bytes(t, m, k, n, e, itemsize, out_itemsize))
+
+
+def compiler_params(
+    semantics: Sequence[Literal["parallel", "arbitrary"]], vmem_bytes: int
+) -> pltpu.CompilerParams:
+    """How Mosaic may order the grid, and VMEM for the blocks and what the compiler itself needs."""
+    capacity = chip().vmem_capacity_bytes
+    limit = min(capacity, max(16 << 20, vmem_bytes + (vmem_bytes >> 2) + (4 << 20)))
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)
