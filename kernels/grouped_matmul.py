@@ -27,7 +27,7 @@ from taskmoe.kernels.checks import (
 )
 from taskmoe.kernels.gmm_kernel import gmm_mosaic
 from taskmoe.kernels.tgmm_kernel import tgmm_mosaic
-from taskmoe.kernels.tiling import Tiling
+from taskmoe.kernels.tiling import Tiling, check_tiling
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -272,6 +272,8 @@ def gmm(
     check_shape("rhs", rhs, ("E", "N", depth) if transpose_rhs else ("E", depth, "N"))
     check_float("rhs", rhs, ("lhs", lhs))
     offset = _check_groups(group_sizes, group_offset, rhs.shape[0], "rhs.shape[0]")
+    width = rhs.shape[1 if transpose_rhs else 2]
+    check_tiling(tiling, depth, width, lhs.dtype.itemsize)
     chosen = choose_implementation("gmm", implementation)
     out_dtype = _out_dtype(preferred_element_type, lhs)
     lhs, rhs, group_sizes, offset = match_varying(lhs, rhs, group_sizes, offset)
@@ -316,6 +318,7 @@ def tgmm(
     if not isinstance(num_groups, int) or num_groups < 1:
         raise ValueError(f"num_groups must be an int of at least 1, got {num_groups!r}")
     offset = _check_groups(group_sizes, group_offset, num_groups, "num_groups")
+    check_tiling(tiling, lhs.shape[1], grad.shape[1], lhs.dtype.itemsize)
     chosen = choose_implementation("tgmm", implementation)
     out_dtype = _out_dtype(preferred_element_type, lhs)
     lhs, grad, group_sizes, offset = match_varying(lhs, grad, group_sizes, offset)

@@ -143,3 +143,19 @@ def compiler_params(
     capacity = chip().vmem_capacity_bytes
     limit = min(capacity, max(16 << 20, vmem_bytes + (vmem_bytes >> 2) + (4 << 20)))
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)
+
+
+def check_tiling(tiling: Tiling | None, k: int, n: int, itemsize: int) -> None:
+    """TypeError or ValueError unless the tiling is one that Mosaic takes for these sizes."""
+    if tiling is None:
+        return
+    if not isinstance(tiling, Tiling):
+        raise TypeError(f"tiling must be a Tiling or None, got {type(tiling).__name__}")
+    if tiling.m < 1 or tiling.m % sublanes(itemsize):
+        raise ValueError(f"tiling.m must be a multiple of {sublanes(itemsize)}, got {tiling.m}")
+    for name, block, size in (("k", tiling.k, k), ("n", tiling.n, n)):
+        if block != size and (block < 1 or block % LANES or block > size):
+            raise ValueError(
+                f"tiling.{name} must be {size} (all of it) or a smaller multiple of {LANES}, "
+                f"got {block}"
+            )

@@ -1,0 +1,84 @@
+"""What the kernel tests share: implementations to test, group patterns, the error rule."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+DTYPES = (jnp.float32, jnp.bfloat16)
+INTERPRET = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
+)
+
+
+@contextlib.contextmanager
+def running(implementation: str) -> Iterator[None]:
+    """Where this implementation can run: TPU kernels in interpret mode, with all its checks."""
+    if implementation != "mosaic":
+        yield
+        return
+    with pltpu.force_tpu_interpret_mode(INTERPRET):
+        yield
+
+
+def call(implementation: str, f: Callable[..., Any], *args: Any) -> Any:
+    """f(*args) jitted, with every leaf brought to numpy while the implementation can run."""
+    with running(implementation):
+        return jax.tree.map(np.asarray, jax.jit(f)(*args))
+
+
+def in_float64(f: Callable[..., Any], *args: Any) -> Any:
+    """f(*args) with every floating array in float64: the truth that errors are measured against."""
+
+    def widen(x: Any) -> Any:
+        return np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x)
+
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, f(*jax.tree.map(widen, args)))
+
+
+def assert_as_good(ours: Any, plain: Any, truth: Any) -> None:
+    """Errors of `ours` are at most twice those of `plain`, leaf by leaf, against `truth`.
+
+    Both the largest and the root mean square error count. One unit in the last place of the largest
+    value is always granted: a plain result may be exact by luck.
+    """
+    for path, want in jax.tree_util.tree_leaves_with_path(truth):
+        name = jax.tree_util.keystr(path) or "result"
+        have, base = _at(ours, path), _at(plain, path)
+        assert have.dtype == base.dtype, f"{name}: {have.dtype}, plain {base.dtype}"
+        assert have.shape == want.shape, f"{name}: {have.shape}, not {want.shape}"
+        ulp = float(jnp.finfo(have.dtype).eps) * float(np.max(np.abs(want), initial=0))
+        have, base = np.asarray(have, np.float64), np.asarray(base, np.float64)
+        assert np.isfinite(have).all(), f"{name} is not finite"
+        for measure, norm in (("largest", _largest), ("rms", _rms)):
+            error, allowed = norm(have - want), 2 * norm(base - want) + ulp
+            assert error <= allowed, f"{name}: {measure} error {error:.3g} exceeds {allowed:.3g}"
+
+
+def _largest(x: np.ndarray) -> float:
+    return float(np.max(np.abs(x), initial=0))
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(x * x))) if x.size else 0.0
+
+
+def _at(tree: Any, path: Sequence[Any]) -> Any:
+    leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
+    return leaves[tuple(path)]
+
+
+def normal(seed: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Standard normal values that float32 and bfloat16 both hold exactly when dtype is bfloat16."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal(tuple(shape)), dtype)
+
+
+def poison_tail(x: jax.Array, first: int) -> jax.Array:
+    """X with NaN from row `first` on."""
+    return x.at[first:].set(jnp.nan)
