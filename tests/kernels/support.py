@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,7 @@ def in_float64(f: Callable[..., Any], *args: Any) -> Any:
         return np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x)
 
     with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, f(*jax.tree.map(widen, args)))
+        return jax.tree.map(np.asarray, jax.jit(f)(*jax.tree.map(widen, args)))
 
 
 def assert_as_good(ours: Any, plain: Any, truth: Any) -> None:
@@ -71,6 +72,14 @@ def _rms(x: np.ndarray) -> float:
 def _at(tree: Any, path: Sequence[Any]) -> Any:
     leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
     return leaves[tuple(path)]
+
+
+@st.composite
+def group_patterns(draw: Any, num_rows: int, num_groups: int) -> list[int]:
+    """Group sizes with sum <= num_rows: even, empty, skewed, short."""
+    cut = st.integers(0, num_rows)
+    cuts = sorted(draw(st.lists(cut, min_size=num_groups, max_size=num_groups)))
+    return [b - a for a, b in zip([0, *cuts], cuts, strict=False)]
 
 
 def normal(seed: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
