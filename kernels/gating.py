@@ -79,8 +79,56 @@ def _gating_xla(logits: jax.Array, top_k: int, valid: jax.Array) -> Gating:
 def _gating_xla_forward(
     logits: jax.Array, top_k: int, valid: jax.Array
 ) -> tuple[Gating, tuple[jax.Array, ...]]:
-    gating = top_k_gating_reference(logits, top_k, valid)
+    x = jnp.where(valid[:, None], logits.astype(accumulator(logits.dtype)), 0)
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    open_ = jnp.maximum(x, jnp.finfo(x.dtype).min)  # above the mark of those already chosen
+    experts, chosen = [], []
+    for _ in range(top_k):
+        best = jnp.max(open_, axis=1, keepdims=True)
+        expert = jnp.min(jnp.where(open_ == best, lane, x.shape[1] - 1), axis=1, keepdims=True)
+        open_ = jnp.where(lane == expert, -jnp.inf, open_)
+        experts.append(expert)
+        chosen.append(best)
+    unnormalised = jnp.exp(jnp.concatenate(chosen, axis=1) - chosen[0])
+    weights = unnormalised / jnp.sum(unnormalised, axis=1, keepdims=True)
+    assigned = jnp.stack([(lane == expert) & valid[:, None] for expert in experts])
+    slots, counts = _queue_places(assigned)
+    shifted = jnp.exp(x - chosen[0])
+    total = jnp.sum(shifted, axis=1, keepdims=True)
+    lse = jnp.where(valid[:, None], jnp.log(total) + chosen[0], 0)
+    num_valid = jnp.maximum(jnp.sum(valid), 1)
+    gating = Gating(
+        experts=jnp.concatenate(experts, axis=1),
+        weights=jnp.where(valid[:, None], weights, 0),
+        slots=jnp.where(valid[:, None], slots, -1),
+        counts=counts,
+        mean_probs=jnp.sum(jnp.where(valid[:, None], shifted / total, 0), axis=0) / num_valid,
+        z_loss=jnp.sum(lse**2) / num_valid,
+    )
     return gating, (logits, valid, gating.experts, gating.weights)
+
+
+def _queue_places(assigned: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Slots [T, k] and counts [k, E], i32, of assigned [k, T, E] bool.
+
+    Prefix sums over tokens: inside blocks by a triangular matmul, which is exact in f32, and over
+    the blocks' totals.
+    """
+    top_k, tokens, num_experts = assigned.shape
+    blocks = -(-tokens // QUEUE_BLOCK)
+    ones = jnp.pad(assigned, ((0, 0), (0, blocks * QUEUE_BLOCK - tokens), (0, 0)))
+    ones = ones.reshape(top_k * blocks, QUEUE_BLOCK, num_experts).astype(jnp.float32)
+    earlier = jnp.tri(QUEUE_BLOCK, k=-1, dtype=jnp.float32)
+    inside = jnp.einsum("ts,bse->bte", earlier, ones, precision="highest")
+    totals = jnp.sum(ones, axis=1).astype(jnp.int32)
+    before = jnp.cumsum(totals, axis=0) - totals
+    places = jnp.sum((inside.astype(jnp.int32) + before[:, None]) * ones.astype(jnp.int32), axis=2)
+    slots = places.reshape(top_k, -1)[:, :tokens].T
+    return slots, jnp.sum(totals.reshape(top_k, blocks, num_experts), axis=1)
+
+
+#: Tokens whose queue places are counted by one small matmul.
+QUEUE_BLOCK = 64
 
 
 def gating_gradient(
