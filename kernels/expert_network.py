@@ -88,7 +88,7 @@ def _expert_ffn(
         hidden = _hidden(rows, pick(w_in, tile), pick(w_gate, tile), activation)
         return row_tiles.put(out, tile, _dot(hidden.astype(x.dtype), pick(w_out, tile)))
 
-    rows = row_tiles.tile_rows(num_rows, num_groups)
+    rows = row_tiles.tile_rows(num_rows, *w_in.shape)
     out = jnp.zeros((num_rows, w_out.shape[2]), x.dtype)
     (out,) = match_varying(out, x)[:1]
     return row_tiles.for_each_tile(bounds, num_rows, rows, body, out)
@@ -151,7 +151,7 @@ def _expert_ffn_backward(
         zeros(w_out, acc),
         None if w_gate is None else zeros(w_gate, acc),
     )
-    rows = row_tiles.tile_rows(num_rows, num_groups)
+    rows = row_tiles.tile_rows(num_rows, *w_in.shape)
     d_x, d_in, d_out, d_gate = row_tiles.for_each_tile(bounds, num_rows, rows, body, state)
     d_gate = None if w_gate is None else d_gate.astype(w_gate.dtype)
     return d_x, d_in.astype(w_in.dtype), d_out.astype(w_out.dtype), d_gate, None, None

@@ -102,7 +102,7 @@ def _gmm_xla(
         )
         return row_tiles.put(out, tile, product)
 
-    rows = row_tiles.tile_rows(num_rows, rhs.shape[0])
+    rows = row_tiles.tile_rows(num_rows, rhs.shape[0], lhs.shape[1], width)
     out = jnp.zeros_like(lhs, out_dtype, shape=(num_rows, width))
     (out,) = match_varying(out, lhs)[:1]
     return row_tiles.for_each_tile(bounds, num_rows, rows, body, out)
@@ -129,7 +129,7 @@ def _tgmm_xla(
         )
         return row_tiles.add_to_group(out, tile, product)
 
-    rows = row_tiles.tile_rows(num_rows, num_groups)
+    rows = row_tiles.tile_rows(num_rows, num_groups, lhs.shape[1], grad.shape[1])
     out = jnp.zeros((num_groups, lhs.shape[1], grad.shape[1]), acc)
     (out,) = match_varying(out, lhs)[:1]
     return row_tiles.for_each_tile(bounds, num_rows, rows, body, out).astype(out_dtype)

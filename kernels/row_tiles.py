@@ -46,13 +46,25 @@ def group_bounds(
     return jnp.where(known, starts[index], 0), jnp.where(known, ends[index], 0)
 
 
-def tile_rows(num_rows: int, num_groups: int) -> int:
-    """Rows a tile."""
-    mean = max(1, num_rows // num_groups)
-    size = 8
-    while size < min(mean, 256):
-        size *= 2
-    return min(size, num_rows)
+def tile_rows(num_rows: int, num_groups: int, depth: int, width: int) -> int:
+    """Rows a tile for products with matrices of [depth, width].
+
+    Half the mean group, as a power of two between 8 and 128: a tile's masked rows are wasted work,
+    and each tile copies its matrices once. A product of fewer than SPLIT_WORK multiplications
+    stays on one core, so where groups are large enough, tiles of small matrices grow up to that.
+    """
+    mean = num_rows // num_groups
+    rows = 8
+    while rows * 2 <= min(mean // 2, 128):
+        rows *= 2
+    shared = -(-SPLIT_WORK // (depth * width) // 32) * 32
+    if rows < shared <= mean:
+        rows = shared
+    return min(rows, num_rows)
+
+
+#: Multiplications from which XLA was seen to spread one product over two cores.
+SPLIT_WORK = 3 << 22
 
 
 def for_each_tile(
