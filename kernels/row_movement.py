@@ -24,6 +24,7 @@ from taskmoe.kernels.checks import (
     choose_implementation,
     match_varying,
 )
+from taskmoe.kernels.row_gather_kernel import gather_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -52,24 +53,36 @@ def combine_reference(y: jax.Array, rows: jax.Array, weights: jax.Array) -> jax.
 def _sources(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     """For each destination row the assignment t*k+j that fills it, and whether there is one."""
     flat = rows.reshape(-1)
-    flat = jnp.where((flat >= 0) & (flat < num_rows), flat, num_rows)
+    order = jnp.arange(flat.size, dtype=jnp.int32)
+    flat = jnp.where((flat >= 0) & (flat < num_rows), flat, num_rows + order)
     source = jnp.full((num_rows,), -1, jnp.int32)
-    source = source.at[flat].set(jnp.arange(flat.size, dtype=jnp.int32), mode="drop")
+    source = source.at[flat].set(order, mode="drop", unique_indices=True)
     return jnp.maximum(source, 0), source >= 0
 
 
-def _dispatch_xla(
-    x: jax.Array, rows: jax.Array, weights: jax.Array | None, num_rows: int
+def _move_out(
+    x: jax.Array, rows: jax.Array, weights: jax.Array | None, num_rows: int, implementation: str
 ) -> jax.Array:
+    """y[rows[t, j]] = weights[t, j] * x[t], zero elsewhere."""
     source, filled = _sources(rows, num_rows)
-    values = x[source // rows.shape[1]]
+    token = source // rows.shape[1]
     if weights is not None:
-        values = (values * weights.reshape(-1)[source][:, None]).astype(x.dtype)
+        weights = weights.reshape(-1)[source][:, None]
+    if implementation == "mosaic":
+        return gather_rows(x, jnp.where(filled, token, -1)[:, None], weights)
+    values = x[token]
+    if weights is not None:
+        values = (values * weights).astype(x.dtype)
     return jnp.where(filled[:, None], values, 0)
 
 
-def _combine_xla(y: jax.Array, rows: jax.Array, weights: jax.Array | None) -> jax.Array:
+def _bring_back(
+    y: jax.Array, rows: jax.Array, weights: jax.Array | None, implementation: str
+) -> jax.Array:
+    """out[t] = sum_j weights[t, j] * y[rows[t, j]], summed in f32."""
     placed = (rows >= 0) & (rows < y.shape[0])
+    if implementation == "mosaic":
+        return gather_rows(y, jnp.where(placed, rows, -1), weights)
     at = jnp.where(placed, rows, 0)
     total = jnp.zeros((rows.shape[0], y.shape[1]), accumulator(y.dtype))
     for j in range(rows.shape[1]):
@@ -78,9 +91,11 @@ def _combine_xla(y: jax.Array, rows: jax.Array, weights: jax.Array | None) -> ja
     return total.astype(y.dtype)
 
 
-def _row_dots_xla(y: jax.Array, rows: jax.Array, grad: jax.Array) -> jax.Array:
+def _row_dots(y: jax.Array, rows: jax.Array, grad: jax.Array, implementation: str) -> jax.Array:
     """dots[t, j] = <y[rows[t, j]], grad[t]> in f32; 0 where dropped."""
     placed = (rows >= 0) & (rows < y.shape[0])
+    if implementation == "mosaic":
+        return gather_rows(y, jnp.where(placed, rows, -1), grad=grad)
     at = jnp.where(placed, rows, 0)
     acc = accumulator(y.dtype)
     columns = [
@@ -94,7 +109,7 @@ def _row_dots_xla(y: jax.Array, rows: jax.Array, grad: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _dispatch(x: jax.Array, rows: jax.Array, num_rows: int, implementation: str) -> jax.Array:
-    return _dispatch_xla(x, rows, None, num_rows)
+    return _move_out(x, rows, None, num_rows, implementation)
 
 
 def _dispatch_forward(
@@ -106,7 +121,7 @@ def _dispatch_forward(
 def _dispatch_backward(
     num_rows: int, implementation: str, rows: jax.Array, grad: jax.Array
 ) -> tuple[Any, ...]:
-    return _combine_xla(grad, rows, None), None
+    return _bring_back(grad, rows, None, implementation), None
 
 
 _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
@@ -114,7 +129,7 @@ _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _combine(y: jax.Array, rows: jax.Array, weights: jax.Array, implementation: str) -> jax.Array:
-    return _combine_xla(y, rows, weights)
+    return _bring_back(y, rows, weights, implementation)
 
 
 def _combine_forward(
@@ -127,8 +142,8 @@ def _combine_backward(
     implementation: str, residuals: tuple[jax.Array, ...], grad: jax.Array
 ) -> tuple[Any, ...]:
     y, rows, weights = residuals
-    d_y = _dispatch_xla(grad, rows, weights, y.shape[0])
-    return d_y, None, _row_dots_xla(y, rows, grad).astype(weights.dtype)
+    d_y = _move_out(grad, rows, weights, y.shape[0], implementation)
+    return d_y, None, _row_dots(y, rows, grad, implementation).astype(weights.dtype)
 
 
 _combine.defvjp(_combine_forward, _combine_backward)

@@ -1,6 +1,7 @@
 """What the kernel tests share: implementations to test, group patterns, the error rule."""
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,8 +23,10 @@ def running(implementation: str) -> Iterator[None]:
     if implementation != "mosaic":
         yield
         return
-    with pltpu.force_tpu_interpret_mode(INTERPRET):
+    printed = io.StringIO()
+    with pltpu.force_tpu_interpret_mode(INTERPRET), contextlib.redirect_stdout(printed):
         yield
+    assert "RACE DETECTED" not in printed.getvalue(), printed.getvalue()
 
 
 def call(implementation: str, f: Callable[..., Any], *args: Any) -> Any:

@@ -13,8 +13,8 @@ import pytest
 from taskmoe.kernels import combine, dispatch
 from taskmoe.tests.kernels import support
 
-ALL = ["reference", "xla"]
-FAST = ["xla"]
+ALL = ["reference", "xla", "mosaic"]
+FAST = ["xla", "mosaic"]
 
 
 def distinct_rows(seed: int, tokens: int, top_k: int, num_rows: int, drop: float) -> np.ndarray:

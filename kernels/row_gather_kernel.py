@@ -1,0 +1,211 @@
+"""Row movement as one Pallas TPU kernel: gather rows of HBM by index, weigh and add them up.
+
+    rows: out[i] = sum_j weights[i, j] * source[index[i, j]]        dispatch, combine, their grads
+    dots: out[i, j] = <source[index[i, j]], grad[i]>                gradient of combine's weights
+
+`dispatch` is a gather too, by the inverse of its rows: so every output row is written once, in
+blocks, and rows that nobody fills are zeros without a pass that zeroes them.
+
+Grid: blocks of output rows, and within each, blocks of width. Each step starts the asynchronous
+copies of the next step's rows, one each, waits for its own, and combines them in f32. Indices of
+this and of the next block lie in SMEM; an index below 0 copies nothing and counts as zero. Rows of
+16-bit values share a sublane in pairs, so the pair is copied, and the half that was asked for is
+taken in VMEM.
+
+VMEM: two buffers of k * [m, n] 32-bit values for the copies, two of [m, n] out (and grad).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from taskmoe.kernels import tiling as tilings
+from taskmoe.kernels.checks import result_like
+
+
+def cost(num_rows: int, top_k: int, width: int, itemsize: int) -> pl.CostEstimate:
+    """FLOPs and bytes of moving num_rows * top_k rows into num_rows; 16-bit rows come in pairs."""
+    moved = num_rows * width * (top_k * 4 + itemsize)
+    return pl.CostEstimate(
+        flops=2 * num_rows * top_k * width, bytes_accessed=moved, transcendentals=0
+    )
+
+
+def index_block(step: Any, *, widths: int) -> tuple[Any, ...]:
+    """Indices of the step's block of rows."""
+    return step // widths, 0, 0
+
+
+def next_index_block(step: Any, *, widths: int, steps: int) -> tuple[Any, ...]:
+    """Indices of the next step's block of rows."""
+    return jnp.minimum(step + 1, steps - 1) // widths, 0, 0
+
+
+def rows_block(step: Any, *, widths: int) -> tuple[Any, ...]:
+    """The step's rows, all columns: vectors of indices and weights, and dots."""
+    return step // widths, 0
+
+
+def value_block(step: Any, *, widths: int) -> tuple[Any, ...]:
+    """The step's rows and columns."""
+    return step // widths, step % widths
+
+
+def kernel(
+    index_ref: Any,
+    next_ref: Any,
+    vector_ref: Any,
+    weights_ref: Any,
+    grad_ref: Any,
+    source_ref: Any,
+    out_ref: Any,
+    buffer_ref: Any,
+    semaphores: Any,
+    *,
+    widths: int,
+    top_k: int,
+) -> None:
+    """One block of rows and columns. weights_ref or grad_ref may be None."""
+    step, steps = pl.program_id(0), pl.num_programs(0)
+    pack = 4 // source_ref.dtype.itemsize  # rows that share a sublane
+    rows, width = buffer_ref.shape[2] // pack, buffer_ref.shape[3]
+    slot = jax.lax.rem(step, 2)
+
+    def copies(indices: Any, at_step: Any, act: str) -> None:
+        at_slot = jax.lax.rem(at_step, 2)
+        column = pl.multiple_of(jax.lax.rem(at_step, widths) * width, tilings.LANES)
+        columns = pl.ds(column, width) if widths > 1 else slice(None)
+
+        def one(i: Any, carry: None) -> None:
+            for j in range(top_k):
+                index = indices[0, i * top_k + j]
+                copy = pltpu.make_async_copy(
+                    source_ref.at[pl.ds(index // pack * pack, pack), columns],
+                    buffer_ref.at[at_slot, j, pl.ds(i * pack, pack)],
+                    semaphores.at[at_slot],
+                )
+                pl.when(index >= 0)(getattr(copy, act))
+
+        jax.lax.fori_loop(0, rows, one, None)
+
+    @pl.when(step == 0)
+    def _first() -> None:
+        copies(index_ref, step, "start")
+
+    @pl.when(step + 1 < steps)
+    def _ahead() -> None:
+        copies(next_ref, step + 1, "start")
+
+    copies(index_ref, step, "wait")
+
+    def gathered(j: int) -> jax.Array:
+        index = vector_ref[:, j : j + 1]
+        value = buffer_ref[slot, j]
+        if pack == 2:  # even rows are the low halves
+            value = pltpu.bitcast(value, jnp.int32)
+            value = jnp.where(index % 2 == 1, value & jnp.int32(-65536), value << 16)
+            value = jax.lax.bitcast_convert_type(value, jnp.float32)
+        return jnp.where(index >= 0, value, 0)
+
+    if grad_ref is not None:
+        grad = grad_ref[...].astype(jnp.float32)
+        dots = [jnp.sum(gathered(j) * grad, axis=1, keepdims=True) for j in range(top_k)]
+        lane = jax.lax.broadcasted_iota(jnp.int32, out_ref.shape, 1)
+        total = sum(jnp.where(lane == j, dot, 0) for j, dot in enumerate(dots))
+
+        @pl.when(jax.lax.rem(step, widths) == 0)
+        def _init() -> None:
+            out_ref[...] = jnp.zeros_like(out_ref)
+
+        out_ref[...] += total
+        return
+    total = jnp.zeros((rows, width), jnp.float32)
+    for j in range(top_k):
+        value = gathered(j)
+        total += value if weights_ref is None else value * weights_ref[:, j : j + 1]
+    out_ref[...] = total.astype(out_ref.dtype)
+
+
+def block_sizes(num_rows: int, top_k: int, width: int, itemsize: int) -> tuple[int, int]:
+    """Rows and columns a block: whole rows if 8 (16) fit, and of rows what fits, up to 128."""
+    budget = tilings.vmem_budget_bytes(tilings.chip()) // 2
+    least = tilings.sublanes(itemsize)
+    per_value = 2 * top_k * 4 + 4 * itemsize + 8
+    columns = width
+    if least * width * per_value > budget:
+        fitting = budget // (least * per_value)
+        columns = next(
+            (c for c in tilings.splits(width, range(1, 1025)) if width % c == 0 and c <= fitting),
+            tilings.LANES,
+        )
+    rows = least
+    while rows < min(num_rows, 128) and 2 * rows * columns * per_value <= budget:
+        rows *= 2
+    return rows, columns
+
+
+def gather_rows(
+    source: jax.Array,
+    index: jax.Array,
+    weights: jax.Array | None = None,
+    grad: jax.Array | None = None,
+) -> jax.Array:
+    """The kernel call.
+
+    source: [N, D] bf16|f32; index: [R, k] i32, below 0 for none; weights: [R, k] f32 or None.
+    Returns [R, D] in source's dtype, or with grad [R, D] the dots [R, k] f32.
+    """
+    (num_rows, top_k), width = index.shape, source.shape[1]
+    weights = None if weights is None else weights.astype(jnp.float32)
+    itemsize = source.dtype.itemsize
+    rows, columns = block_sizes(num_rows, top_k, width, itemsize)
+    overhang = -width % columns
+    if overhang:  # a width that has no fitting divisor
+        source = jnp.pad(source, ((0, 0), (0, overhang)))
+        grad = None if grad is None else jnp.pad(grad, ((0, 0), (0, overhang)))
+    if itemsize == 2 and source.shape[0] % 2:
+        source = jnp.pad(source, ((0, 1), (0, 0)))
+    widths, blocks = (width + overhang) // columns, -(-num_rows // rows)
+    steps = blocks * widths
+    scalars = jnp.pad(index, ((0, blocks * rows - num_rows), (0, 0)), constant_values=-1)
+    scalars = scalars.reshape(blocks, 1, rows * top_k)
+    at = functools.partial
+    smem = at(pl.BlockSpec, (None, 1, rows * top_k), memory_space=pltpu.SMEM)
+    vector = pl.BlockSpec((rows, top_k), at(rows_block, widths=widths))
+    values = pl.BlockSpec((rows, columns), at(value_block, widths=widths))
+    dots = grad is not None
+    out_shape, out_dtype = (
+        ((num_rows, top_k) if dots else (num_rows, width + overhang)),
+        (jnp.float32 if dots else source.dtype),
+    )
+    call = pl.pallas_call(
+        at(kernel, widths=widths, top_k=top_k),
+        grid=(steps,),
+        in_specs=[
+            smem(index_map=at(index_block, widths=widths)),
+            smem(index_map=at(next_index_block, widths=widths, steps=steps)),
+            vector,
+            None if weights is None else vector,
+            values if dots else None,
+            pl.BlockSpec(memory_space=pltpu.HBM),
+        ],
+        out_specs=vector if dots else values,
+        out_shape=result_like(source, out_shape, out_dtype),
+        scratch_shapes=[
+            pltpu.VMEM((2, top_k, rows * 4 // itemsize, columns), source.dtype),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+        compiler_params=tilings.compiler_params(
+            ("arbitrary",), rows * columns * (2 * top_k * 4 + 4 * itemsize + 8)
+        ),
+        cost_estimate=cost(num_rows, top_k, width, itemsize),
+        name="taskmoe_row_dots" if dots else "taskmoe_gather_rows",
+    )
+    out = call(scalars, scalars, index, weights, grad, source)
+    return out if dots else out[:, :width]
