@@ -10,7 +10,7 @@ Grid: blocks of output rows, and within each, blocks of width. Each step starts 
 copies of the next step's rows, one each, waits for its own, and combines them in f32. Indices of
 this and of the next block lie in SMEM; an index below 0 copies nothing and counts as zero. Rows of
 16-bit values share a sublane in pairs, so the pair is copied, and the half that was asked for is
-taken in VMEM.
+taken in VMEM; TPU v3 copies 32-bit rows eight at a time.
 
 VMEM: two buffers of k * [m, n] 32-bit values for the copies, two of [m, n] out (and grad).
 """
@@ -27,6 +27,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.checks import result_like
+
+
+#: TPU v3 moves blocks between HBM and SMEM in units of 1,024 bytes.
+SMEM_WORDS = 256
 
 
 def cost(num_rows: int, top_k: int, width: int, itemsize: int) -> pl.CostEstimate:
@@ -70,11 +74,12 @@ def kernel(
     *,
     widths: int,
     top_k: int,
+    pack: int,
 ) -> None:
     """One block of rows and columns. weights_ref or grad_ref may be None."""
     step, steps = pl.program_id(0), pl.num_programs(0)
-    pack = 4 // source_ref.dtype.itemsize  # rows that share a sublane
     rows, width = buffer_ref.shape[2] // pack, buffer_ref.shape[3]
+    one_word = source_ref.dtype.itemsize == 4
     slot = jax.lax.rem(step, 2)
 
     def copies(indices: Any, at_step: Any, act: str) -> None:
@@ -106,11 +111,16 @@ def kernel(
 
     def gathered(j: int) -> jax.Array:
         index = vector_ref[:, j : j + 1]
-        value = buffer_ref[slot, j]
-        if pack == 2:  # even rows are the low halves
-            value = pltpu.bitcast(value, jnp.int32)
-            value = jnp.where(index % 2 == 1, value & jnp.int32(-65536), value << 16)
-            value = jax.lax.bitcast_convert_type(value, jnp.float32)
+        if pack == 1:
+            value = buffer_ref[slot, j]
+        elif one_word:
+            group = buffer_ref[slot, j].reshape(rows, pack, width)
+            which = jax.lax.broadcasted_iota(jnp.int32, group.shape, 1)
+            value = jnp.sum(jnp.where(which == (index % pack)[..., None], group, 0), axis=1)
+        else:  # even rows are the low halves
+            pair = pltpu.bitcast(buffer_ref[slot, j], jnp.int32)
+            pair = jnp.where(index % 2 == 1, pair & jnp.int32(-65536), pair << 16)
+            value = jax.lax.bitcast_convert_type(pair, jnp.float32)
         return jnp.where(index >= 0, value, 0)
 
     if grad_ref is not None:
@@ -132,11 +142,18 @@ def kernel(
     out_ref[...] = total.astype(out_ref.dtype)
 
 
+def rows_a_copy(itemsize: int) -> int:
+    """Rows that one copy must take: 16-bit rows come in pairs; TPU v3 copies whole registers."""
+    if tilings.chip().generation <= 3:
+        return tilings.sublanes(itemsize)
+    return 4 // itemsize
+
+
 def block_sizes(num_rows: int, top_k: int, width: int, itemsize: int) -> tuple[int, int]:
     """Rows and columns a block: whole rows if 8 (16) fit, and of rows what fits, up to 128."""
     budget = tilings.vmem_budget_bytes(tilings.chip()) // 2
     least = tilings.sublanes(itemsize)
-    per_value = 2 * top_k * 4 + 4 * itemsize + 8
+    per_value = 2 * top_k * rows_a_copy(itemsize) * itemsize + 4 * itemsize + 8
     columns = width
     if least * width * per_value > budget:
         fitting = budget // (least * per_value)
@@ -169,14 +186,17 @@ def gather_rows(
     if overhang:  # a width that has no fitting divisor
         source = jnp.pad(source, ((0, 0), (0, overhang)))
         grad = None if grad is None else jnp.pad(grad, ((0, 0), (0, overhang)))
-    if itemsize == 2 and source.shape[0] % 2:
-        source = jnp.pad(source, ((0, 1), (0, 0)))
+    pack = rows_a_copy(itemsize)
+    if source.shape[0] % pack:
+        source = jnp.pad(source, ((0, -source.shape[0] % pack), (0, 0)))
     widths, blocks = (width + overhang) // columns, -(-num_rows // rows)
     steps = blocks * widths
     scalars = jnp.pad(index, ((0, blocks * rows - num_rows), (0, 0)), constant_values=-1)
     scalars = scalars.reshape(blocks, 1, rows * top_k)
+    words = tilings.round_up(rows * top_k, SMEM_WORDS)
+    scalars = jnp.pad(scalars, ((0, 0), (0, 0), (0, words - rows * top_k)))
     at = functools.partial
-    smem = at(pl.BlockSpec, (None, 1, rows * top_k), memory_space=pltpu.SMEM)
+    smem = at(pl.BlockSpec, (None, 1, words), memory_space=pltpu.SMEM)
     vector = pl.BlockSpec((rows, top_k), at(rows_block, widths=widths))
     values = pl.BlockSpec((rows, columns), at(value_block, widths=widths))
     dots = grad is not None
@@ -185,7 +205,7 @@ def gather_rows(
         (jnp.float32 if dots else source.dtype),
     )
     call = pl.pallas_call(
-        at(kernel, widths=widths, top_k=top_k),
+        at(kernel, widths=widths, top_k=top_k, pack=pack),
         grid=(steps,),
         in_specs=[
             smem(index_map=at(index_block, widths=widths)),
@@ -198,11 +218,11 @@ def gather_rows(
         out_specs=vector if dots else values,
         out_shape=result_like(source, out_shape, out_dtype),
         scratch_shapes=[
-            pltpu.VMEM((2, top_k, rows * 4 // itemsize, columns), source.dtype),
+            pltpu.VMEM((2, top_k, rows * pack, columns), source.dtype),
             pltpu.SemaphoreType.DMA((2,)),
         ],
         compiler_params=tilings.compiler_params(
-            ("arbitrary",), rows * columns * (2 * top_k * 4 + 4 * itemsize + 8)
+            ("arbitrary",), rows * columns * (2 * top_k * pack * itemsize + 4 * itemsize + 8)
         ),
         cost_estimate=cost(num_rows, top_k, width, itemsize),
         name="taskmoe_row_dots" if dots else "taskmoe_gather_rows",
