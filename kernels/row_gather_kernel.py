@@ -29,10 +29,6 @@ from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.checks import result_like
 
 
-#: TPU v3 moves blocks between HBM and SMEM in units of 1,024 bytes.
-SMEM_WORDS = 256
-
-
 def cost(num_rows: int, top_k: int, width: int, itemsize: int) -> pl.CostEstimate:
     """FLOPs and bytes of moving num_rows * top_k rows into num_rows; 16-bit rows come in pairs."""
     moved = num_rows * width * (top_k * 4 + itemsize)
@@ -90,8 +86,9 @@ def kernel(
         def one(i: Any, carry: None) -> None:
             for j in range(top_k):
                 index = indices[0, i * top_k + j]
+                first = pl.multiple_of(index // pack * pack, pack)
                 copy = pltpu.make_async_copy(
-                    source_ref.at[pl.ds(index // pack * pack, pack), columns],
+                    source_ref.at[pl.ds(first, pack), columns],
                     buffer_ref.at[at_slot, j, pl.ds(i * pack, pack)],
                     semaphores.at[at_slot],
                 )
@@ -155,6 +152,8 @@ def block_sizes(num_rows: int, top_k: int, width: int, itemsize: int) -> tuple[i
     least = tilings.sublanes(itemsize)
     per_value = 2 * top_k * rows_a_copy(itemsize) * itemsize + 4 * itemsize + 8
     columns = width
+    if rows_a_copy(itemsize) == least and width <= tilings.LANES:
+        columns = 2 * tilings.LANES  # TPU v3 takes no narrower rows
     if least * width * per_value > budget:
         fitting = budget // (least * per_value)
         columns = next(
@@ -193,10 +192,8 @@ def gather_rows(
     steps = blocks * widths
     scalars = jnp.pad(index, ((0, blocks * rows - num_rows), (0, 0)), constant_values=-1)
     scalars = scalars.reshape(blocks, 1, rows * top_k)
-    words = tilings.round_up(rows * top_k, SMEM_WORDS)
-    scalars = jnp.pad(scalars, ((0, 0), (0, 0), (0, words - rows * top_k)))
     at = functools.partial
-    smem = at(pl.BlockSpec, (None, 1, words), memory_space=pltpu.SMEM)
+    smem = at(pl.BlockSpec, (None, 1, rows * top_k), memory_space=pltpu.SMEM)
     vector = pl.BlockSpec((rows, top_k), at(rows_block, widths=widths))
     values = pl.BlockSpec((rows, columns), at(value_block, widths=widths))
     dots = grad is not None
