@@ -22,13 +22,15 @@ from taskmoe.kernels.checks import (
     choose_implementation,
     match_varying,
 )
-from taskmoe.kernels.grouped_matmul import _check_groups, gmm_reference
+from taskmoe.kernels.ffn_backward_kernel import expert_ffn_backward_mosaic
+from taskmoe.kernels.ffn_kernel import ACTIVATIONS, expert_ffn_mosaic
+from taskmoe.kernels.grouped_matmul import check_groups, gmm_reference
+from taskmoe.kernels.tiling import Tiling, check_tiling
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 Activation = Literal["relu", "gelu", "silu"]
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
 def expert_ffn_reference(
@@ -66,7 +68,7 @@ def _hidden(
     return act(up) if w_gate is None else act(_dot(x, w_gate)) * up
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _expert_ffn(
     x: jax.Array,
     w_in: jax.Array,
@@ -76,7 +78,11 @@ def _expert_ffn(
     group_offset: jax.Array,
     activation: Activation,
     implementation: str,
+    tiling: Tiling | None,
 ) -> jax.Array:
+    if implementation == "mosaic":
+        args = (x, w_in, w_out, w_gate, group_sizes, group_offset, activation)
+        return expert_ffn_mosaic(*args, tiling)
     num_rows, num_groups = x.shape[0], w_in.shape[0]
     bounds = row_tiles.group_bounds(group_sizes, group_offset, num_groups, num_rows)
 
@@ -103,14 +109,21 @@ def _expert_ffn_forward(
     group_offset: jax.Array,
     activation: Activation,
     implementation: str,
+    tiling: Tiling | None,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     args = (x, w_in, w_out, w_gate, group_sizes, group_offset)
-    return _expert_ffn(*args, activation, implementation), args
+    return _expert_ffn(*args, activation, implementation, tiling), args
 
 
 def _expert_ffn_backward(
-    activation: Activation, implementation: str, residuals: tuple[Any, ...], grad: jax.Array
+    activation: Activation,
+    implementation: str,
+    tiling: Tiling | None,
+    residuals: tuple[Any, ...],
+    grad: jax.Array,
 ) -> tuple[Any, ...]:
+    if implementation == "mosaic":
+        return *expert_ffn_backward_mosaic(residuals, grad, activation), None, None
     x, w_in, w_out, w_gate, group_sizes, group_offset = residuals
     num_rows, num_groups = x.shape[0], w_in.shape[0]
     acc = accumulator(x.dtype)
@@ -169,7 +182,7 @@ def expert_ffn(
     activation: Activation = "relu",
     w_gate: Float[Array, "E D F"] | None = None,
     group_offset: int | Int[Array, ""] | None = None,
-    tiling: Any = None,
+    tiling: Tiling | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "M D"]:
     """Run each group of rows through its expert's feed-forward network.
@@ -183,7 +196,8 @@ def expert_ffn(
     activation: "relu", "gelu" (tanh form) or "silu", taken in f32.
     w_gate: [E, D, F] or None; the activation is on x W_gate (silu: SwiGLU, gelu: GeGLU).
     group_offset: scalar i32, the group that w_in[0] belongs to; None means 0 and wants E == G.
-    tiling: a `Tiling` that overrides the kernel's choice of block sizes ("mosaic" only).
+    tiling: a `Tiling` (m rows, k = D, n hidden units) that overrides the forward kernel's choice of
+      block sizes ("mosaic" only).
     implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by platform).
 
     Returns [M, D] in x's dtype; hidden activations are rounded to x's dtype before W_out. Rows past
@@ -206,7 +220,10 @@ def expert_ffn(
         raise ValueError(
             f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
         )
-    offset = _check_groups(group_sizes, group_offset, num_groups, "w_in.shape[0]")
+    offset = check_groups(group_sizes, group_offset, num_groups, "w_in.shape[0]")
+    check_tiling(tiling, x.shape[1], hidden, x.dtype.itemsize)
+    if tiling is not None and tiling.k != x.shape[1]:
+        raise ValueError(f"tiling.k must be D={x.shape[1]} in expert_ffn, got {tiling.k}")
     chosen = choose_implementation("expert_ffn", implementation)
     arrays = (x, w_in, w_out, group_sizes, offset)
     if w_gate is None:
@@ -216,4 +233,4 @@ def expert_ffn(
     args = (x, w_in, w_out, w_gate, group_sizes, offset, activation)
     if chosen == "reference":
         return expert_ffn_reference(*args)
-    return _expert_ffn(*args, chosen)
+    return _expert_ffn(*args, chosen, tiling)

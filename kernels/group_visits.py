@@ -3,8 +3,8 @@
 The sequential grid axis of gmm, tgmm and expert_ffn is a list of visits. A visit is one block of
 rows and one group that has rows there. A block that straddles groups is visited once for each,
 consecutively, so that its output stays in VMEM between them; empty groups are not visited. Blocks
-without any row of the local groups are visited once, to be zeroed; tgmm instead visits groups
-without rows once, for the same reason.
+without any row of the local groups are visited once, to be zeroed. Kernels that return a matrix a
+group visit groups without rows once, for the same reason.
 """
 
 from __future__ import annotations
@@ -32,25 +32,29 @@ class Visits(NamedTuple):
     num: jax.Array
 
 
-def visit_blocks(bounds: tuple[jax.Array, jax.Array], num_rows: int, block_rows: int) -> Visits:
-    """Every block of rows at least once, in order: for kernels whose output is rows."""
+def visit_blocks(
+    bounds: tuple[jax.Array, jax.Array], num_rows: int, block_rows: int, every_group: bool = False
+) -> Visits:
+    """Every block of rows at least once, in order, and if so asked every group as well."""
     starts, ends = bounds
-    blocks = -(-num_rows // block_rows)
-    held = ends > starts
+    num_groups, blocks = starts.shape[0], -(-num_rows // block_rows)
+    held = (ends > starts) | every_group
     some = jnp.any(held)
     # Rows [low, high) belong to local groups; the blocks before and after them hold none.
-    low = jnp.where(some, jnp.min(jnp.where(held, starts, num_rows)), 0)
-    high = jnp.where(some, jnp.max(jnp.where(held, ends, 0)), 0)
-    first = jnp.where(held, starts // block_rows, 0)
-    count = jnp.where(held, (ends - 1) // block_rows - first + 1, 0)
+    low = jnp.where(some, starts[0], 0)
+    high = jnp.where(some, ends[-1], 0)
+    first = jnp.minimum(starts, num_rows - 1) // block_rows
+    last = jnp.maximum(ends - 1, first * block_rows) // block_rows
     after = -(-high // block_rows)
+    before = jnp.minimum(low, num_rows - 1) // block_rows
+    count = jnp.where(held, last - first + 1, 0)
     first = jnp.concatenate([jnp.zeros(1, jnp.int32), first, after[None]])
-    count = jnp.concatenate([(low // block_rows)[None], count, (blocks - after)[None]])
-    segment, place, num = _unroll(count, blocks + starts.shape[0])
+    count = jnp.concatenate([before[None], count, (blocks - after)[None]])
+    segment, place, num = _unroll(count, blocks + num_groups + 1)
     # The zeroing visits borrow a group that is visited anyway, so that no matrix is fetched for
     # them.
-    order = jnp.arange(starts.shape[0], dtype=jnp.int32)
-    lowest = jnp.min(jnp.where(held, order, starts.shape[0] - 1))
+    order = jnp.arange(num_groups, dtype=jnp.int32)
+    lowest = jnp.min(jnp.where(held, order, num_groups - 1))
     highest = jnp.max(jnp.where(held, order, 0))
     group = jnp.clip(segment - 1, lowest, jnp.maximum(lowest, highest))
     return Visits(starts, ends, group, first[segment] + place, num)

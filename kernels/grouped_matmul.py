@@ -271,7 +271,7 @@ def gmm(
     depth = lhs.shape[1]
     check_shape("rhs", rhs, ("E", "N", depth) if transpose_rhs else ("E", depth, "N"))
     check_float("rhs", rhs, ("lhs", lhs))
-    offset = _check_groups(group_sizes, group_offset, rhs.shape[0], "rhs.shape[0]")
+    offset = check_groups(group_sizes, group_offset, rhs.shape[0], "rhs.shape[0]")
     width = rhs.shape[1 if transpose_rhs else 2]
     check_tiling(tiling, depth, width, lhs.dtype.itemsize)
     chosen = choose_implementation("gmm", implementation)
@@ -317,7 +317,7 @@ def tgmm(
         num_groups = jnp.shape(group_sizes)[0]
     if not isinstance(num_groups, int) or num_groups < 1:
         raise ValueError(f"num_groups must be an int of at least 1, got {num_groups!r}")
-    offset = _check_groups(group_sizes, group_offset, num_groups, "num_groups")
+    offset = check_groups(group_sizes, group_offset, num_groups, "num_groups")
     check_tiling(tiling, lhs.shape[1], grad.shape[1], lhs.dtype.itemsize)
     chosen = choose_implementation("tgmm", implementation)
     out_dtype = _out_dtype(preferred_element_type, lhs)
@@ -327,7 +327,8 @@ def tgmm(
     return _tgmm(lhs, grad, group_sizes, offset, num_groups, out_dtype, chosen, tiling)
 
 
-def _check_groups(group_sizes: Any, group_offset: Any, num_groups: int, source: str) -> jax.Array:
+def check_groups(group_sizes: Any, group_offset: Any, num_groups: int, source: str) -> jax.Array:
+    """The group offset as an array, if it and the group sizes fit num_groups = `source`."""
     check_shape("group_sizes", group_sizes, ("G",))
     check_int("group_sizes", group_sizes)
     total = group_sizes.shape[0]

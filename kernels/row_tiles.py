@@ -32,18 +32,17 @@ class Tile(NamedTuple):
 def group_bounds(
     group_sizes: jax.Array, group_offset: jax.Array, num_groups: int, num_rows: int
 ) -> tuple[jax.Array, jax.Array]:
-    """First and one past the last row, [num_groups] i32 each, of the local groups.
+    """First and one past the last row, [num_groups] i32 each, of the local groups; both ascend.
 
     Negative sizes count as 0, rows past num_rows are cut off, and groups that group_sizes does not
     have are empty.
     """
     sizes = jnp.maximum(group_sizes.astype(jnp.int32), 0)
     ends = jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), num_rows)
-    starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    bounds = jnp.concatenate([jnp.zeros_like(ends[:1]), ends])
     index = group_offset + jnp.arange(num_groups, dtype=jnp.int32)
-    known = (index >= 0) & (index < sizes.shape[0])
-    index = jnp.clip(index, 0, sizes.shape[0] - 1)
-    return jnp.where(known, starts[index], 0), jnp.where(known, ends[index], 0)
+    last = sizes.shape[0]
+    return bounds[jnp.clip(index, 0, last)], bounds[jnp.clip(index + 1, 0, last)]
 
 
 def tile_rows(num_rows: int, num_groups: int, depth: int, width: int) -> int:

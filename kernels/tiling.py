@@ -16,6 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 #: Lanes of a vector register: the unit of a block's last dimension on every TPU.
 LANES = 128
+#: Hidden units that expert_ffn works on at a time.
+HIDDEN_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,67 @@ def tgmm_tiling(
     if not fits:
         return Tiling(rows, min(k, LANES), min(n, LANES))
     return min(fits, key=lambda t: tgmm_bytes(t, m, k, n, e, itemsize, out_itemsize))
+
+
+def ffn_vmem_bytes(t: Tiling, matrices: int, itemsize: int) -> int:
+    """VMEM of expert_ffn: rows, matrices and result twice, the sum, and a hidden block's values."""
+    streams = 2 * t.m * t.k * itemsize + matrices * t.k * t.n * itemsize
+    return 2 * streams + t.m * t.k * 4 + t.m * min(t.n, HIDDEN_CHUNK) * (4 * (matrices - 1) + 4)
+
+
+def ffn_bytes(t: Tiling, m: int, f: int, e: int, matrices: int, itemsize: int) -> int:
+    """HBM bytes of expert_ffn: rows in and out once, matrices once an expert unless F is cut."""
+    reads = e if t.n >= f else -(-m // t.m) + e - 1
+    return (2 * m * t.k + reads * matrices * t.k * f) * itemsize
+
+
+@functools.cache
+def ffn_tiling(
+    m: int, d: int, f: int, e: int, matrices: int, itemsize: int, info: pltpu.TpuInfo
+) -> Tiling:
+    """Block sizes for expert_ffn of [m, d] through e experts of `matrices` [d, f]."""
+    base = block_rows(m, e, itemsize)
+    budget = vmem_budget_bytes(info)
+    fits = [
+        t
+        for rows in (base, 2 * base, 4 * base)
+        for bf in splits(f)
+        if ffn_vmem_bytes(t := Tiling(rows, d, bf), matrices, itemsize) <= budget
+    ]
+    if not fits:
+        return Tiling(base, d, min(f, LANES))
+    return min(fits, key=lambda t: (ffn_bytes(t, m, f, e, matrices, itemsize), t.m, -t.n))
+
+
+def ffn_backward_vmem_bytes(t: Tiling, matrices: int, itemsize: int) -> int:
+    """VMEM of the backward: rows, gradient, its result, matrices and theirs twice, f32 sums."""
+    streams = 2 * t.m * t.k * itemsize + t.m * t.k * 4 + 2 * matrices * t.k * t.n * itemsize
+    return 2 * streams + matrices * t.k * t.n * 4 + t.m * t.n * 4 * (matrices + 2)
+
+
+def ffn_backward_bytes(t: Tiling, m: int, f: int, e: int, matrices: int, itemsize: int) -> int:
+    """HBM bytes of the backward: rows once a hidden block, matrices read and written once."""
+    cuts = -(-f // t.n)
+    partial = m * t.k * (itemsize if cuts == 1 else 4)
+    return cuts * (2 * m * t.k * itemsize + partial) + 2 * e * matrices * t.k * f * itemsize
+
+
+@functools.cache
+def ffn_backward_tiling(
+    m: int, d: int, f: int, e: int, matrices: int, itemsize: int, info: pltpu.TpuInfo
+) -> Tiling:
+    """Block sizes for the backward of expert_ffn."""
+    rows = block_rows(m, e, itemsize)
+    budget = vmem_budget_bytes(info)
+    fits = [
+        t
+        for bf in splits(f)
+        if ffn_backward_vmem_bytes(t := Tiling(rows, d, bf), matrices, itemsize) <= budget
+        and (info.num_cores == 1 or bf < f or f <= LANES)
+    ]
+    if not fits:
+        return Tiling(sublanes(itemsize), d, min(f, LANES))
+    return min(fits, key=lambda t: ffn_backward_bytes(t, m, f, e, matrices, itemsize))
 
 
 def compiler_params(

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from taskmoe.kernels import expert_ffn, gmm
+from taskmoe.kernels.ffn_backward_kernel import expert_ffn_backward_mosaic
+from taskmoe.kernels.tiling import Tiling
 from taskmoe.tests.kernels import support
 
-FAST = ["xla"]
+FAST = ["xla", "mosaic"]
 
 
 @functools.cache
@@ -92,6 +94,30 @@ def test_any_groups(implementation: str, shape: tuple[int, int, int, int, bool],
     m, d, f, e, gated = shape
     sizes = data.draw(support.group_patterns(m, e))
     check(implementation, "silu", gated, operands(m, d, f, sizes, jnp.float32))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_hidden_dimension_cut_with_a_tail(gated: bool) -> None:
+    args = operands(50, 24, 300, [20, 0, 13], jnp.float32)
+    x, w_in, w_out, w_gate, sizes, grad = args
+    tiling = Tiling(16, 24, 128)
+
+    def f(x: Any, w_in: Any, w_out: Any, w_gate: Any, sizes: Any, grad: Any) -> Any:
+        gate = w_gate if gated else None
+        out = expert_ffn(
+            x, w_in, w_out, sizes, activation="silu", w_gate=gate,
+            tiling=tiling, implementation="mosaic",
+        )  # fmt: skip
+        residuals = (x, w_in, w_out, gate, sizes, jnp.int32(0))
+        d_x, d_in, d_out, d_gate = expert_ffn_backward_mosaic(residuals, grad, "silu", tiling)
+        d_gate = jnp.zeros_like(w_gate) if d_gate is None else d_gate
+        return {"out": out, "x": d_x, "w_in": d_in, "w_out": d_out, "w_gate": d_gate}
+
+    truth = support.in_float64(run("reference", "silu", gated), *args)
+    plain = support.call("reference", run("reference", "silu", gated), *args)
+    x, grad = support.poison_tail(x, 33), support.poison_tail(grad, 33)
+    ours = support.call("mosaic", f, x, w_in, w_out, w_gate, sizes, grad)
+    support.assert_as_good(ours, plain, truth)
 
 
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
