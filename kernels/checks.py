@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 IMPLEMENTATIONS = ("mosaic", "xla", "reference")
 #: Ops that have a Pallas TPU kernel.
-MOSAIC_OPS: tuple[str, ...] = ("combine", "dispatch", "expert_ffn", "gmm", "tgmm")
+MOSAIC_OPS = ("combine", "dispatch", "expert_ffn", "gmm", "tgmm", "top_k_gating")
 
 
 def choose_implementation(op: str, implementation: str | None) -> str:

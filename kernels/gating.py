@@ -23,6 +23,7 @@ from taskmoe.kernels.checks import (
     choose_implementation,
     match_varying,
 )
+from taskmoe.kernels.gating_kernel import gating_backward_mosaic, gating_mosaic
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -71,14 +72,13 @@ def top_k_gating_reference(logits: jax.Array, top_k: int, valid: jax.Array) -> G
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gating_mosaic(logits: jax.Array, top_k: int, valid: jax.Array) -> Gating:
+    experts, weights, slots, counts, probs, squares = gating_mosaic(logits, top_k, valid)
+    num_valid = jnp.maximum(jnp.sum(valid), 1)
+    return Gating(experts, weights, slots, counts, probs / num_valid, squares / num_valid)
+
+
 def _gating_xla(logits: jax.Array, top_k: int, valid: jax.Array) -> Gating:
-    return _gating_xla_forward(logits, top_k, valid)[0]
-
-
-def _gating_xla_forward(
-    logits: jax.Array, top_k: int, valid: jax.Array
-) -> tuple[Gating, tuple[jax.Array, ...]]:
     x = jnp.where(valid[:, None], logits.astype(accumulator(logits.dtype)), 0)
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     open_ = jnp.maximum(x, jnp.finfo(x.dtype).min)  # above the mark of those already chosen
@@ -97,7 +97,7 @@ def _gating_xla_forward(
     total = jnp.sum(shifted, axis=1, keepdims=True)
     lse = jnp.where(valid[:, None], jnp.log(total) + chosen[0], 0)
     num_valid = jnp.maximum(jnp.sum(valid), 1)
-    gating = Gating(
+    return Gating(
         experts=jnp.concatenate(experts, axis=1),
         weights=jnp.where(valid[:, None], weights, 0),
         slots=jnp.where(valid[:, None], slots, -1),
@@ -105,7 +105,6 @@ def _gating_xla_forward(
         mean_probs=jnp.sum(jnp.where(valid[:, None], shifted / total, 0), axis=0) / num_valid,
         z_loss=jnp.sum(lse**2) / num_valid,
     )
-    return gating, (logits, valid, gating.experts, gating.weights)
 
 
 def _queue_places(assigned: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -152,14 +151,31 @@ def gating_gradient(
     return jnp.where(valid[:, None], dense, 0).astype(logits.dtype)
 
 
-def _gating_xla_backward(
-    top_k: int, residuals: tuple[jax.Array, ...], grads: Gating
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 3))
+def _gating(logits: jax.Array, top_k: int, valid: jax.Array, implementation: str) -> Gating:
+    run = _gating_mosaic if implementation == "mosaic" else _gating_xla
+    return run(logits, top_k, valid)
+
+
+def _gating_forward(
+    logits: jax.Array, top_k: int, valid: jax.Array, implementation: str
+) -> tuple[Gating, tuple[jax.Array, ...]]:
+    gating = _gating(logits, top_k, valid, implementation)
+    return gating, (logits, valid, gating.experts, gating.weights)
+
+
+def _gating_backward(
+    top_k: int, implementation: str, residuals: tuple[jax.Array, ...], grads: Gating
 ) -> tuple[Any, ...]:
     logits, valid, experts, weights = residuals
-    return gating_gradient(logits, valid, experts, weights, grads), None
+    if implementation != "mosaic":
+        return gating_gradient(logits, valid, experts, weights, grads), None
+    num_valid = jnp.maximum(jnp.sum(valid), 1)
+    sums = grads.weights, grads.mean_probs / num_valid, grads.z_loss / num_valid
+    return gating_backward_mosaic(logits, valid, experts, weights, *sums), None
 
 
-_gating_xla.defvjp(_gating_xla_forward, _gating_xla_backward)
+_gating.defvjp(_gating_forward, _gating_backward)
 
 
 def top_k_gating(
@@ -199,4 +215,4 @@ def top_k_gating(
     logits, valid = match_varying(logits, valid)
     if chosen == "reference":
         return top_k_gating_reference(logits, top_k, valid)
-    return _gating_xla(logits, top_k, valid)
+    return _gating(logits, top_k, valid, chosen)

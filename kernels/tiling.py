@@ -171,7 +171,7 @@ def ffn_tiling(
 def ffn_backward_vmem_bytes(t: Tiling, matrices: int, itemsize: int) -> int:
     """VMEM of the backward: rows, gradient, its result, matrices and theirs twice, f32 sums."""
     streams = 2 * t.m * t.k * itemsize + t.m * t.k * 4 + 2 * matrices * t.k * t.n * itemsize
-    return 2 * streams + matrices * t.k * t.n * 4 + t.m * t.n * 4 * (matrices + 2)
+    return 2 * streams + matrices * t.k * t.n * 4 + t.m * t.n * 4 * 2 * matrices
 
 
 def ffn_backward_bytes(t: Tiling, m: int, f: int, e: int, matrices: int, itemsize: int) -> int:

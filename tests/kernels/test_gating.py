@@ -13,8 +13,8 @@ import pytest
 from taskmoe.kernels import Gating, row_plan, top_k_gating
 from taskmoe.tests.kernels import support
 
-ALL = ["reference", "xla"]
-FAST = ["xla"]
+ALL = ["reference", "xla", "mosaic"]
+FAST = ["xla", "mosaic"]
 
 
 def by_hand(logits: np.ndarray, top_k: int, valid: np.ndarray) -> dict[str, np.ndarray]:
