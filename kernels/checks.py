@@ -50,8 +50,10 @@ def in_interpret_mode() -> bool:
     def copy(x_ref: Any, o_ref: Any) -> None:
         o_ref[...] = x_ref[...]
 
-    probe = pl.pallas_call(copy, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32))
-    jaxpr = jax.make_jaxpr(lambda x: probe(x))(jax.ShapeDtypeStruct((8, 128), jnp.float32))
+    def probe(x: jax.Array) -> jax.Array:
+        return pl.pallas_call(copy, out_shape=result_like(x, x.shape, x.dtype))(x)
+
+    jaxpr = jax.make_jaxpr(probe)(jax.ShapeDtypeStruct((8, 128), jnp.float32))
     return any(eqn.params.get("interpret") for eqn in jaxpr.eqns)
 
 

@@ -1,0 +1,99 @@
+"""The walk of the grouped kernels: every row once, empty groups free, matrices read once."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from taskmoe.kernels import tiling
+from taskmoe.kernels.group_visits import visit_blocks, visit_groups
+from taskmoe.kernels.row_tiles import group_bounds
+from taskmoe.tests.kernels import support
+
+V5E = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
+
+
+def walk_of(sizes: list[int], offset: int, held: int, m: int, block: int, kind: str) -> list:
+    bounds = group_bounds(jnp.asarray(sizes, jnp.int32), jnp.int32(offset), held, m)
+    if kind == "groups":
+        visits = visit_groups(bounds, m, block)
+    else:
+        visits = visit_blocks(bounds, m, block, every_group=kind == "both")
+    num = int(visits.num)
+    assert num <= visits.group.shape[0]
+    return list(zip(np.asarray(visits.group)[:num], np.asarray(visits.block)[:num], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["blocks", "groups", "both"])
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    sizes=support.group_patterns(61, 6), offset=st.integers(-2, 7), block=st.sampled_from([8, 16])
+)
+def test_every_meeting_of_block_and_group_once_and_in_order(
+    kind: str, sizes: list[int], offset: int, block: int
+) -> None:
+    held = 4
+    visits = walk_of(sizes, offset, held, 61, block, kind)
+    ends = np.cumsum(sizes)
+    meetings = []
+    for e in range(held):
+        if 0 <= e + offset < len(sizes):
+            rows = range(ends[e + offset] - sizes[e + offset], ends[e + offset])
+            meetings += [(e, b) for b in sorted({row // block for row in rows})]
+    assert [v for v in visits if v in set(meetings)] == meetings
+    groups, blocks = [g for g, _ in visits], [b for _, b in visits]
+    assert all(0 <= g < held for g in groups)
+    assert all(0 <= b < -(-61 // block) for b in blocks)
+    if kind != "blocks":  # each group's result is written in one stay
+        assert [g for i, g in enumerate(groups) if i == 0 or groups[i - 1] != g] == [*range(held)]
+    if kind != "groups":
+        assert [b for i, b in enumerate(blocks) if i == 0 or blocks[i - 1] != b] == [
+            *range(-(-61 // block))
+        ]
+    if kind == "blocks" and meetings:
+        assert set(groups) == {e for e, _ in meetings}
+
+
+def fetches(indices: list) -> int:
+    """Blocks that the pipeline reads: one each time the index changes."""
+    return sum(i == 0 or indices[i - 1] != index for i, index in enumerate(indices))
+
+
+@pytest.mark.parametrize("rows", [64, 256, 1024, 16384])
+@pytest.mark.parametrize("pattern", ["even", "random", "one expert", "few"])
+def test_expert_ffn_moves_hardly_more_than_it_must(rows: int, pattern: str) -> None:
+    d, f, e, itemsize = 512, 2048, 32, 2
+    weights = {"one expert": [1.0] + [0.0] * 31, "few": [0.25] * 4 + [0.0] * 28}
+    share = np.asarray(weights.get(pattern, [1 / 32] * 32))
+    if pattern == "even":
+        sizes = [rows // e] * e
+    else:
+        sizes = np.random.default_rng(0).multinomial(rows, share).tolist()
+    t = tiling.ffn_tiling(rows, d, f, e, 2, itemsize, V5E)
+    assert t.n == f
+    visits = walk_of(sizes, 0, e, rows, t.m, "blocks")
+    matrices = fetches([g for g, _ in visits]) * 2 * d * f * itemsize
+    moved = matrices + 2 * fetches([b for _, b in visits]) * t.m * d * itemsize
+    floor = np.count_nonzero(sizes) * 2 * d * f * itemsize + 2 * rows * d * itemsize
+    assert moved <= 1.15 * floor
+
+
+@pytest.mark.parametrize("version", ["v3", "v4", "v5e", "v5p", "v6e", "7x"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "e"), [(16384, 512, 2048, 32), (64, 512, 2048, 32), (7, 5, 3, 2)]
+)
+def test_chosen_blocks_fit(version: str, itemsize: int, m: int, k: int, n: int, e: int) -> None:
+    info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(version), 1)
+    budget = tiling.vmem_budget_bytes(info)
+    t = tiling.gmm_tiling(m, k, n, e, itemsize, itemsize, info)
+    assert tiling.gmm_vmem_bytes(t, k, itemsize, itemsize) <= budget
+    t = tiling.tgmm_tiling(m, k, n, e, itemsize, itemsize, info)
+    assert tiling.tgmm_vmem_bytes(t, itemsize, itemsize) <= budget
+    for matrices in (2, 3):
+        t = tiling.ffn_tiling(m, k, n, e, matrices, itemsize, info)
+        assert tiling.ffn_vmem_bytes(t, matrices, itemsize) <= budget
+        t = tiling.ffn_backward_tiling(m, k, n, e, matrices, itemsize, info)
+        assert tiling.ffn_backward_vmem_bytes(t, matrices, itemsize) <= budget

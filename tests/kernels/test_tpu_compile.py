@@ -1,0 +1,131 @@
+"""Every kernel, forward and backward, compiled ahead of time for six TPU generations.
+
+Needs libtpu (`pip install "jax[tpu]"`), and no TPU: its compiler runs anywhere.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from taskmoe.kernels import combine, dispatch, expert_ffn, gmm, row_plan, tgmm, top_k_gating
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+TOPOLOGIES = {
+    "v3": "v3:4x8",
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+CHIPS = [
+    (chip, dtype)
+    for chip in TOPOLOGIES
+    for dtype in (jnp.float32, jnp.bfloat16)
+    if (chip, dtype) != ("v3", jnp.bfloat16)  # Mosaic takes no bfloat16 there
+]
+#: (T, D, F, E, k): the paper's WMT model, decoding, and sizes that nothing divides.
+SIZES = [(8192, 512, 2048, 32, 2), (32, 512, 2048, 32, 2), (37, 131, 261, 5, 3)]
+
+
+@functools.cache
+def devices(chip: str) -> Any:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    name = TOPOLOGIES[chip]
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+def compiled(chip: str, f: Callable[..., Any], *shapes: Any, count: int = 1) -> str:
+    """HLO of f compiled for this chip, all arguments whole on every one of `count` devices."""
+    axes: Any = {"axis_types": (AxisType.Auto,)}
+    mesh = Mesh(np.array(devices(chip)[:count]), ("data",), **axes)
+    with jax.set_mesh(mesh):
+        args = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, P())),
+            shapes,
+        )
+        return jax.jit(f).lower(*args).compile().as_text()
+
+
+def gradient_of(f: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """f's gradients for its first `count` arguments, given those of its result last."""
+
+    def run(*args: Any) -> Any:
+        *args, grad = args
+        return jax.vjp(lambda *first: f(*first, *args[count:]), *args[:count])[1](grad)
+
+    return run
+
+
+def cases(size: tuple[int, ...], dtype: Any) -> dict[str, tuple[Any, Any, int]]:
+    """Name of each op: itself, its arguments and how many of them carry gradients."""
+    t, d, f, e, k = size
+    array = jax.ShapeDtypeStruct
+    m = t * k
+    sizes, rows = array((e,), jnp.int32), array((t, k), jnp.int32)
+    wide, up, down = array((m, d), dtype), array((e, d, f), dtype), array((e, f, d), dtype)
+
+    def gating(logits: Any) -> Any:
+        found = top_k_gating(logits, k)
+        return found.weights, found.mean_probs, found.z_loss, row_plan(found).rows
+
+    def gated(x: Any, w_in: Any, w_out: Any, w_gate: Any, sizes: Any) -> Any:
+        return expert_ffn(x, w_in, w_out, sizes, activation="silu", w_gate=w_gate)
+
+    weights = array((t, k), jnp.float32)
+    return {
+        "top_k_gating": (gating, [array((t, e), dtype)], 1),
+        "dispatch": (lambda x, r: dispatch(x, r, m), [array((t, d), dtype), rows], 1),
+        "combine": (lambda y, w, r: combine(y, r, w), [wide, weights, rows], 2),
+        "gmm": (gmm, [wide, up, sizes], 2),
+        "tgmm": (tgmm, [wide, array((m, f), dtype), sizes], 2),
+        "expert_ffn": (lambda *a: expert_ffn(*a, activation="gelu"), [wide, up, down, sizes], 3),
+        "expert_ffn gated": (gated, [wide, up, down, up, sizes], 4),
+    }
+
+
+OPS = list(cases(SIZES[0], jnp.float32))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("chip", "dtype"), CHIPS)
+def test_compiles_forward_and_backward(
+    chip: str, dtype: Any, size: tuple[int, ...], op: str
+) -> None:
+    f, args, count = cases(size, dtype)[op]
+    assert "taskmoe_" in compiled(chip, f, *args)
+    # The last result of the gating case is of integers.
+    floats = (lambda *a: f(*a)[:-1]) if op == "top_k_gating" else f
+    results = jax.eval_shape(floats, *args)
+    assert "taskmoe_" in compiled(chip, gradient_of(floats, count), *args, results)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_compiles_inside_shard_map(chip: str) -> None:
+    x, logits = jnp.zeros((64, 256)), jnp.zeros((64, 8))
+    w_in, w_out = jnp.zeros((8, 256, 512)), jnp.zeros((8, 512, 256))
+
+    def local(x: Any, logits: Any, w_in: Any, w_out: Any) -> Any:
+        gating = top_k_gating(logits)
+        plan = row_plan(gating)
+        rows = expert_ffn(dispatch(x, plan.rows, plan.num_rows), w_in, w_out, plan.group_sizes)
+        return jnp.sum(jax.lax.psum(combine(rows, plan.rows, gating.weights) ** 2, "data"))
+
+    mapped = jax.shard_map(local, in_specs=(P("data"), P("data"), P(), P()), out_specs=P())
+    assert "taskmoe_" in compiled(
+        chip, jax.grad(mapped, argnums=(0, 1, 2, 3)), x, logits, w_in, w_out, count=4
+    )
