@@ -58,9 +58,13 @@ def round_up(x: int, multiple: int) -> int:
 
 
 def splits(size: int, parts: Iterable[int] = (1, 2, 3, 4, 6, 8, 16, 32, 64)) -> list[int]:
-    """Block sizes that cut `size` into about equal multiples of 128, largest first."""
+    """Block sizes that cut `size` into equal multiples of 128 where it is one, largest first.
+
+    Other sizes are cut into about equal multiples, the last block overhanging.
+    """
     sizes = {size} | {round_up(-(-size // part), LANES) for part in parts}
-    return sorted((s for s in sizes if s <= size), reverse=True)
+    even = size % LANES == 0
+    return sorted((s for s in sizes if s <= size and not (even and size % s)), reverse=True)
 
 
 def block_rows(num_rows: int, num_groups: int, itemsize: int, largest: int = 256) -> int:
