@@ -86,18 +86,20 @@ def _expert_ffn(
     num_rows, num_groups = x.shape[0], w_in.shape[0]
     bounds = row_tiles.group_bounds(group_sizes, group_offset, num_groups, num_rows)
 
-    def pick(w: jax.Array | None, tile: row_tiles.Tile) -> Any:
-        return None if w is None else jax.lax.dynamic_index_in_dim(w, tile.group, keepdims=False)
-
-    def body(tile: row_tiles.Tile, out: jax.Array) -> jax.Array:
-        rows = row_tiles.take(x, tile)
-        hidden = _hidden(rows, pick(w_in, tile), pick(w_gate, tile), activation)
-        return row_tiles.put(out, tile, _dot(hidden.astype(x.dtype), pick(w_out, tile)))
-
     rows = row_tiles.tile_rows(num_rows, *w_in.shape)
-    out = jnp.zeros((num_rows, w_out.shape[2]), x.dtype)
-    (out,) = match_varying(out, x)[:1]
-    return row_tiles.for_each_tile(bounds, num_rows, rows, body, out)
+
+    def per_group(group: jax.Array, out: jax.Array) -> jax.Array:
+        inner, outer = row_tiles.pick(w_in, group), row_tiles.pick(w_out, group)
+        gate = None if w_gate is None else row_tiles.pick(w_gate, group)
+
+        def per_tile(tile: row_tiles.Tile, out: jax.Array) -> jax.Array:
+            hidden = _hidden(row_tiles.take(x, tile), inner, gate, activation)
+            return row_tiles.put(out, tile, _dot(hidden.astype(x.dtype), outer))
+
+        return row_tiles.for_each_tile(bounds, group, num_rows, rows, per_tile, out)
+
+    (out,) = match_varying(jnp.zeros((num_rows, w_out.shape[2]), x.dtype), x)[:1]
+    return row_tiles.for_each_group(bounds, per_group, out)
 
 
 def _expert_ffn_forward(
@@ -130,44 +132,47 @@ def _expert_ffn_backward(
     act = ACTIVATIONS[activation]
     bounds = row_tiles.group_bounds(group_sizes, group_offset, num_groups, num_rows)
 
-    def pick(w: jax.Array, tile: row_tiles.Tile) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(w, tile.group, keepdims=False)
-
-    def body(tile: row_tiles.Tile, state: tuple[Any, ...]) -> tuple[Any, ...]:
-        d_x, d_in, d_out, d_gate = state
-        rows, g = row_tiles.take(x, tile), row_tiles.take(grad, tile)
-        up = _dot(rows, pick(w_in, tile))
-        d_hidden = _dot(g, pick(w_out, tile), 1, 1)
-        if w_gate is None:
-            hidden, pull = jax.vjp(act, up)
-            (d_up,) = pull(d_hidden)
-        else:
-            gate = _dot(rows, pick(w_gate, tile))
-            hidden, pull = jax.vjp(lambda a, b: act(a) * b, gate, up)
-            d_pre, d_up = pull(d_hidden)
-        d_out = row_tiles.add_to_group(d_out, tile, _dot(hidden.astype(x.dtype), g, 0, 0))
-        d_up = d_up.astype(x.dtype)
-        d_rows = _dot(d_up, pick(w_in, tile), 1, 1)
-        d_in = row_tiles.add_to_group(d_in, tile, _dot(rows, d_up, 0, 0))
-        if w_gate is not None:
-            d_pre = d_pre.astype(x.dtype)
-            d_rows += _dot(d_pre, pick(w_gate, tile), 1, 1)
-            d_gate = row_tiles.add_to_group(d_gate, tile, _dot(rows, d_pre, 0, 0))
-        return row_tiles.put(d_x, tile, d_rows), d_in, d_out, d_gate
-
-    def zeros(like: jax.Array, dtype: Any) -> jax.Array:
-        return match_varying(jnp.zeros(like.shape, dtype), x)[0]
-
-    state = (
-        zeros(x, x.dtype),
-        zeros(w_in, acc),
-        zeros(w_out, acc),
-        None if w_gate is None else zeros(w_gate, acc),
-    )
     rows = row_tiles.tile_rows(num_rows, *w_in.shape)
-    d_x, d_in, d_out, d_gate = row_tiles.for_each_tile(bounds, num_rows, rows, body, state)
-    d_gate = None if w_gate is None else d_gate.astype(w_gate.dtype)
-    return d_x, d_in.astype(w_in.dtype), d_out.astype(w_out.dtype), d_gate, None, None
+    weights = [w_in, w_out] if w_gate is None else [w_in, w_out, w_gate]
+
+    def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return match_varying(jnp.zeros(shape, dtype), x)[0]
+
+    fresh = [zeros(w.shape[1:], acc) for w in weights]
+
+    def per_group(group: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        d_x, d_weights = state
+        inner, outer, *gates = (row_tiles.pick(w, group) for w in weights)
+
+        def per_tile(tile: row_tiles.Tile, state: tuple[Any, ...]) -> tuple[Any, ...]:
+            d_x, (d_in, d_out, *d_gates) = state
+            xs, g = row_tiles.take(x, tile), row_tiles.take(grad, tile)
+            up, d_hidden = _dot(xs, inner), _dot(g, outer, 1, 1)
+            if gates:
+                hidden, pull = jax.vjp(lambda s, u: act(s) * u, _dot(xs, gates[0]), up)
+                d_gate, d_up = pull(d_hidden)
+            else:
+                hidden, pull = jax.vjp(act, up)
+                (d_up,) = pull(d_hidden)
+            d_up = d_up.astype(x.dtype)
+            d_rows = _dot(d_up, inner, 1, 1)
+            if gates:
+                d_gate = d_gate.astype(x.dtype)
+                d_rows += _dot(d_gate, gates[0], 1, 1)
+                d_gates = [d_gates[0] + _dot(xs, d_gate, 0, 0)]
+            d_in = d_in + _dot(xs, d_up, 0, 0)
+            d_out = d_out + _dot(hidden.astype(x.dtype), g, 0, 0)
+            return row_tiles.put(d_x, tile, d_rows), [d_in, d_out, *d_gates]
+
+        d_x, sums = row_tiles.for_each_tile(bounds, group, num_rows, rows, per_tile, (d_x, fresh))
+        filled = [
+            row_tiles.put_group(d, group, total) for d, total in zip(d_weights, sums, strict=True)
+        ]
+        return d_x, filled
+
+    init = zeros(x.shape, x.dtype), [zeros(w.shape, w.dtype) for w in weights]
+    d_x, (d_in, d_out, *d_gates) = row_tiles.for_each_group(bounds, per_group, init)
+    return d_x, d_in, d_out, d_gates[0] if d_gates else None, None, None
 
 
 _expert_ffn.defvjp(_expert_ffn_forward, _expert_ffn_backward)

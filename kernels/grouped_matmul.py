@@ -92,20 +92,24 @@ def _gmm_xla(
     contract: Any = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
     bounds = row_tiles.group_bounds(group_sizes, group_offset, rhs.shape[0], num_rows)
 
-    def body(tile: row_tiles.Tile, out: jax.Array) -> jax.Array:
-        matrix = jax.lax.dynamic_index_in_dim(rhs, tile.group, keepdims=False)
-        product = jax.lax.dot_general(
-            row_tiles.take(lhs, tile),
-            matrix,
-            contract,
-            preferred_element_type=accumulator(lhs.dtype),
-        )
-        return row_tiles.put(out, tile, product)
-
     rows = row_tiles.tile_rows(num_rows, rhs.shape[0], lhs.shape[1], width)
-    out = jnp.zeros_like(lhs, out_dtype, shape=(num_rows, width))
-    (out,) = match_varying(out, lhs)[:1]
-    return row_tiles.for_each_tile(bounds, num_rows, rows, body, out)
+
+    def per_group(group: jax.Array, out: jax.Array) -> jax.Array:
+        matrix = row_tiles.pick(rhs, group)
+
+        def per_tile(tile: row_tiles.Tile, out: jax.Array) -> jax.Array:
+            product = jax.lax.dot_general(
+                row_tiles.take(lhs, tile),
+                matrix,
+                contract,
+                preferred_element_type=accumulator(lhs.dtype),
+            )
+            return row_tiles.put(out, tile, product)
+
+        return row_tiles.for_each_tile(bounds, group, num_rows, rows, per_tile, out)
+
+    (out,) = match_varying(jnp.zeros((num_rows, width), out_dtype), lhs)[:1]
+    return row_tiles.for_each_group(bounds, per_group, out)
 
 
 def _tgmm_xla(
@@ -120,19 +124,24 @@ def _tgmm_xla(
     acc = accumulator(lhs.dtype)
     bounds = row_tiles.group_bounds(group_sizes, group_offset, num_groups, num_rows)
 
-    def body(tile: row_tiles.Tile, out: jax.Array) -> jax.Array:
-        product = jax.lax.dot_general(
-            row_tiles.take(lhs, tile),
-            row_tiles.take(grad, tile),
-            (((0,), (0,)), ((), ())),
-            preferred_element_type=acc,
-        )
-        return row_tiles.add_to_group(out, tile, product)
-
     rows = row_tiles.tile_rows(num_rows, num_groups, lhs.shape[1], grad.shape[1])
-    out = jnp.zeros((num_groups, lhs.shape[1], grad.shape[1]), acc)
-    (out,) = match_varying(out, lhs)[:1]
-    return row_tiles.for_each_tile(bounds, num_rows, rows, body, out).astype(out_dtype)
+    zeros = jnp.zeros((num_groups, lhs.shape[1], grad.shape[1]), out_dtype)
+    out, _ = match_varying(zeros, lhs)
+    total, _ = match_varying(jnp.zeros(zeros.shape[1:], acc), lhs)
+
+    def per_group(group: jax.Array, out: jax.Array) -> jax.Array:
+        def per_tile(tile: row_tiles.Tile, total: jax.Array) -> jax.Array:
+            return total + jax.lax.dot_general(
+                row_tiles.take(lhs, tile),
+                row_tiles.take(grad, tile),
+                (((0,), (0,)), ((), ())),
+                preferred_element_type=acc,
+            )
+
+        summed = row_tiles.for_each_tile(bounds, group, num_rows, rows, per_tile, total)
+        return row_tiles.put_group(out, group, summed)
+
+    return row_tiles.for_each_group(bounds, per_group, out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))

@@ -19,12 +19,10 @@ import jax.numpy as jnp
 class Tile(NamedTuple):
     """One tile of a group's rows.
 
-    group: [] i32, which of the local groups
     start: [] i32, first row of the slice
     mask: [rows, 1] bool, rows of the slice that are the tile's own
     """
 
-    group: jax.Array
     start: jax.Array
     mask: jax.Array
 
@@ -66,26 +64,35 @@ def tile_rows(num_rows: int, num_groups: int, depth: int, width: int) -> int:
 SPLIT_WORK = 3 << 22
 
 
+def for_each_group(
+    bounds: tuple[jax.Array, jax.Array], body: Callable[[jax.Array, Any], Any], init: Any
+) -> Any:
+    """Run `state = body(group, state)` over all groups that have rows, in order."""
+    held = bounds[1] > bounds[0]
+    order = jnp.argsort(~held, stable=True).astype(jnp.int32)
+    return jax.lax.fori_loop(
+        0, jnp.sum(held, dtype=jnp.int32), lambda i, state: body(order[i], state), init
+    )
+
+
 def for_each_tile(
     bounds: tuple[jax.Array, jax.Array],
+    group: jax.Array,
     num_rows: int,
     rows: int,
     body: Callable[[Tile, Any], Any],
     init: Any,
 ) -> Any:
-    """Run `state = body(tile, state)` over all tiles of all groups, in order of rows."""
-    starts, ends = bounds
-    tiles = -(-(ends - starts) // rows)
-    first = jnp.cumsum(tiles) - tiles
+    """Run `state = body(tile, state)` over all tiles of one group, in order of rows."""
+    first, end = bounds[0][group], bounds[1][group]
 
     def step(i: jax.Array, state: Any) -> Any:
-        group = jnp.sum(first + tiles <= i, dtype=jnp.int32)
-        begin = starts[group] + (i - first[group]) * rows
+        begin = first + i * rows
         start = jnp.minimum(begin, num_rows - rows)
         row = start + jnp.arange(rows, dtype=jnp.int32)[:, None]
-        return body(Tile(group, start, (row >= begin) & (row < ends[group])), state)
+        return body(Tile(start, (row >= begin) & (row < end)), state)
 
-    return jax.lax.fori_loop(0, jnp.sum(tiles), step, init)
+    return jax.lax.fori_loop(0, (end - first + rows - 1) // rows, step, init)
 
 
 def take(x: jax.Array, tile: Tile) -> jax.Array:
@@ -101,7 +108,11 @@ def put(x: jax.Array, tile: Tile, values: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(x, values, tile.start, 0)
 
 
-def add_to_group(x: jax.Array, tile: Tile, values: jax.Array) -> jax.Array:
-    """x [E, K, N] with values added to the tile's group."""
-    old = jax.lax.dynamic_index_in_dim(x, tile.group, keepdims=False)
-    return jax.lax.dynamic_update_index_in_dim(x, old + values, tile.group, 0)
+def pick(x: jax.Array, group: jax.Array) -> jax.Array:
+    """The group's matrix of x [E, K, N]."""
+    return jax.lax.dynamic_index_in_dim(x, group, keepdims=False)
+
+
+def put_group(x: jax.Array, group: jax.Array, values: jax.Array) -> jax.Array:
+    """x [E, K, N] with the group's matrix replaced by values."""
+    return jax.lax.dynamic_update_index_in_dim(x, values.astype(x.dtype), group, 0)
