@@ -74,7 +74,7 @@ def check(implementation: str, logits: jax.Array, valid: jax.Array, top_k: int) 
 
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("dtype", support.DTYPES)
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(300, 32, 2), (7, 3, 3), (37, 130, 1)])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(300, 32, 2), (37, 130, 1)])
 def test_forward_and_gradient(
     implementation: str, dtype: Any, tokens: int, experts: int, top_k: int
 ) -> None:
@@ -85,7 +85,7 @@ def test_forward_and_gradient(
 @pytest.mark.parametrize("implementation", FAST)
 @hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
 @hypothesis.given(
-    shape=st.sampled_from([(67, 19, 2), (1, 1, 1), (23, 4, 4)]),
+    shape=st.sampled_from([(67, 19, 2), (23, 4, 4)]),
     levels=st.integers(0, 3),
     data=st.data(),
 )

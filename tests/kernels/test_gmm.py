@@ -20,7 +20,6 @@ SHAPES = [
     (131, 61, 139, [0, 131, 0]),
     (300, 130, 260, [140, 1, 0, 97]),
     (17, 128, 256, [0, 0]),
-    (1, 1, 1, [1]),
 ]
 FAST = ["xla", "mosaic"]
 
@@ -67,11 +66,11 @@ def check(implementation: str, args: Any, transpose_rhs: bool = False) -> None:
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize("dtype", support.DTYPES)
-@pytest.mark.parametrize(("m", "k", "n", "sizes"), SHAPES)
-def test_forward_and_gradients(
-    implementation: str, dtype: Any, m: int, k: int, n: int, sizes: list[int]
-) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [*((jnp.float32, s) for s in SHAPES), (jnp.bfloat16, SHAPES[2])]
+)
+def test_forward_and_gradients(implementation: str, dtype: Any, shape: Any) -> None:
+    m, k, n, sizes = shape
     check(implementation, operands(m, k, n, sizes, dtype))
 
 
@@ -82,10 +81,8 @@ def test_transposed_matrices(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
-@hypothesis.given(
-    shape=st.sampled_from([(97, 31, 17, 6), (16, 7, 128, 3), (64, 5, 3, 1)]), data=st.data()
-)
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
+@hypothesis.given(shape=st.sampled_from([(97, 31, 17, 6), (16, 7, 128, 3)]), data=st.data())
 def test_any_groups(implementation: str, shape: tuple[int, int, int, int], data: Any) -> None:
     m, k, n, e = shape
     sizes = data.draw(support.group_patterns(m, e))

@@ -77,7 +77,7 @@ def check(
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("dtype", support.DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "num_rows", "width"), [(60, 2, 120, 256), (33, 3, 50, 100), (5, 1, 40, 1)]
+    ("tokens", "top_k", "num_rows", "width"), [(40, 2, 80, 256), (23, 3, 37, 100)]
 )
 def test_forward_and_gradients(
     implementation: str, dtype: Any, tokens: int, top_k: int, num_rows: int, width: int
@@ -86,9 +86,9 @@ def test_forward_and_gradients(
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(
-    shape=st.sampled_from([(40, 2, 80, 257), (17, 3, 29, 31), (1, 1, 90, 130)]),
+    shape=st.sampled_from([(17, 3, 29, 31), (1, 1, 90, 130)]),
     seed=st.integers(0, 1000),
     drop=st.sampled_from([0.0, 0.3, 1.0]),
 )
