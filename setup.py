@@ -1,5 +1,7 @@
 """Packaging: folder X is package `taskmoe.X`."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 CORE = ["jax>=0.10,<0.12", "jaxlib>=0.10,<0.12", "numpy>=2.0,<3"]
@@ -20,6 +22,8 @@ DEV = [
     "beartype>=0.20,<0.24",
     "hypothesis>=6.120,<7",
     "jaxtyping>=0.3,<0.4",
+    # The TPU compiler; its versions follow jax's.  make lock pins the one that matches.
+    'jax[tpu]>=0.10,<0.12; sys_platform == "linux" and platform_machine == "x86_64"',
     "mypy>=1.15,<3",
     "pytest-xdist>=3.6,<4",
     "ruff>=0.12,<0.18",
@@ -30,7 +34,7 @@ setup(
     name="taskmoe",
     version="0.1.0",
     description="Fast Mixture-of-Experts for TPU in JAX and Pallas, with task-level routing",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

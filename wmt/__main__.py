@@ -7,16 +7,17 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from taskmoe.wmt import cldr
+from taskmoe.wmt.command_line import Parser, write_text
 from taskmoe.wmt.config import PRESETS, ModelConfig, SideRouting, TrainConfig, split_pair
 from taskmoe.wmt.data import TrainingData, available_pairs, read_pairs
+from taskmoe.wmt.devices import use_present_devices
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import Model, load_model, save_model
 from taskmoe.wmt.progress import bar
@@ -30,19 +31,14 @@ from taskmoe.wmt.translation import Decoding, translate
 out = Console(soft_wrap=True, highlight=False)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the usage text, which --help shows."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, or 2 after one line on stderr where the input does not fit."""
-    parser = _Parser(prog="python -m taskmoe.wmt", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser = Parser(prog="python -m taskmoe.wmt", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, (run, add) in COMMANDS.items():
         add(commands.add_parser(name, help=run.__doc__, description=run.__doc__))
     arguments = parser.parse_args(argv)
+    use_present_devices()
     try:
         COMMANDS[arguments.command][0](arguments)
     except (InputError, FloatingPointError) as error:
@@ -97,9 +93,8 @@ def _train(a: argparse.Namespace) -> None:
         def report(p: Progress) -> None:
             progress(p.step, p.steps)
             router = f"  busiest expert {p.busiest:.2f}x" if p.busiest else ""
-            out.print(
-                f"step {p.step}/{p.steps}  loss {p.loss:.3f}  {p.tokens_per_s:,.0f} tokens/s{router}"
-            )
+            speed = f"{p.tokens_per_s:,.0f} tokens/s"
+            out.print(f"step {p.step}/{p.steps}  loss {p.loss:.3f}  {speed}{router}")
 
         model = train(
             a.workdir,
@@ -240,16 +235,6 @@ COMMANDS = {
     "translate": (_translate, _add_translate),
     "extract": (_extract, _add_extract),
 }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place, then rename it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(name, 0o644)
-    os.replace(name, path)
 
 
 def _data(a: argparse.Namespace, split: str, model: Model | None) -> tuple[Path, tuple[str, ...]]:

@@ -1,0 +1,49 @@
+"""Command line: `python -m taskmoe.bench demo | ops | tpu`, each with --json FILE and --help."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import Any
+
+from taskmoe.wmt.command_line import Parser
+from taskmoe.wmt.errors import InputError
+
+#: Command -> module with a docstring, `add_arguments(parser)` and `run(arguments) -> int`.
+COMMANDS = {
+    "demo": "taskmoe.bench.demo",
+    "ops": "taskmoe.bench.ops",
+    "tpu": "taskmoe.bench.tpu_lab",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code, or 2 after one line where the input does not fit."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(prog="python -m taskmoe.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    # Only the named command is imported: some set flags that count before JAX starts.
+    named = [name for name in COMMANDS if name in argv[:1]]
+    modules: dict[str, Any] = {}
+    for name, path in COMMANDS.items():
+        if named and name not in named:
+            commands.add_parser(name, help=argparse.SUPPRESS)
+            continue
+        modules[name] = importlib.import_module(path)
+        lines = (modules[name].__doc__ or "").strip()
+        sub = commands.add_parser(name, help=lines.splitlines()[0], description=lines)
+        modules[name].add_arguments(sub)
+    arguments = parser.parse_args(argv)
+    try:
+        return int(modules[arguments.command].run(arguments))
+    except InputError as error:
+        print(f"{parser.prog} {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
