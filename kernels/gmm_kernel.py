@@ -5,6 +5,9 @@ so a group's matrix is fetched once a width block, and a block of rows that stra
 in VMEM until its last group has written its rows. A visit that owns its whole block is one
 product; one that owns a part works in sub-blocks and skips those that it has no row in.
 
+Products are written out in pieces of the MXU's size, two vector registers wide: the compiler then
+keeps each piece's sum in registers, where the product of whole blocks spills.
+
 VMEM: two buffers each of lhs [m, k], rhs [k, n] and out [m, n], the product in f32, and the sum
 [m, n] in f32 where depth is cut.
 """
@@ -12,6 +15,7 @@ VMEM: two buffers each of lhs [m, k], rhs [k, n] and out [m, n], the product in 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +31,8 @@ from taskmoe.kernels.tiling import Tiling
 
 #: Rows of the sub-blocks that a visit works in when it owns a part of its block.
 SUB_ROWS = 128
+#: Columns of one piece of a product.
+PIECE_COLUMNS = 256
 
 
 def cost(m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int) -> pl.CostEstimate:
@@ -66,6 +72,7 @@ def kernel(
     *acc_ref: Any,
     depth_size: int,
     transpose_rhs: bool,
+    mxu_size: int,
 ) -> None:
     """One visit at one depth. acc_ref is there when depth is cut."""
     visit, depth = pl.program_id(1), pl.program_id(2)
@@ -77,41 +84,48 @@ def kernel(
     owns_all = (low == 0) & (high == rows)
     arrives = (visit == 0) | (block_ref[jnp.maximum(visit - 1, 0)] != block)
 
-    def product(part: Any) -> jax.Array:
-        lhs, rhs = lhs_ref[part, :], rhs_ref[...]
-        if depth_size % block_depth:  # the last block of depth overhangs: both sides may hold NaN
-            left = depth_size - depth * block_depth
-            lhs = keep(lhs, left, axis=1)
-            rhs = keep(rhs, left, axis=1 if transpose_rhs else 0)
-        dims: Any = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
-        return jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+    def product(part: Any, columns: Any) -> jax.Array:
+        total: Any = 0
+        for units in pieces(block_depth, mxu_size):
+            lhs = lhs_ref[part, units]
+            rhs = rhs_ref[columns, units] if transpose_rhs else rhs_ref[units, columns]
+            if depth_size % block_depth:  # the last block of depth overhangs: both may hold NaN
+                left = depth_size - depth * block_depth - units.start
+                lhs = keep(lhs, left, axis=1)
+                rhs = keep(rhs, left, axis=1 if transpose_rhs else 0)
+            dims: Any = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
+            total += jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+        return total
 
     def work(start: Any, size: int, masked: bool) -> None:
-        part = pl.ds(start, size)
+        def each_piece(act: Callable[[Any, Any, Any], None]) -> None:
+            for inside in pieces(size, mxu_size):
+                first = start + inside.start
+                for columns in pieces(out_ref.shape[1], PIECE_COLUMNS):
+                    act(first, pl.ds(first, inside.size), columns)
 
-        def store(value: jax.Array) -> None:
+        def store(first: Any, part: Any, columns: Any) -> None:
+            value = product(part, columns)
+            if acc_ref:
+                value += acc_ref[0][part, columns]
             if masked:
-                row = start + jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
-                old = out_ref[part, :].astype(value.dtype)
+                row = first + jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
+                old = out_ref[part, columns].astype(value.dtype)
                 value = jnp.where((row >= low) & (row < high), value, old)
-            out_ref[part, :] = value.astype(out_ref.dtype)
+            out_ref[part, columns] = value.astype(out_ref.dtype)
+
+        def init(first: Any, part: Any, columns: Any) -> None:
+            acc_ref[0][part, columns] = product(part, columns)
+
+        def accumulate(first: Any, part: Any, columns: Any) -> None:
+            acc_ref[0][part, columns] += product(part, columns)
 
         if not acc_ref:
-            store(product(part))
+            each_piece(store)
             return
-        (acc,) = acc_ref
-
-        @pl.when(depth == 0)
-        def _init() -> None:
-            acc[part, :] = product(part)
-
-        @pl.when((depth > 0) & (depth < depths - 1))
-        def _accumulate() -> None:
-            acc[part, :] += product(part)
-
-        @pl.when((depth > 0) & (depth == depths - 1))
-        def _store() -> None:
-            store(acc[part, :] + product(part))
+        pl.when(depth == 0)(functools.partial(each_piece, init))
+        pl.when((depth > 0) & (depth < depths - 1))(functools.partial(each_piece, accumulate))
+        pl.when(depth == depths - 1)(functools.partial(each_piece, store))
 
     @pl.when(arrives & (depth == 0) & ~owns_all)
     def _zero() -> None:
@@ -129,6 +143,12 @@ def kernel(
             work(pl.multiple_of(i * sub, sub), sub, masked=True)
 
         jax.lax.fori_loop(low // sub, pl.cdiv(high, sub), one, None)
+
+
+def pieces(size: int, piece: int) -> list[pl.Slice]:
+    """Slices that cut `size` into pieces, or one of all of it where they do not fit exactly."""
+    piece = piece if size % piece == 0 else size
+    return [pl.Slice(first, piece) for first in range(0, size, piece)]
 
 
 def keep(x: jax.Array, left: Any, axis: int) -> jax.Array:
@@ -166,7 +186,12 @@ def gmm_mosaic(
     )
     vmem = tilings.gmm_vmem_bytes(t, k, itemsize, out_itemsize)
     call = pl.pallas_call(
-        functools.partial(kernel, depth_size=k, transpose_rhs=transpose_rhs),
+        functools.partial(
+            kernel,
+            depth_size=k,
+            transpose_rhs=transpose_rhs,
+            mxu_size=tilings.chip().mxu_column_size,
+        ),
         grid_spec=grid_spec,
         out_shape=result_like(lhs, (m, n), out_dtype),
         compiler_params=tilings.compiler_params(("parallel", "arbitrary", "arbitrary"), vmem),
