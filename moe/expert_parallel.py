@@ -36,6 +36,7 @@ def exchange_apply(
     x: jax.Array,
     valid: jax.Array | None,
     task: jax.Array | None,
+    sentence: jax.Array | None,
     mesh: Mesh,
     implementation: str | None,
 ) -> tuple[jax.Array, Metrics]:
@@ -50,13 +51,15 @@ def exchange_apply(
     batch, length, d = x.shape
     if valid is None:
         valid = jnp.ones((batch, length), bool)
-    if task is None:  # shard_map wants an array; routing other than "task" never reads it
-        task = jnp.zeros((batch,), jnp.int32)
 
     def local(
-        params: Params, x: jax.Array, valid: jax.Array, task: jax.Array
+        params: Params,
+        x: jax.Array,
+        valid: jax.Array,
+        task: jax.Array | None,
+        sentence: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
-        logits, unit_valid = unit_logits(params, config, x, valid, task)
+        logits, unit_valid = unit_logits(params, config, x, valid, task, sentence)
         units = logits.shape[0]
         room = capacity(config, units) or units
         gating = top_k_gating(logits, config.top_k, valid=unit_valid, implementation=implementation)
@@ -89,7 +92,6 @@ def exchange_apply(
             gating.weights,
             implementation=implementation,
         ).reshape(x.shape)
-        y = jnp.where(valid[..., None], y, 0)
 
         num_local = jnp.sum(unit_valid)
         num_valid = jax.lax.psum(num_local, axes)
@@ -103,16 +105,16 @@ def exchange_apply(
         return y, metrics(config, whole, num_valid, placed)
 
     by_sequence: Any = P(axes)
-    in_specs = (param_specs(params), by_sequence, by_sequence, by_sequence)
-    arguments = (params, x, valid, task)
+    arguments = (params, x, valid, task, sentence)
+    in_specs = (param_specs(params), *(None if a is None else by_sequence for a in arguments[1:]))
     explicit = AxisType.Explicit in mesh.axis_types
     if explicit:  # shardings are part of the types there
         arguments = jax.tree.map(
             lambda leaf, spec: jax.reshard(leaf, NamedSharding(mesh, spec)), arguments, in_specs
         )
-    y, report = jax.shard_map(
-        local, mesh=mesh, in_specs=in_specs, out_specs=(by_sequence, P())
-    )(*arguments)
+    y, report = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(by_sequence, P()))(
+        *arguments
+    )
     if explicit:
         y = jax.reshard(y, NamedSharding(mesh, jax.typeof(x).sharding.spec))
     return y, report

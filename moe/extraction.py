@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from taskmoe.kernels import top_k_gating
 from taskmoe.moe.config import Activation, MoEConfig
@@ -53,7 +55,7 @@ def ffn(params: FFNParams, x: jax.Array) -> jax.Array:
     return _matmul(hidden.astype(x.dtype), params.w_out).astype(x.dtype)
 
 
-def extract(params: Params, config: MoEConfig, task: int | jax.Array) -> FFNParams:
+def extract(params: Params, config: MoEConfig, task: ArrayLike) -> FFNParams:
     """The dense FFN of width `top_k * d_ff` that equals the layer for one task.
 
     params: what `init` made for routing "task".
@@ -66,7 +68,7 @@ def extract(params: Params, config: MoEConfig, task: int | jax.Array) -> FFNPara
             f"routing must be 'task' to extract a task, got {config.routing!r}: "
             "the experts of other routings are not constant"
         )
-    if isinstance(task, int) and not 0 <= task < config.num_tasks:
+    if isinstance(task, int | np.integer) and not 0 <= task < config.num_tasks:
         raise ValueError(f"task must be in [0, {config.num_tasks}), got {task}")
     gating = top_k_gating(task_logits(params)[jnp.asarray(task)][None], config.top_k)
     return fold(params, config, gating.experts[0], gating.weights[0])

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from taskmoe.kernels import combine, dispatch, expert_ffn, row_plan, top_k_gating
 from taskmoe.moe.config import Metrics, MoEConfig
@@ -49,7 +50,8 @@ def apply(
     x: jax.Array,
     *,
     valid: jax.Array | None = None,
-    task: jax.Array | int | None = None,
+    task: ArrayLike | None = None,
+    sentence: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -60,6 +62,9 @@ def apply(
       output is 0, and it counts in no queue, loss or statistic.
     task: [B] i32, the task of each sequence, or a scalar for a batch of one task, which costs what
       a dense FFN of width top_k*F costs. Only with routing "task"; ids out of range clamp.
+    sentence: [B, D], what stands for each sequence at the gate, only with routing "sentence"; None
+      is the mean of its valid tokens. A causal decoder must not look at tokens to come: it gives
+      the mean of the encoder's output.
     mesh: a mesh with an axis "expert": expert weights are sharded over that axis, sequences over
       all axes, and rows travel by all-to-all. None runs on one device.
     implementation: of the kernels; None chooses by platform.
@@ -68,13 +73,15 @@ def apply(
     (with a capacity factor) contribute 0: they pass by the residual.
     Raises ValueError or TypeError that names the argument where one does not fit.
     """
-    _check(config, x, valid, task, mesh)
-    if config.routing == "task" and jnp.ndim(task) == 0:
-        return _apply_one_task(params, config, x, valid, jnp.asarray(task))
     task = None if task is None else jnp.asarray(task)
+    _check(config, x, valid, task, sentence, mesh)
+    if valid is not None:  # sequences travel whole; zero rows give zero rows
+        x = jnp.where(valid[..., None], x, 0)
+    if task is not None and task.ndim == 0:
+        return _apply_one_task(params, config, x, valid, task, implementation)
     if mesh is not None:
-        return exchange_apply(params, config, x, valid, task, mesh, implementation)
-    logits, unit_valid = unit_logits(params, config, x, valid, task)
+        return exchange_apply(params, config, x, valid, task, sentence, mesh, implementation)
+    logits, unit_valid = unit_logits(params, config, x, valid, task, sentence)
     gating = top_k_gating(logits, config.top_k, valid=unit_valid, implementation=implementation)
     units = logits.shape[0]
     plan = row_plan(gating, capacity=capacity(config, units))
@@ -94,31 +101,37 @@ def apply(
     y = combine(
         out.reshape(plan.num_rows, -1), plan.rows, gating.weights, implementation=implementation
     ).reshape(x.shape)
-    if valid is not None:  # sequences travel whole, padding inside them included
-        y = jnp.where(valid[..., None], y, 0)
     placed = jnp.sum(plan.rows < plan.num_rows)
     return y, metrics(config, gating, jnp.sum(unit_valid), placed)
 
 
 def _apply_one_task(
-    params: Params, config: MoEConfig, x: jax.Array, valid: jax.Array | None, task: jax.Array
+    params: Params,
+    config: MoEConfig,
+    x: jax.Array,
+    valid: jax.Array | None,
+    task: jax.Array,
+    implementation: str | None,
 ) -> tuple[jax.Array, Metrics]:
-    gating = top_k_gating(task_logits(params)[task][None], config.top_k)
+    some = jnp.ones(1, bool) if valid is None else valid.any()[None]  # only padding counts nowhere
+    logits = task_logits(params)[task][None]
+    gating = top_k_gating(logits, config.top_k, valid=some, implementation=implementation)
     y = ffn(fold(params, config, gating.experts[0], gating.weights[0]), x)
-    if valid is not None:
-        y = jnp.where(valid[..., None], y, 0)
-    return y, metrics(config, gating, jnp.int32(1), jnp.int32(config.top_k))
+    return y, metrics(config, gating, jnp.sum(some), config.top_k * jnp.sum(some))
 
 
 def _check(
     config: MoEConfig,
     x: jax.Array,
     valid: jax.Array | None,
-    task: jax.Array | int | None,
+    task: jax.Array | None,
+    sentence: jax.Array | None,
     mesh: jax.sharding.Mesh | None,
 ) -> None:
     if x.ndim != 3 or x.shape[2] != config.d_model:
         raise ValueError(f"x must be [B, S, D] with D={config.d_model}, got {list(x.shape)}")
+    if x.size == 0:
+        raise ValueError(f"x must not be empty, got {list(x.shape)}")
     if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != jnp.bool_):
         raise ValueError(
             f"valid must be bool {list(x.shape[:2])}, got {valid.dtype} {list(valid.shape)}"
@@ -129,11 +142,19 @@ def _check(
             f"and task is {'not given' if task is None else 'given'}"
         )
     if task is not None:
-        shape = jnp.shape(task)
-        if shape not in ((), (x.shape[0],)):
-            raise ValueError(f"task must be a scalar or [{x.shape[0]}], got {list(shape)}")
-        if not jnp.issubdtype(jnp.asarray(task).dtype, jnp.integer):
-            raise TypeError(f"task must be of an integer dtype, got {jnp.asarray(task).dtype}")
+        if task.shape not in ((), (x.shape[0],)):
+            raise ValueError(f"task must be a scalar or [{x.shape[0]}], got {list(task.shape)}")
+        if not jnp.issubdtype(task.dtype, jnp.integer):
+            raise TypeError(f"task must be of an integer dtype, got {task.dtype}")
+    if sentence is not None:
+        if config.routing != "sentence":
+            raise ValueError(
+                f"sentence must be given with routing='sentence' only, got {config.routing!r}"
+            )
+        if sentence.shape != (x.shape[0], x.shape[2]):
+            raise ValueError(
+                f"sentence must be {[x.shape[0], x.shape[2]]}, got {list(sentence.shape)}"
+            )
     if mesh is not None:
         if "expert" not in mesh.axis_names:
             raise ValueError(f"mesh must have an axis 'expert', got axes {mesh.axis_names}")

@@ -33,6 +33,7 @@ def unit_logits(
     x: jax.Array,
     valid: jax.Array | None,
     task: jax.Array | None,
+    sentence: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Gate logits [U, E] f32 of the units that are routed, and which of them are valid [U] bool."""
     batch, length, d = x.shape
@@ -42,6 +43,8 @@ def unit_logits(
         return gate_logits(params, x.reshape(batch * length, d)), valid.reshape(-1)
     if config.routing == "task":
         return task_logits(params)[task], valid.any(axis=1)
+    if sentence is not None:
+        return gate_logits(params, sentence), valid.any(axis=1)
     total = jnp.sum(jnp.where(valid[..., None], x.astype(jnp.float32), 0), axis=1)
     mean = total / jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
     return gate_logits(params, mean), valid.any(axis=1)

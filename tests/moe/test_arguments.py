@@ -1,0 +1,95 @@
+"""What does not fit is refused by an error that names the argument."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taskmoe import moe
+from taskmoe.tests.moe import support
+
+FIELDS = [
+    ({"d_model": 0}, "d_model must be at least 1, got 0"),
+    ({"d_ff": -1}, "d_ff must be at least 1, got -1"),
+    ({"num_experts": 0}, "num_experts must be at least 1"),
+    ({"top_k": 0}, "top_k must be at least 1"),
+    ({"top_k": 5}, "top_k must be at most num_experts=4, got 5"),
+    ({"routing": "word"}, "routing must be one of .*'word'"),
+    ({"activation": "tanh"}, "activation must be one of .*'tanh'"),
+    ({"num_tasks": 2}, "num_tasks must be .* num_tasks=2 with routing='token'"),
+    ({"routing": "task", "num_tasks": 0}, "num_tasks must be at least 1 with routing='task'"),
+    ({"routing": "task", "capacity_factor": 2.0}, "capacity_factor must be None"),
+    ({"capacity_factor": 0.0}, "capacity_factor must be above 0, got 0.0"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), FIELDS)
+def test_a_configuration_names_the_field_that_does_not_fit(fields: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        support.make(**fields)
+
+
+X = jnp.zeros((2, 3, 6))
+TASK: dict[str, Any] = {"routing": "task"}
+CALLS: list[tuple[Any, Any, type[Exception], str]] = [
+    ({}, {"x": jnp.zeros((2, 6))}, ValueError, r"x must be \[B, S, D\] with D=6, got \[2, 6\]"),
+    ({}, {"x": jnp.zeros((2, 3, 5))}, ValueError, r"x must be .* got \[2, 3, 5\]"),
+    ({}, {"x": jnp.zeros((0, 3, 6))}, ValueError, "x must not be empty"),
+    ({}, {"valid": np.ones((2, 2), bool)}, ValueError, r"valid must be bool \[2, 3\]"),
+    ({}, {"valid": np.ones((2, 3), int)}, ValueError, "valid must be bool .*int"),
+    ({}, {"task": 0}, ValueError, "task must be given with routing='task' and only then"),
+    (TASK, {}, ValueError, "task must be given .* not given"),
+    (TASK, {"task": np.zeros(3, int)}, ValueError, r"task must be a scalar or \[2\], got \[3\]"),
+    (TASK, {"task": np.zeros(2)}, TypeError, "task must be of an integer dtype, got float"),
+    (TASK, {"task": 0, "sentence": X[:, 0]}, ValueError, "sentence must be given with routing"),
+    ({"routing": "sentence"}, {"sentence": X}, ValueError, r"sentence must be \[2, 6\]"),
+    ({}, {"implementation": "magic"}, ValueError, "implementation"),
+]
+
+
+@pytest.mark.parametrize(("fields", "call", "error", "message"), CALLS)
+def test_a_call_names_the_argument_that_does_not_fit(
+    fields: Any, call: Any, error: type[Exception], message: str
+) -> None:
+    config = support.make(**fields)
+    call = {"x": X} | call
+    with pytest.raises(error, match=message):
+        moe.apply(support.params(config), config, call.pop("x"), **call)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "message"),
+    [
+        ("model", (2,), "mesh must have an axis 'expert', got axes"),
+        ("expert", (3,), "mesh axis 'expert' must divide num_experts=4, got size 3"),
+        ("expert", (4,), "x must have a batch that the mesh's 4 devices divide, got 2"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(axes: str, shape: tuple[int], message: str) -> None:
+    mesh = jax.make_mesh(
+        shape,
+        (axes,),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=jax.devices()[: shape[0]],
+    )
+    config = support.make()
+    with pytest.raises(ValueError, match=message):
+        moe.apply(support.params(config), config, X, mesh=mesh)
+
+
+def test_parameters_have_the_documented_shapes_and_scale() -> None:
+    config = support.make(d_model=64, d_ff=128, routing="task", gated=True)
+    params = moe.init(jax.random.key(0), config)
+    shapes = {name: w.shape for name, w in params.items()}
+    assert shapes == {
+        "gate": (64, 4),
+        "w_in": (4, 64, 128),
+        "w_out": (4, 128, 64),
+        "w_gate": (4, 64, 128),
+        "task_embedding": (3, 64),
+    }
+    for name, fan_in in (("w_in", 64), ("w_out", 128), ("w_gate", 64)):
+        assert abs(float(jnp.std(params[name])) * fan_in**0.5 - 1) < 0.05
+    assert moe.init(jax.random.key(0), config, jnp.bfloat16)["w_in"].dtype == jnp.bfloat16

@@ -1,0 +1,154 @@
+"""Expert parallelism over host devices equals one device; sub-networks need no collective."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from taskmoe import moe
+from taskmoe.tests.moe import support
+
+COLLECTIVE = r"\b(all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute)(-start)?\("
+VALID = np.random.default_rng(0).random((8, 3)) < 0.7
+
+
+def mesh_of(shape: tuple[int, ...], axis_type: AxisType = AxisType.Auto) -> Mesh:
+    names = ("data", "expert")[-len(shape) :]
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape), devices=devices)
+
+
+def config_of(routing: Any, **fields: Any) -> moe.MoEConfig:
+    return support.make(routing=routing, num_experts=8, gated=routing == "task", **fields)
+
+
+@functools.cache
+def compiled(config: moe.MoEConfig, mesh: Mesh | None) -> Any:
+    task = np.array([0, 1, 2, 0, 0, 2, 1, 1], np.int32) if config.routing == "task" else None
+
+    def loss(weights: Any, x: Any) -> Any:
+        y, report = moe.apply(weights, config, x, valid=VALID, task=task, mesh=mesh)
+        return jnp.sum(jnp.sin(y)) + report.aux_loss, (y, report)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def loss_and_gradients(config: moe.MoEConfig, mesh: Mesh | None, weights: Any) -> Any:
+    run = compiled(config, mesh)
+    return jax.tree.map(np.asarray, run(weights, support.normal(1, 8, 3, 6)))
+
+
+@pytest.mark.parametrize(
+    ("routing", "shape"),
+    [
+        ("token", (2,)),
+        ("token", (4,)),
+        ("token", (8,)),
+        ("token", (2, 4)),
+        ("sentence", (4,)),
+        ("task", (2, 4)),
+    ],
+)
+def test_many_devices_equal_one(routing: Any, shape: tuple[int, ...]) -> None:
+    config = config_of(routing)
+    weights = support.params(config)
+    want = loss_and_gradients(config, None, weights)
+    have = loss_and_gradients(config, mesh_of(shape), weights)
+    support.check(have, want)
+
+
+def test_an_expert_on_the_wrong_device_is_noticed() -> None:
+    config = config_of("token")
+    weights = support.params(config)
+    moved = weights | {"w_in": jnp.roll(weights["w_in"], 1, axis=0)}
+    want = loss_and_gradients(config, None, weights)
+    have = loss_and_gradients(config, mesh_of((4,)), moved)
+    with pytest.raises(AssertionError, match="relative error"):
+        support.check(have, want)
+
+
+@pytest.mark.parametrize("routing", ["token", "sentence"])
+def test_capacity_is_counted_on_each_device(routing: Any) -> None:
+    config = config_of(routing, capacity_factor=0.8)
+    weights, x = support.params(config), support.normal(2, 8, 6, 6)
+    valid = np.random.default_rng(1).random((8, 6)) < 0.8
+    y, report = support.apply(config, x, valid, mesh=mesh_of((4,)))
+    parts = [
+        support.transcription(config, weights, x[i : i + 2], valid[i : i + 2])
+        for i in range(0, 8, 2)
+    ]
+    want = np.concatenate([part for part, _ in parts])
+    support.check(y, want)
+    units = [v.sum() if routing == "token" else v.any(1).sum() for v in np.split(valid, 4)]
+    dropped = np.average([facts["dropped"] for _, facts in parts], weights=units)
+    support.check(report.dropped, dropped)
+    assert 0 < dropped < 1
+    one_group, _ = support.transcription(config, weights, x, valid)
+    with pytest.raises(AssertionError, match="relative error"):
+        support.check(y, one_group)
+
+
+def test_explicit_meshes_keep_the_sharding_of_x() -> None:
+    config = config_of("token")
+    mesh = mesh_of((8,), AxisType.Explicit)
+    x = support.normal(2, 8, 3, 6)
+    want = support.apply(config, x, VALID)[0]
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P("expert")))
+        y, _ = jax.jit(lambda w, x: moe.apply(w, config, x, valid=VALID, mesh=mesh))(
+            support.params(config), sharded
+        )
+    assert y.sharding.spec[0] == "expert"
+    support.check(y, want)
+
+
+def test_parameters_lie_as_their_specs_say() -> None:
+    config = config_of("task")
+    mesh = mesh_of((8,))
+    specs = moe.param_specs(support.params(config))
+    assert {name for name, spec in specs.items() if spec == P("expert")} == {
+        "w_in", "w_out", "w_gate",
+    }  # fmt: skip
+    placed = {
+        name: jax.device_put(w, NamedSharding(mesh, specs[name]))
+        for name, w in support.params(config).items()
+    }
+    assert placed["w_in"].addressable_shards[0].data.shape == (1, 6, 5)
+    x, task = support.normal(2, 8, 3, 6), np.arange(8, dtype=np.int32) % 3
+    y, _ = support.apply(config, x, VALID, task, mesh=mesh, weights=placed)
+    support.check(y, support.apply(config, x, VALID, task)[0])
+
+
+def collectives(f: Any, *args: Any) -> list[str]:
+    text = jax.jit(f).lower(*args).compile().as_text()
+    return [kind for kind, _ in re.findall(COLLECTIVE, text)]
+
+
+def test_token_routing_exchanges_rows_and_a_sub_network_nothing() -> None:
+    mesh = mesh_of((8,))
+    x = jax.device_put(support.normal(0, 8, 3, 6), NamedSharding(mesh, P("expert")))
+    token = config_of("token")
+    sharded = {
+        name: jax.device_put(w, NamedSharding(mesh, spec))
+        for (name, w), spec in zip(
+            support.params(token).items(),
+            moe.param_specs(support.params(token)).values(),
+            strict=True,
+        )
+    }
+    found = collectives(lambda w, x: moe.apply(w, token, x, mesh=mesh)[0], sharded, x)
+    assert found.count("all-to-all") >= 2
+
+    task = config_of("task")
+    everywhere = NamedSharding(mesh, P())
+    weights = jax.device_put(support.params(task), everywhere)
+    small = jax.device_put(moe.extract(weights, task, 1), everywhere)
+    assert collectives(moe.ffn, small, x) == []
+    scalar = collectives(lambda w, x: moe.apply(w, task, x, task=1)[0], weights, x)
+    assert scalar == []
