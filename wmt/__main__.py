@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -14,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from taskmoe.wmt import cldr
-from taskmoe.wmt.command_line import Parser, write_text
+from taskmoe.wmt.command_line import Parser, write_bytes, write_text
 from taskmoe.wmt.config import PRESETS, ModelConfig, SideRouting, TrainConfig, split_pair
-from taskmoe.wmt.data import TrainingData, available_pairs, read_pairs
+from taskmoe.wmt.data import Pairs, TrainingData, available_pairs, read_pairs
 from taskmoe.wmt.devices import use_present_devices
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import Model, load_model, save_model
@@ -24,7 +22,7 @@ from taskmoe.wmt.progress import bar
 from taskmoe.wmt.scoring import Score, averages, score
 from taskmoe.wmt.subnetwork import extract
 from taskmoe.wmt.tokenizer import Tokenizer, train_tokenizer
-from taskmoe.wmt.training import Progress, train
+from taskmoe.wmt.training import Progress, check_workdir, train
 from taskmoe.wmt.transformer import param_count
 from taskmoe.wmt.translation import Decoding, translate
 
@@ -41,8 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     use_present_devices()
     try:
         COMMANDS[arguments.command][0](arguments)
-    except (InputError, FloatingPointError) as error:
-        print(f"{parser.prog} {arguments.command}: error: {error}", file=sys.stderr)
+    except (InputError, FloatingPointError, OSError) as error:
+        line = " ".join(str(error).split())
+        print(f"{parser.prog} {arguments.command}: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; a work directory goes on from its newest checkpoint", file=sys.stderr)
@@ -66,11 +65,13 @@ def _train(a: argparse.Namespace) -> None:
     """Train a model up to --steps in all; a run that was stopped goes on where it was."""
     folder, pairs = _data(a, "train", None)
     text = read_pairs(folder, "train", pairs)
-    sizes, train_sizes = PRESETS[a.config]
-    overrides = dict(_override(item) for item in a.set)
-    known = {f.name for f in dataclasses.fields(ModelConfig)}
-    model_fields = sizes | {k: v for k, v in overrides.items() if k in known}
-    train_fields = train_sizes | {k: v for k, v in overrides.items() if k not in known}
+    model_fields, train_fields = (dict(fields) for fields in PRESETS[a.config])
+    for name, value in map(_override, a.set):
+        homes = ((ModelConfig, model_fields), (TrainConfig, train_fields))
+        home = next((f for cls, f in homes if name in cls.__dataclass_fields__), None)
+        if home is None or name == "pairs":
+            raise InputError(f"--set: no field {name!r} of ModelConfig or TrainConfig to set")
+        home[name] = value
     for name in ("encoder", "decoder"):
         if getattr(a, name) is not None:
             model_fields[name] = getattr(a, name)
@@ -80,9 +81,16 @@ def _train(a: argparse.Namespace) -> None:
     train_config = _build(TrainConfig, train_fields)
     model_config = _build(ModelConfig, {"pairs": pairs, **model_fields})
 
-    tokenizer = _tokenizer(a.workdir, text, model_config.vocab_size, train_config)
-    model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
+    source = str(folder.resolve())
+    begun = check_workdir(a.workdir, model_config, train_config, source)
+    vocabulary = a.workdir / "spm.model"
+    if begun:
+        tokenizer = Tokenizer.load(vocabulary)
+    else:
+        tokenizer = _tokenizer(text, model_config.vocab_size, train_config)
     data = TrainingData(text, tokenizer, train_config)
+    if not begun:  # all input is read and fits: only now is anything written
+        write_bytes(vocabulary, tokenizer.model)
     table = Table("direction", "sentences", "too long", title=f"{folder}")
     for pair, size in data.sizes.items():
         table.add_row(pair, f"{size:,}", f"{data.too_long[pair]:,}")
@@ -102,7 +110,7 @@ def _train(a: argparse.Namespace) -> None:
             train_config,
             data,
             tokenizer,
-            source=str(folder.resolve()),
+            source=source,
             report=report,
             note=out.print,
         )
@@ -117,7 +125,7 @@ def _evaluate(a: argparse.Namespace) -> None:
     if a.limit is not None:
         text = {p: (s[: a.limit], t[: a.limit]) for p, (s, t) in text.items()}
     requests = [(pair, line) for pair, (source, _) in text.items() for line in source]
-    with bar("translating", "sentences") as progress:
+    with bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
         found = iter(translate(model, requests, _decoding(a), progress))
     scores: dict[str, Score] = {}
     table = Table("direction", "BLEU", "sentences", title=f"{a.model} on {folder}, {a.split}")
@@ -154,7 +162,7 @@ def _translate(a: argparse.Namespace) -> None:
         raise InputError(f"{name}, line {line}: not valid UTF-8 ({error.reason})") from None
     if lines[-1] == "":
         lines.pop()
-    with bar("translating", "sentences", enabled=len(lines) > 1) as progress:
+    with bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
         found = translate(model, [(pair, line) for line in lines], _decoding(a), progress)
     sys.stdout.write("".join(f"{line}\n" for line in found))
 
@@ -266,25 +274,15 @@ def _pair(pair: str) -> str:
     return pair
 
 
-def _tokenizer(
-    workdir: Path, text: dict[str, tuple[list[str], list[str]]], size: int, config: TrainConfig
-) -> Tokenizer:
-    """The work directory's vocabulary, trained and kept there the first time."""
-    path = workdir / "spm.model"
-    if path.is_file():
-        return Tokenizer.load(path)
+def _tokenizer(text: Pairs, size: int, config: TrainConfig) -> Tokenizer:
+    """A vocabulary trained on the text of all directions, each sentence once a language."""
     lines: dict[str, list[str]] = {}
     for pair, sides in text.items():
         for language, side in zip(split_pair(pair), sides, strict=True):
             lines.setdefault(language, []).extend(side)
     lines = {language: list(dict.fromkeys(every)) for language, every in lines.items()}
     with out.status("training the vocabulary"):
-        tokenizer = train_tokenizer(lines, size, temperature=config.temperature, seed=config.seed)
-    workdir.mkdir(parents=True, exist_ok=True)
-    beside = workdir / ".spm.model"
-    beside.write_bytes(tokenizer.model)
-    os.replace(beside, path)
-    return tokenizer
+        return train_tokenizer(lines, size, temperature=config.temperature, seed=config.seed)
 
 
 def _load(folder: Path) -> Model:

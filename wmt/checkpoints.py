@@ -26,6 +26,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.keep = folder.resolve(), keep
+        for unfinished in self.folder.glob("*orbax-checkpoint-tmp*"):  # of a run that was killed
+            shutil.rmtree(unfinished)
         self._checkpointer = ocp.StandardCheckpointer()
 
     def steps(self) -> list[int]:

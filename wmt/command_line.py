@@ -18,10 +18,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file beside its place, then rename it there."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file beside its place, then rename it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
     os.chmod(name, 0o644)
     os.replace(name, path)

@@ -78,7 +78,10 @@ def _find(folder: Path, split: str, pair: str) -> tuple[Path, Path]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

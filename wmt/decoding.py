@@ -1,8 +1,8 @@
 """Greedy and beam search with a key-value cache, one compiled loop that ends when all have ended.
 
 Beam search keeps `beam` live and `beam` ended hypotheses a sentence and ranks the ended ones by
-`log p / ((5 + length) / 6)^alpha` (Wu et al. 2016, equation 14). It stops once no live hypothesis
-can overtake the worst ended one.
+`log p / ((5 + length) / 6)^alpha` (Wu et al. 2016, equation 14). A sentence stops once no live
+hypothesis can overtake its best ended one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.subnetwork import one_task
@@ -39,11 +40,12 @@ def search(
     tasks: scalar tasks run as their sub-network.
     Returns ids [B, max_length] i32 (PAD after `</s>`) and scores [B] f32 (log probability, with a
     beam divided by the length penalty). A row of only padding ends at once.
-    Raises ValueError where beam or max_length is below 1.
+    Raises ValueError where beam or max_length is below 1 or alpha below 0.
     """
-    if beam < 1 or max_length < 1:
+    if beam < 1 or max_length < 1 or alpha < 0:
         raise ValueError(
-            f"beam and max_length must be at least 1, got beam={beam}, max_length={max_length}"
+            "beam and max_length must be at least 1 and alpha at least 0, "
+            f"got beam={beam}, max_length={max_length}, alpha={alpha}"
         )
     params, config, tasks = one_task(params, config, tasks)
     valid = source != PAD
@@ -66,7 +68,7 @@ def _greedy(
     config: ModelConfig,
     memory: jax.Array,
     valid: jax.Array,
-    task: jax.Array | None,
+    task: ArrayLike | None,
     max_length: int,
     mesh: jax.sharding.Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -93,7 +95,7 @@ def _greedy(
         tokens,
         jnp.zeros(rows),
         ~valid.any(axis=1),
-        start_cache(params, config, memory, max_length),
+        start_cache(params, config, memory, valid, max_length),
     )
     end = jax.lax.while_loop(lambda s: (s.position < max_length) & ~s.ended.all(), step, start)
     return end.tokens[:, 1:], end.score
@@ -113,7 +115,7 @@ def _beam(
     config: ModelConfig,
     memory: jax.Array,
     valid: jax.Array,
-    task: jax.Array | None,
+    task: ArrayLike | None,
     max_length: int,
     beam: int,
     alpha: float,
@@ -122,16 +124,14 @@ def _beam(
     batch = memory.shape[0]
     wide = functools.partial(jnp.repeat, repeats=beam, axis=0)
     memory, valid_wide = wide(memory), wide(valid)
-    if task is not None and task.ndim == 1:
+    if task is not None and jnp.ndim(task) == 1:
         task = wide(task)
 
     def penalty(length: jax.Array | int) -> Any:
         return ((5.0 + length) / 6.0) ** alpha
 
     def running(s: _Beam) -> jax.Array:
-        best_live = s.live_score[:, 0] / penalty(max_length)
-        can_improve = best_live > s.done_score[:, -1]
-        return (s.position < max_length) & can_improve.any()
+        return (s.position < max_length) & (s.live_score[:, 0] > _NEVER / 2).any()
 
     def step(s: _Beam) -> _Beam:
         token = jax.lax.dynamic_index_in_dim(s.live, s.position, 2, keepdims=False).reshape(-1)
@@ -150,11 +150,16 @@ def _beam(
         grown = jax.lax.dynamic_update_slice_in_dim(grown, chosen[:, :, None], s.position + 1, 2)
         ends = chosen == EOS
 
-        ended_score = jnp.where(ends, score / penalty(s.position + 1), _NEVER)
+        real = ends & (score > _NEVER / 2)
+        ended_score = jnp.where(real, score / penalty(s.position + 1), _NEVER)
         done_score, best = jax.lax.top_k(jnp.concatenate([s.done_score, ended_score], 1), beam)
         done = jnp.take_along_axis(jnp.concatenate([s.done, grown], 1), best[:, :, None], axis=1)
 
         live_score, best = jax.lax.top_k(jnp.where(ends, _NEVER, score), beam)
+        # Scores only fall and the penalty divides by no more than this: what cannot overtake the
+        # best ended hypothesis any more is given up.
+        hopeless = live_score / penalty(max_length) <= done_score[:, :1]
+        live_score = jnp.where(hopeless, _NEVER, live_score)
         live = jnp.take_along_axis(grown, best[:, :, None], axis=1)
         rows = jnp.arange(batch)[:, None] * beam + jnp.take_along_axis(origin, best, axis=1)
         rows = rows.reshape(-1)
@@ -173,7 +178,7 @@ def _beam(
         jnp.where(padding, _NEVER, first),
         empty,
         jnp.where(padding, 0.0, jnp.full((batch, beam), _NEVER)),
-        start_cache(params, config, memory, max_length),
+        start_cache(params, config, memory, valid_wide, max_length),
     )
     end = jax.lax.while_loop(running, step, start)
     # A sentence none of whose hypotheses ended in time gets its best live one.

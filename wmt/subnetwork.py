@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from taskmoe import moe
 from taskmoe.wmt.config import ModelConfig, split_pair
@@ -22,19 +24,21 @@ def one_task(
     those that are not task-routed, stay as they are. Works under jit with traced tasks.
     """
     params = dict(params)
-    left = {}
     for side, task in tasks._asdict().items():
-        left[side] = task
         mixture = config.moe(side)
-        if task is None or np.ndim(task) or mixture is None:
+        if task is None or jnp.ndim(task) or mixture is None:
             continue
         params[side] = [
             layer | {"feed_forward": _dense(layer["feed_forward"], mixture, task)}
             for layer in params[side]
         ]
-        config = dataclasses.replace(config, **{side: "dense", f"{side}_wide_d_ff": None})
-        left[side] = None
-    return params, config, Tasks(**left)
+        if side == "encoder":
+            config = dataclasses.replace(config, encoder="dense", encoder_wide_d_ff=None)
+            tasks = tasks._replace(encoder=None)
+        else:
+            config = dataclasses.replace(config, decoder="dense", decoder_wide_d_ff=None)
+            tasks = tasks._replace(decoder=None)
+    return params, config, tasks
 
 
 def extract(model: Model, task: str) -> Model:
@@ -51,25 +55,34 @@ def extract(model: Model, task: str) -> Model:
             "nothing to extract: no side of the model is task-routed "
             f"(encoder is {config.encoder}, decoder is {config.decoder})"
         )
-    pairs = config.pairs
     if "-" in task:
-        split_pair(task)
-        pairs = (task,)
+        try:
+            split_pair(task)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        pairs: tuple[str, ...] = (task,)
     else:
-        pairs = tuple(p for p in pairs if all(config.task_name(s, p) == task for s in routed))
-    known = sorted({name for side in routed for name in config.tasks(side)})
-    ids = {}
-    for side in routed:
-        name = config.task_name(side, pairs[0]) if pairs else None
-        if name not in config.tasks(side):
-            raise InputError(f"task {task!r} is not the model's; it has {', '.join(known)}")
-        ids[side] = np.int32(config.tasks(side).index(name))
-    tasks = Tasks(ids.get("encoder"), ids.get("decoder"))
+        serves = {p: {config.task_name(side, p) for side in routed} for p in config.pairs}
+        pairs = tuple(pair for pair, names in serves.items() if names == {task})
+        if not pairs and any(task in names for names in serves.values()):
+            raise InputError(
+                f"task {task!r} leaves a side open (encoder is {config.encoder}, decoder is "
+                f"{config.decoder}); name a direction: {', '.join(config.pairs)}"
+            )
+    if not pairs or any(config.task_name(s, pairs[0]) not in config.tasks(s) for s in routed):
+        known = sorted({name for side in routed for name in config.tasks(side)})
+        raise InputError(f"task {task!r} is not the model's; it has {', '.join(known)}")
+    tasks = Tasks(*(_task_id(config, side, pairs[0]) for side in ("encoder", "decoder")))
     params, config, _ = one_task(model.params, config, tasks)
     return Model(params, dataclasses.replace(config, pairs=pairs), model.tokenizer)
 
 
-def _dense(feed_forward: Params, mixture: moe.MoEConfig, task: np.ndarray) -> Params:
+def _task_id(config: ModelConfig, side: str, pair: str) -> np.int32 | None:
+    name = config.task_name(side, pair)
+    return None if name is None else np.int32(config.tasks(side).index(name))
+
+
+def _dense(feed_forward: Params, mixture: moe.MoEConfig, task: ArrayLike) -> Params:
     if "moe" not in feed_forward:
         return feed_forward
     ffn = moe.extract(feed_forward["moe"], mixture, task)

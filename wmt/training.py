@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import optax
 
 from taskmoe import moe
 from taskmoe.wmt.checkpoints import Checkpoints
+from taskmoe.wmt.command_line import write_text
 from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.data import Batch, TrainingData
 from taskmoe.wmt.errors import InputError
@@ -42,6 +42,7 @@ class Progress(NamedTuple):
 
     loss: nats per target token, label smoothing and auxiliary losses left out.
     tokens_per_s: source and target tokens, padding left out.
+    grad_norm: mean global norm of the gradients, before clipping.
     dropped: share of assignments that found no room; busiest: largest load of an expert times E.
     """
 
@@ -49,6 +50,7 @@ class Progress(NamedTuple):
     steps: int
     loss: float
     tokens_per_s: float
+    grad_norm: float
     dropped: float
     busiest: float
 
@@ -67,6 +69,8 @@ def train(
 ) -> Model:
     """Train up to `config.steps` in all, going on from the work directory's newest checkpoint.
 
+    model_config: its vocab_size is what the vocabulary was asked for; the model gets the
+      tokenizer's, which is smaller where the text is poor.
     source: name of the data, kept with the configuration; a work directory serves one of each.
     report: called about every `report_every` steps. note: called with lines worth knowing, such as
     where it resumes and which checkpoint was damaged.
@@ -75,6 +79,7 @@ def train(
     the loss stops being finite (checkpoints stay as they are).
     """
     claim_workdir(workdir, model_config, config, source)
+    model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
     optimizer = make_optimizer(config)
     state = jax.jit(functools.partial(_init_state, model_config, optimizer))(
         jax.random.key(config.seed)
@@ -100,10 +105,17 @@ def train(
                 save = step % config.checkpoint_every == 0 or step == config.steps
                 if save or len(pending) == report_every:
                     progress = _summarise(step, config.steps, pending, tokens, since)
-                    if not np.isfinite(progress.loss):
+                    # A gradient that is not finite has spoilt parameters whose loss comes later.
+                    if not np.isfinite([progress.loss, progress.grad_norm]).all():
+                        good = checkpoints.steps()
                         raise FloatingPointError(
-                            f"loss is {progress.loss} at step {step}; "
-                            f"checkpoints {checkpoints.steps()} in {checkpoints.folder} are good"
+                            f"at step {step} the loss is {progress.loss} and the gradient's norm "
+                            f"{progress.grad_norm}; "
+                            + (
+                                f"the checkpoint of step {good[-1]} is good"
+                                if good
+                                else "no checkpoint was written before"
+                            )
                         )
                     log.write(json.dumps(progress._asdict()) + "\n")
                     log.flush()
@@ -123,38 +135,56 @@ def claim_workdir(
 ) -> None:
     """Write the configuration into a new work directory, or check that it is the same.
 
-    Raises InputError that names the first field that differs. `steps` and how checkpoints are kept
-    may change.
+    Raises InputError as `check_workdir` does.
     """
-    mine = json.loads(
-        json.dumps(
-            {
-                "data": source,
-                "model": dataclasses.asdict(model_config),
-                "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE},
-            }
-        )
+    if check_workdir(workdir, model_config, config, source):
+        return
+    write_text(
+        workdir / "config.json",
+        json.dumps(_description(model_config, config, source), indent=2) + "\n",
     )
+
+
+def check_workdir(
+    workdir: Path, model_config: ModelConfig, config: TrainConfig, source: str
+) -> bool:
+    """Whether a work directory is there and belongs to this configuration; False where it is new.
+
+    Raises InputError that names the first field that differs. How checkpoints are kept may change,
+    and `steps` under a schedule that does not look at them.
+    """
     path = workdir / "config.json"
     if path.is_file():
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{path} is damaged: {error}") from None
-        a, b = _flat(theirs), _flat(mine)
+        a, b = _flat(theirs), _flat(_description(model_config, config, source))
         for name in sorted(a.keys() | b.keys()):
             if a.get(name) != b.get(name):
                 raise InputError(
                     f"work directory {workdir} belongs to another configuration: {name} is "
                     f"{a.get(name)!r} there and {b.get(name)!r} here; name another --workdir"
                 )
-        return
+        return True
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"work directory {workdir} is a file")
     if workdir.is_dir() and any(workdir.glob("checkpoints/*")):
         raise InputError(f"{workdir} has checkpoints but no config.json; name another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    beside = workdir / ".config.json"
-    beside.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    return False
+
+
+def _description(model_config: ModelConfig, config: TrainConfig, source: str) -> dict[str, Any]:
+    """What a work directory's config.json holds."""
+    free = _FREE if config.schedule == "inverse_sqrt" else _FREE[1:]  # cosine looks at steps
+    fields = dataclasses.asdict(config)
+    whole = {
+        "data": source,
+        "model": dataclasses.asdict(model_config),
+        "train": {name: value for name, value in fields.items() if name not in free},
+    }
+    described: dict[str, Any] = json.loads(json.dumps(whole))  # lists for tuples, as in the file
+    return described
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -192,16 +222,17 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        source, target_in, target_out, pair = (jnp.asarray(part) for part in batch)
+        encoder, decoder = (None if t is None else jnp.asarray(t)[pair] for t in tables)
+        valid, wanted = source != PAD, target_out != PAD
+
         def objective(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            encoder, decoder = (None if t is None else jnp.asarray(t)[batch.pair] for t in tables)
             keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-            valid = batch.source != PAD
-            memory, first = encode(params, model_config, batch.source, valid, encoder, key=keys[0])
-            wanted = batch.target_out != PAD
+            memory, first = encode(params, model_config, source, valid, encoder, key=keys[0])
             logits, second = decode(
-                params, model_config, memory, valid, batch.target_in, wanted, decoder, key=keys[1]
+                params, model_config, memory, valid, target_in, wanted, decoder, key=keys[1]
             )
-            smoothed, plain = cross_entropy(logits, batch.target_out, config.label_smoothing)
+            smoothed, plain = cross_entropy(logits, target_out, config.label_smoothing)
             return smoothed + _auxiliary(first + second), {
                 "loss": plain * wanted.sum(),
                 "tokens": wanted.sum(),
@@ -211,6 +242,7 @@ def make_train_step(
         grads, sums = jax.grad(objective, has_aux=True)(state.params)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
+        sums["grad_norm"] = optax.global_norm(grads)
         return State(params, optimizer_state, state.step + 1), sums
 
     return step
@@ -263,6 +295,7 @@ def _summarise(
         steps,
         loss=float(sums["loss"].sum() / max(sums["tokens"].sum(), 1)),
         tokens_per_s=tokens / (time.perf_counter() - since),
+        grad_norm=float(sums["grad_norm"].mean()),
         dropped=float(sums["dropped"].mean()),
         busiest=float(sums["busiest"].mean()),
     )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from taskmoe import moe
 from taskmoe.wmt.config import ModelConfig
@@ -25,8 +26,8 @@ class Tasks(NamedTuple):
     None on a side that is not task-routed.
     """
 
-    encoder: jax.Array | None
-    decoder: jax.Array | None
+    encoder: ArrayLike | None
+    decoder: ArrayLike | None
 
 
 class Cache(NamedTuple):
@@ -34,12 +35,14 @@ class Cache(NamedTuple):
 
     self_key, self_value: one [B, L, H, D/H] a layer, filled up to the present position.
     cross_key, cross_value: one [B, S, H, D/H] a layer, of the encoder's output.
+    sentence: [B, D], what a sentence-routed decoder gates by; None where it is not sentence-routed.
     """
 
     self_key: tuple[jax.Array, ...]
     self_value: tuple[jax.Array, ...]
     cross_key: tuple[jax.Array, ...]
     cross_value: tuple[jax.Array, ...]
+    sentence: jax.Array | None
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
@@ -108,12 +111,12 @@ def encode(
     config: ModelConfig,
     source: jax.Array,
     valid: jax.Array,
-    task: jax.Array | None,
+    task: ArrayLike | None,
     *,
     mesh: jax.sharding.Mesh | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, list[moe.Metrics]]:
-    """Encode source ids [B, S] i32 with valid [B, S] bool; returns [B, S, D] and metrics.
+    """Encode source ids [B, S] i32 with valid [B, S] bool; returns [B, S, D] f32 and metrics.
 
     task: [B] i32 or scalar on a task-routed encoder, else None. key: of dropout; None is off.
     """
@@ -124,7 +127,10 @@ def encode(
     for layer in params["encoder"]:
         q, k, v = _qkv(layer["attention"], x, config)
         x = x + drop(_attend(layer["attention"], q, k, v, mask))
-        y = _feed_forward(layer["feed_forward"], config, "encoder", x, valid, task, mesh, reports)
+        y, report = _feed_forward(
+            layer["feed_forward"], config.moe("encoder"), x, valid, task, mesh
+        )
+        reports += report
         x = x + drop(y)
     return _rms_norm(x, params["encoder_norm"]), reports
 
@@ -136,16 +142,21 @@ def decode(
     memory_valid: jax.Array,
     target: jax.Array,
     valid: jax.Array,
-    task: jax.Array | None,
+    task: ArrayLike | None,
     *,
     mesh: jax.sharding.Mesh | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, list[moe.Metrics]]:
-    """Logits [B, L, V] f32 of the next token at each position of target ids [B, L], and metrics."""
+    """Logits [B, L, V] f32 of the next token at each position of target ids [B, L], and metrics.
+
+    memory, memory_valid: from `encode`. valid: [B, L] bool, target positions that count. task, key:
+    as in `encode`, of the decoder.
+    """
     length = target.shape[1]
     x = _embed(_target_embedding(params), target, jnp.arange(length))
     causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
     cross_mask = memory_valid[:, None, None, :]
+    sentence = _sentence(config, memory, memory_valid)
     drop = _Dropout(config.dropout, key)
     reports: list[moe.Metrics] = []
     for layer in params["decoder"]:
@@ -153,18 +164,24 @@ def decode(
         x = x + drop(_attend(layer["attention"], q, k, v, causal))
         k, v = _cross_key_value(layer["cross"], memory, config)
         x = x + drop(_attend(layer["cross"], _query(layer["cross"], x, config), k, v, cross_mask))
-        y = _feed_forward(layer["feed_forward"], config, "decoder", x, valid, task, mesh, reports)
+        y, report = _feed_forward(
+            layer["feed_forward"], config.moe("decoder"), x, valid, task, mesh, sentence
+        )
+        reports += report
         x = x + drop(y)
     return _logits(params, x), reports
 
 
-def start_cache(params: Params, config: ModelConfig, memory: jax.Array, length: int) -> Cache:
+def start_cache(
+    params: Params, config: ModelConfig, memory: jax.Array, memory_valid: jax.Array, length: int
+) -> Cache:
     """An empty cache for `length` target positions over the encoder's output [B, S, D]."""
     heads = config.num_heads
     shape = (memory.shape[0], length, heads, config.d_model // heads)
     empty = tuple(jnp.zeros(shape, memory.dtype) for _ in params["decoder"])
     cross = [_cross_key_value(layer["cross"], memory, config) for layer in params["decoder"]]
-    return Cache(empty, empty, tuple(k for k, _ in cross), tuple(v for _, v in cross))
+    sentence = _sentence(config, memory, memory_valid)
+    return Cache(empty, empty, tuple(k for k, _ in cross), tuple(v for _, v in cross), sentence)
 
 
 def decode_step(
@@ -174,7 +191,7 @@ def decode_step(
     memory_valid: jax.Array,
     token: jax.Array,
     position: jax.Array,
-    task: jax.Array | None,
+    task: ArrayLike | None,
     *,
     valid: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -197,9 +214,16 @@ def decode_step(
         x = x + _attend(layer["attention"], q, keys[-1], values[-1], seen)
         q = _query(layer["cross"], x, config)
         x = x + _attend(layer["cross"], q, cache.cross_key[i], cache.cross_value[i], cross_mask)
-        x = x + _feed_forward(
-            layer["feed_forward"], config, "decoder", x, alive[:, None], task, mesh, []
+        y, _ = _feed_forward(
+            layer["feed_forward"],
+            config.moe("decoder"),
+            x,
+            alive[:, None],
+            task,
+            mesh,
+            cache.sentence,
         )
+        x = x + y
     return _logits(params, x)[:, 0], cache._replace(self_key=tuple(keys), self_value=tuple(values))
 
 
@@ -230,7 +254,8 @@ def _embed(embedding: jax.Array, ids: jax.Array, positions: jax.Array) -> jax.Ar
 
 
 def _target_embedding(params: Params) -> jax.Array:
-    return params.get("target_embedding", params["embedding"])
+    table: jax.Array = params["target_embedding" if "target_embedding" in params else "embedding"]
+    return table
 
 
 def _logits(params: Params, x: jax.Array) -> jax.Array:
@@ -261,22 +286,33 @@ def _attend(p: Params, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
     return out.reshape(*q.shape[:2], -1) @ p["out"]
 
 
+def _sentence(config: ModelConfig, memory: jax.Array, valid: jax.Array) -> jax.Array | None:
+    """Mean of the encoder's output [B, D], by which a sentence-routed decoder gates.
+
+    The mean of the target's own tokens would let a position see those to come, and does not exist
+    yet while decoding.
+    """
+    if config.decoder != "sentence":
+        return None
+    total = jnp.sum(jnp.where(valid[..., None], memory, 0), axis=1)
+    return total / jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
+
+
 def _feed_forward(
     p: Params,
-    config: ModelConfig,
-    side: str,
+    mixture: moe.MoEConfig | None,
     x: jax.Array,
     valid: jax.Array,
-    task: jax.Array | None,
+    task: ArrayLike | None,
     mesh: jax.sharding.Mesh | None,
-    reports: list[moe.Metrics],
-) -> jax.Array:
-    """The feed-forward branch, dense or mixture; a mixture appends its metrics to `reports`."""
+    sentence: jax.Array | None = None,
+) -> tuple[jax.Array, list[moe.Metrics]]:
+    """The feed-forward branch, dense or mixture, and the metrics of a mixture."""
     x = _rms_norm(x, p["norm"])
     if "ffn" in p:
-        return moe.ffn(p["ffn"], x)
-    mixture = config.moe(side)
+        return moe.ffn(p["ffn"], x), []
     assert mixture is not None  # the parameters were made by the same configuration
-    y, report = moe.apply(p["moe"], mixture, x, valid=valid, task=task, mesh=mesh)
-    reports.append(report)
-    return y
+    y, report = moe.apply(
+        p["moe"], mixture, x, valid=valid, task=task, sentence=sentence, mesh=mesh
+    )
+    return y, [report]

@@ -41,6 +41,8 @@ class Decoding:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.alpha < 0:
+            raise ValueError(f"alpha must be at least 0, got {self.alpha}")
 
 
 def translate(
@@ -67,19 +69,26 @@ def translate(
         width = -(-len(encoded[i]) // _MULTIPLE) * _MULTIPLE
         groups[width, None if decoding.mixed_tasks else ids[requests[i][0]]].append(i)
 
+    # A full batch's shape for few sentences would be mostly padding; powers of two are few shapes.
+    largest = max(map(len, groups.values()), default=1)
+    rows_a_batch = min(decoding.batch, 1 << (largest - 1).bit_length())
+    config = model.config
+    if not any(config.tasks(side) for side in ("encoder", "decoder")):
+        # Search does not look at directions then: one compilation serves every sub-network.
+        config = dataclasses.replace(config, pairs=("source-target",))
     out = [""] * len(requests)
     done = 0
     for (width, one_task), group in groups.items():
-        for at in range(0, len(group), decoding.batch):
-            chunk = group[at : at + decoding.batch]
-            source = np.full((decoding.batch, width), PAD, np.int32)
+        for at in range(0, len(group), rows_a_batch):
+            chunk = group[at : at + rows_a_batch]
+            source = np.full((rows_a_batch, width), PAD, np.int32)
             for row, i in enumerate(chunk):
                 source[row, : len(encoded[i])] = encoded[i]
             rows = [ids[requests[i][0]] for i in chunk]
-            rows += rows[:1] * (decoding.batch - len(chunk))
+            rows += rows[:1] * (rows_a_batch - len(chunk))
             found, _ = _search(
                 model.params,
-                model.config,
+                config,
                 source,
                 _tasks(rows, one_task),
                 decoding.max_length or 2 * width + 16,
@@ -99,14 +108,20 @@ def task_ids(config: ModelConfig, pair: str) -> TaskIds:
     """Task id of a direction on the encoder's and the decoder's side; None where not task-routed.
 
     A direction that was not trained still has its ids where target and source were seen in others.
-    Raises InputError where a task is not the model's.
+    Raises InputError where a language or task is not the model's.
     """
+    source, target = split_pair(pair)
+    targets = {split_pair(p)[1] for p in config.pairs}
+    if target not in targets or source not in targets | {split_pair(p)[0] for p in config.pairs}:
+        raise InputError(f"pair {pair}: the model knows only {', '.join(config.pairs)}")
     ids = []
     for side in ("encoder", "decoder"):
         tasks = config.tasks(side)
         task = config.task_name(side, pair)
         if task is not None and task not in tasks:
-            raise InputError(f"pair {pair}: the model's {side} has no task {task}, only {tasks}")
+            raise InputError(
+                f"pair {pair}: the model's {side} has no task {task}, only {', '.join(tasks)}"
+            )
         ids.append(None if task is None else tasks.index(task))
     return ids[0], ids[1]
 
