@@ -19,6 +19,8 @@ class Tokenizer:
 
     def __init__(self, model: bytes) -> None:
         """model: a serialised SentencePiece model, as `train_tokenizer` makes it."""
+        if not model:
+            raise ValueError("it is empty")
         self.model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
 
@@ -27,7 +29,7 @@ class Tokenizer:
         """Read a model file; raises InputError where it is not one."""
         try:
             return cls(path.read_bytes())
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"{path} is no SentencePiece model: {error}") from None
 
     @property
@@ -87,6 +89,9 @@ def train_tokenizer(
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             character_coverage=0.9999,
+            # Text comes back as it was: the default rule would write full-width punctuation and
+            # fractions in other characters than the references have.
+            normalization_rule_name="identity",
             byte_fallback=True,
             pad_id=PAD,
             unk_id=UNK,

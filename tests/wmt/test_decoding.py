@@ -1,0 +1,158 @@
+"""Greedy and beam search against a plain search that scores every short output."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taskmoe.tests.wmt import support
+from taskmoe.wmt.config import ModelConfig
+from taskmoe.wmt.decoding import search
+from taskmoe.wmt.tokenizer import BOS, EOS, PAD
+from taskmoe.wmt.transformer import Tasks, decode, encode
+
+VOCABULARY = 7  # four special ids and three words: every output of four ids can be scored
+LENGTH = 4
+CONFIG = support.model_config(vocab_size=VOCABULARY, encoder="token", decoder="token")
+SOURCE = np.array([[4, 5, 6, 3], [6, 3, 0, 0], [5, 5, 3, 0]], np.int32)
+NO_TASKS = Tasks(None, None)
+
+
+@functools.cache
+def searcher(config: ModelConfig, beam: int, alpha: float, length: int) -> Any:
+    def run(params: Any, source: Any, tasks: Tasks) -> Any:
+        return search(params, config, source, tasks, max_length=length, beam=beam, alpha=alpha)
+
+    return jax.jit(run)
+
+
+def found(
+    source: Any, beam: int, alpha: float = 0.6, seed: int = 0, length: int = LENGTH
+) -> tuple[np.ndarray, np.ndarray]:
+    run = searcher(CONFIG, beam, alpha, length)
+    ids, score = run(support.params(CONFIG, seed), source, NO_TASKS)
+    return np.asarray(ids), np.asarray(score)
+
+
+@jax.jit
+def teacher_forced(params: Any, source: Any, target_in: Any) -> Any:
+    """Log probabilities of every next token, all positions at once."""
+    valid = source != PAD
+    memory, _ = encode(params, CONFIG, source, valid, None)
+    every = jnp.ones(target_in.shape, bool)
+    logits, _ = decode(params, CONFIG, memory, valid, target_in, every, None)
+    return jax.nn.log_softmax(logits)
+
+
+def penalty(length: int, alpha: float) -> float:
+    return ((5 + length) / 6) ** alpha
+
+
+@functools.cache
+def every_output(seed: int, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """All [VOCABULARY**LENGTH, LENGTH] id sequences and each position's log probability."""
+    outputs = np.array(list(itertools.product(range(VOCABULARY), repeat=LENGTH)), np.int32)
+    inputs = np.concatenate([np.full((len(outputs), 1), BOS), outputs[:, :-1]], axis=1)
+    source = np.repeat(SOURCE[row : row + 1], len(outputs), axis=0)
+    log_probs = np.asarray(teacher_forced(support.params(CONFIG, seed), source, inputs))
+    return outputs, np.take_along_axis(log_probs, outputs[..., None], axis=2)[..., 0]
+
+
+def exhaustive(seed: int, row: int, alpha: float) -> tuple[list[int], float]:
+    """The best of all outputs that end within LENGTH, by log p over the length penalty."""
+    outputs, log_probs = every_output(seed, row)
+    best: tuple[list[int], float] = ([], -np.inf)
+    for ids, steps in zip(outputs, log_probs, strict=True):
+        if EOS in ids:
+            end = int(np.argmax(ids == EOS)) + 1
+            score = float(steps[:end].sum()) / penalty(end, alpha)
+            if score > best[1]:
+                best = [*map(int, ids[:end])] + [PAD] * (LENGTH - end), score
+    return best
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_wide_beam_finds_the_best_of_all_outputs(seed: int, alpha: float) -> None:
+    ids, score = found(SOURCE, VOCABULARY**3, alpha, seed)
+    for row in range(3):
+        want, best = exhaustive(seed, row, alpha)
+        assert ids[row].tolist() == want
+        assert abs(score[row] - best) < 1e-4
+
+
+def test_the_length_penalty_changes_what_is_best() -> None:
+    """Else the test above would not notice a wrong penalty."""
+    best = [[exhaustive(seed, row, a) for a in (0.0, 2.0)] for seed in range(3) for row in range(3)]
+    assert any(short[0] != long[0] for short, long in best)
+    assert all(short[1] < long[1] for short, long in best if PAD not in long[0])
+
+
+def test_greedy_takes_the_likeliest_token_each_time() -> None:
+    ids, score = found(SOURCE, 1, length=8)
+    for row in range(3):
+        so_far, total = [BOS], 0.0
+        for _ in range(8):
+            padded = np.array([so_far + [PAD] * (8 - len(so_far))], np.int32)
+            log_probs = teacher_forced(support.params(CONFIG), SOURCE[row : row + 1], padded)
+            step = np.asarray(log_probs)[0, len(so_far) - 1]
+            so_far.append(int(step.argmax()))
+            total += float(step.max())
+            if so_far[-1] == EOS:
+                break
+        assert ids[row].tolist() == so_far[1:] + [PAD] * (9 - len(so_far))
+        assert abs(score[row] - total) < 1e-4
+
+
+def log_probability(row: int, ids: np.ndarray, seed: int, alpha: float) -> float:
+    end = int(np.argmax(ids == EOS)) + 1 if EOS in ids else len(ids)
+    inputs = np.array([[BOS, *ids[:-1]]], np.int32)
+    log_probs = np.asarray(
+        teacher_forced(support.params(CONFIG, seed), SOURCE[row : row + 1], inputs)
+    )
+    return float(log_probs[0, np.arange(end), ids[:end]].sum()) / penalty(end, alpha)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_beam_is_no_worse_than_greedy_and_scores_are_true(seed: int) -> None:
+    greedy, _ = found(SOURCE, 1, seed=seed, length=8)
+    wide, score = found(SOURCE, 4, seed=seed, length=8)
+    for row in range(3):
+        ours = log_probability(row, wide[row], seed, 0.6)
+        assert abs(ours - score[row]) < 1e-4
+        if EOS in greedy[row]:
+            assert ours >= log_probability(row, greedy[row], seed, 0.6) - 1e-4
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+def test_padding_rows_end_at_once_and_mates_change_nothing(beam: int) -> None:
+    want, scores = found(SOURCE, beam, length=8)
+    mixed = np.stack([np.zeros(4, np.int32), SOURCE[1], SOURCE[0]])
+    ids, score = found(mixed, beam, length=8)
+    assert not ids[0].any()
+    assert score[0] == 0
+    np.testing.assert_array_equal(ids[1:], want[[1, 0]])
+    np.testing.assert_allclose(score[1:], scores[[1, 0]], atol=1e-5)
+
+
+def test_scalar_tasks_run_as_their_sub_network() -> None:
+    config = support.model_config(vocab_size=VOCABULARY)
+    params = support.params(config)
+    run = searcher(config, 2, 0.6, 6)
+    for task in range(2):
+        scalar = run(params, SOURCE, Tasks(np.int32(task), np.int32(task)))
+        each = run(params, SOURCE, Tasks(*[np.full(3, task, np.int32)] * 2))
+        np.testing.assert_array_equal(scalar[0], each[0])
+        np.testing.assert_allclose(scalar[1], each[1], atol=1e-5)
+    other = run(params, SOURCE, Tasks(np.int32(2), np.int32(2)))
+    assert np.abs(other[1] - scalar[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("wrong", [{"beam": 0}, {"max_length": 0}, {"alpha": -1.0}])
+def test_what_does_not_fit_is_named(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=f"got .*{next(iter(wrong))}={next(iter(wrong.values()))}"):
+        search({}, CONFIG, jnp.asarray(SOURCE), NO_TASKS, **({"max_length": 4} | wrong))
