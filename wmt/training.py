@@ -242,7 +242,8 @@ def make_train_step(
         grads, sums = jax.grad(objective, has_aux=True)(state.params)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        sums["grad_norm"] = optax.global_norm(grads)
+        squares = [jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(grads)]
+        sums["grad_norm"] = jnp.sqrt(jnp.sum(jnp.stack(squares)))
         return State(params, optimizer_state, state.step + 1), sums
 
     return step
