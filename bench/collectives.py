@@ -1,0 +1,145 @@
+"""What a compiled step exchanges between devices, counted in its HLO and timed by the profiler.
+
+Counting is static: instructions of the optimised HLO. Timing reads a profiler trace, in which each
+device's thread reports each instruction it ran. A collective starts on every device when that
+device arrives and ends when the data are there, so its time has two parts:
+
+    waiting    until the last device has arrived: devices that are out of step, or share cores
+    transfer   from then on: what the exchange itself takes
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+COLLECTIVES = (
+    "all-to-all",
+    "ragged-all-to-all",
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+def count_collectives(hlo: str) -> dict[str, int]:
+    """Instructions of each kind of collective in an optimised HLO text; those that occur only.
+
+    An asynchronous pair (start and done) counts once.
+    """
+    counts = {}
+    for kind in COLLECTIVES:
+        found = re.findall(rf"(?<![\w-]){kind}(?:-start)?\(", hlo)
+        if found:
+            counts[kind] = len(found)
+    return counts
+
+
+class Communication(NamedTuple):
+    """Where a step's time went, means over devices and runs.
+
+    step_ms: from a device's first instruction to its last.
+    transfer_share, waiting_share: of that, in [0, 1]. by_kind: collective -> share, both parts.
+    """
+
+    step_ms: float
+    transfer_share: float
+    waiting_share: float
+    by_kind: dict[str, float]
+
+    @property
+    def share(self) -> float:
+        """Share of the step spent in collectives, waiting included, as a profiler shows it."""
+        return self.transfer_share + self.waiting_share
+
+
+class _Event(NamedTuple):
+    name: str
+    start: float
+    end: float
+
+
+def profile_communication(run: Callable[[], Any], repeats: int = 3) -> Communication:
+    """Run a compiled step under the profiler and add up its collectives.
+
+    run: starts one step; called once before and `repeats` times under the profiler, one at a time.
+    Raises RuntimeError where the profiler saw no instruction of any device.
+    """
+    jax.block_until_ready(run())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(repeats):
+                jax.block_until_ready(run())
+        traces = sorted(Path(folder).rglob("*.xplane.pb"))
+        data = jax.profiler.ProfileData.from_file(str(traces[0]))
+    return summarise(_device_events(data))
+
+
+def _device_events(data: Any) -> dict[Any, dict[int, list[_Event]]]:
+    """Run -> device -> instructions in order of time, in nanoseconds."""
+    found: dict[Any, dict[int, list[_Event]]] = defaultdict(lambda: defaultdict(list))
+    for plane in data.planes:
+        for line in plane.lines:
+            for event in line.events:
+                stats = dict(event.stats)
+                if "hlo_op" not in stats or "device_ordinal" not in stats:
+                    continue
+                one = _Event(
+                    str(stats["hlo_op"]), event.start_ns, event.start_ns + event.duration_ns
+                )
+                found[stats["run_id"]][int(stats["device_ordinal"])].append(one)
+    for devices in found.values():
+        for events in devices.values():
+            events.sort(key=lambda e: e.start)
+    return found
+
+
+def summarise(runs: dict[Any, dict[int, list[_Event]]]) -> Communication:
+    """Add up the collectives of all runs.
+
+    The i-th time that an instruction ran on one device met the i-th time on every other.
+    Raises RuntimeError where there is no run.
+    """
+    whole = waiting = transfer = 0.0
+    by_kind: dict[str, float] = defaultdict(float)
+    steps = 0
+    for devices in runs.values():
+        meetings: dict[tuple[str, int], list[_Event]] = defaultdict(list)
+        for events in devices.values():
+            whole += max(e.end for e in events) - min(e.start for e in events)
+            steps += 1
+            seen: dict[str, int] = defaultdict(int)
+            for event in events:
+                if kind_of(event.name):
+                    meetings[event.name, seen[event.name]].append(event)
+                    seen[event.name] += 1
+        for (name, _), events in meetings.items():
+            last = max(e.start for e in events)
+            for event in events:
+                pause = min(last, event.end) - event.start
+                waiting += pause
+                transfer += event.end - event.start - pause
+                by_kind[str(kind_of(name))] += event.end - event.start
+    if not whole:
+        raise RuntimeError("the profiler reported no instruction of any device")
+    return Communication(
+        step_ms=whole / steps / 1e6,
+        transfer_share=transfer / whole,
+        waiting_share=waiting / whole,
+        by_kind={kind: time / whole for kind, time in by_kind.items()},
+    )
+
+
+def kind_of(instruction: str) -> str | None:
+    """The collective that an HLO instruction's name such as `all-to-all.3` tells of, or None."""
+    name = re.sub(r"[.\d]+$", "", instruction).removesuffix("-start").removesuffix("-done")
+    name = name.replace("_", "-")
+    return name if name in COLLECTIVES else None
