@@ -1,0 +1,135 @@
+"""HBM bytes that a Pallas kernel moves, counted by walking its grid.
+
+A kernel's operands travel in blocks. The pipeline fetches a block when its index differs from the
+previous grid step's, and writes one back when it leaves it; so the bytes follow from the index maps
+alone, evaluated at every step of the real grid with the real prefetched scalars (which visits there
+are depends on `group_sizes`). Nothing runs: calls of `pl.pallas_call` are recorded, and return
+zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from taskmoe.kernels import tiling
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCall:
+    """One recorded call: its name, what it declares to cost, and HBM bytes of its operands.
+
+    walked_bytes: bytes of all operands that travel in blocks
+    copies_by_hand: whether it also has operands in HBM that it copies from itself
+    """
+
+    name: str
+    cost: pl.CostEstimate | None
+    walked_bytes: int
+    copies_by_hand: bool
+
+    @property
+    def moved_bytes(self) -> int:
+        """Counted, or what the kernel declares where it copies by hand."""
+        if not self.copies_by_hand:
+            return self.walked_bytes
+        if self.cost is None:
+            raise ValueError(f"{self.name} copies by hand and declares no bytes")
+        return int(self.cost.bytes_accessed)
+
+
+@contextlib.contextmanager
+def recording(chip: pltpu.TpuInfo) -> Iterator[list[KernelCall]]:
+    """Record kernel calls made in the block, with block sizes as for this chip.
+
+    Functions must be called outside of `jax.jit`, with arrays: index maps need real group sizes.
+    """
+    calls: list[KernelCall] = []
+    real_call, real_chip = pl.pallas_call, tiling.chip
+
+    def pallas_call(kernel: Callable[..., None], out_shape: Any = None, **options: Any) -> Any:
+        def call(*operands: Any) -> Any:
+            if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
+                return real_call(kernel, out_shape=out_shape, **options)(*operands)
+            calls.append(_record(kernel, out_shape, options, operands))
+            return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), out_shape)
+
+        return call
+
+    # Both are looked up as attributes of their modules at each call. Interpret mode is what lets
+    # "mosaic" be chosen on a machine without TPU.
+    pl.pallas_call, tiling.chip = pallas_call, lambda: chip
+    try:
+        with pltpu.force_tpu_interpret_mode(), jax.disable_jit():
+            yield calls
+    finally:
+        pl.pallas_call, tiling.chip = real_call, real_chip
+
+
+def _record(
+    kernel: Callable[..., None], out_shape: Any, options: dict[str, Any], operands: Any
+) -> KernelCall:
+    spec = options.get("grid_spec")
+    grid = options["grid"] if spec is None else spec.grid
+    in_specs = options["in_specs"] if spec is None else spec.in_specs
+    out_specs = options["out_specs"] if spec is None else spec.out_specs
+    prefetched = getattr(spec, "num_scalar_prefetch", 0)
+    scalars = jax.tree.map(np.asarray, operands[:prefetched])
+    is_spec: Any = lambda x: isinstance(x, pl.BlockSpec) or x is None  # noqa: E731
+    pairs = [
+        *zip(in_specs, operands[prefetched:], strict=True),
+        *zip(
+            jax.tree.leaves(out_specs, is_leaf=is_spec),
+            jax.tree.leaves(out_shape, is_leaf=lambda x: x is None),
+            strict=True,
+        ),
+    ]
+    pairs = [(block, array) for block, array in pairs if array is not None]
+    by_hand = [block.memory_space in (pltpu.HBM, pl.ANY) for block, _ in pairs]
+    walked = [
+        walk_bytes(block, array, [int(size) for size in grid], scalars)
+        for (block, array), skip in zip(pairs, by_hand, strict=True)
+        if not skip
+    ]
+    # The compiler names a kernel without a name after the function that it was called in.
+    name = options.get("name") or getattr(kernel, "__qualname__", "kernel").split(".")[0]
+    return KernelCall(name, options.get("cost_estimate"), sum(walked), any(by_hand))
+
+
+def walk_bytes(block: pl.BlockSpec, array: Any, grid: Sequence[int], scalars: Sequence[Any]) -> int:
+    """Bytes of one operand: of each block whose index differs from the previous step's.
+
+    array: anything with shape and dtype. Parts of a block beyond the array's edge do not travel.
+    """
+    itemsize = jnp.dtype(array.dtype).itemsize
+    if block.index_map is None or block.block_shape is None:
+        return math.prod(array.shape) * itemsize
+    steps = math.prod(grid)
+    if steps == 0:
+        return 0
+    coordinates = [axis.reshape(-1) for axis in np.indices(tuple(grid))]
+    index = block.index_map(*coordinates, *scalars)
+    index = np.stack([np.broadcast_to(np.asarray(i), (steps,)) for i in index])
+    changed = np.ones(steps, bool)
+    changed[1:] = (index[:, 1:] != index[:, :-1]).any(axis=0)
+    extent = np.ones(steps, np.int64)
+    for size, part, at in zip(array.shape, block.block_shape, index, strict=True):
+        length = part if isinstance(part, int) else 1
+        extent = extent * np.clip(size - at * length, 0, length)
+    return int(extent[changed].sum()) * itemsize
+
+
+def record(chip: pltpu.TpuInfo, f: Callable[..., Any], *args: Any) -> list[KernelCall]:
+    """The kernel calls of f(*args), args being arrays."""
+    with recording(chip) as calls:
+        f(*args)
+    return calls

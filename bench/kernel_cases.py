@@ -1,0 +1,216 @@
+"""The kernels that the compile lab looks at: ours, and others' at the same shapes.
+
+A case is one op in one direction for one chip and dtype; a program is what is compiled for it and
+what is counted. Group sizes are those of a random top-2 routing, from a fixed seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+from taskmoe.kernels import combine, dispatch, expert_ffn, gmm, tgmm, top_k_gating
+
+#: Chip -> topology that the compiler knows and the version that Pallas knows its limits by.
+CHIPS = {
+    "v3": ("v3:4x8", "v3"),
+    "v4": ("v4:2x2x1", "v4"),
+    "v5e": ("v5e:2x2", "v5e"),
+    "v5p": ("v5p:2x2x1", "v5p"),
+    "v6e": ("v6e:2x2", "v6e"),
+    "tpu7x": ("tpu7x:2x2x1", "7x"),
+}
+DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+DIRECTIONS = ("forward", "backward")
+OPS = ("top_k_gating", "dispatch", "combine", "gmm", "tgmm", "expert_ffn", "expert_ffn_gated")
+#: Who else has which op.
+OTHERS = {"megablox": ("gmm", "tgmm"), "tokamax": ("gmm",)}
+MEGABLOX = "jax.experimental.pallas.ops.tpu.megablox.gmm"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """T tokens to top_k of E experts, of width D and hidden width F."""
+
+    tokens: int
+    d_model: int
+    d_ff: int
+    experts: int
+    top_k: int = 2
+
+
+SHAPES = {
+    "wmt": Sizes(8192, 512, 2048, 32),
+    "decode": Sizes(32, 512, 2048, 32),
+    "awkward": Sizes(37, 131, 261, 5, 3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One line of the table: an op by its name, whose it is, and what it is compiled for."""
+
+    op: str
+    by: str
+    direction: str
+    chip: str
+    dtype: str
+    shape: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function, its arguments' shapes, and how many of them, the first ones, carry gradients."""
+
+    function: Callable[..., Any]
+    arguments: list[jax.ShapeDtypeStruct]
+    gradients: int
+
+    def directed(self, direction: str) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
+        """What to compile: the function, or its gradients given those of its result, last.
+
+        A function without gradients is what to compile, whatever the direction.
+        """
+        if direction == "forward" or not self.gradients:
+            return self.function, self.arguments
+        count = self.gradients
+
+        def gradients(*args: Any) -> Any:
+            first, rest, grad = args[:count], args[count:-1], args[-1]
+            return jax.vjp(lambda *first: self.function(*first, *rest), *first)[1](grad)
+
+        return gradients, [*self.arguments, result_shapes(self.function, self.arguments)]
+
+
+def result_shapes(function: Callable[..., Any], arguments: list[jax.ShapeDtypeStruct]) -> Any:
+    """Shapes of the function's results, on any machine: Pallas kernels are not lowered for it."""
+    with pltpu.force_tpu_interpret_mode():
+        return jax.eval_shape(function, *arguments)
+
+
+def chip_info(chip: str) -> pltpu.TpuInfo:
+    """Limits and rates of one core of the chip."""
+    return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(CHIPS[chip][1]), 1)
+
+
+def cases(chips: list[str], ops: list[str], dtypes: list[str], shapes: list[str]) -> list[Case]:
+    """Every case of these chips, ops, dtypes and shapes that can exist, chip by chip."""
+    makers = {
+        op: ["taskmoe", *(by for by in OTHERS if op in OTHERS[by] and is_installed(by))]
+        for op in ops
+    }
+    return [
+        Case(op, by, direction, chip, dtype, shape)
+        for chip in chips
+        for dtype in dtypes
+        if (chip, dtype) != ("v3", "bf16")  # Mosaic takes no bfloat16 there
+        for shape in shapes
+        for op in ops
+        for by in makers[op]
+        for direction in DIRECTIONS
+    ]
+
+
+def is_installed(by: str) -> bool:
+    """Whether the library is there; megablox comes with JAX."""
+    return importlib.util.find_spec(MEGABLOX if by == "megablox" else by) is not None
+
+
+@functools.cache
+def routed(tokens: int, experts: int, top_k: int, seed: int = 0) -> tuple[int, ...]:
+    """Rows of each expert when every token goes to top_k distinct experts at random."""
+    order = np.random.default_rng(seed).random((tokens, experts)).argsort(axis=1)[:, :top_k]
+    return tuple(np.bincount(order.reshape(-1), minlength=experts).tolist())
+
+
+def program(case: Case) -> Program:
+    """What the case compiles. Arguments end with group sizes or rows where the op has them."""
+    s, dtype = SHAPES[case.shape], DTYPES[case.dtype]
+    array = jax.ShapeDtypeStruct
+    t, d, f, e, k = s.tokens, s.d_model, s.d_ff, s.experts, s.top_k
+    m = t * k
+    sizes, rows = array((e,), jnp.int32), array((t, k), jnp.int32)
+    x, up, down = array((m, d), dtype), array((e, d, f), dtype), array((e, f, d), dtype)
+    wide, tokens = array((m, f), dtype), array((t, d), dtype)
+    if case.by != "taskmoe":
+        return Program(*_of_others(case, x, up, wide, sizes))
+    mosaic: Any = {"implementation": "mosaic"}
+
+    def gating(logits: Any) -> Any:
+        found = top_k_gating(logits, k, **mosaic)
+        return found.weights, found.mean_probs, found.z_loss
+
+    def ffn(x: Any, w_in: Any, w_out: Any, sizes: Any) -> Any:
+        return expert_ffn(x, w_in, w_out, sizes, activation="relu", **mosaic)
+
+    def gated(x: Any, w_in: Any, w_out: Any, w_gate: Any, sizes: Any) -> Any:
+        return expert_ffn(x, w_in, w_out, sizes, activation="silu", w_gate=w_gate, **mosaic)
+
+    programs: dict[str, tuple[Any, list[Any], int]] = {
+        "top_k_gating": (gating, [array((t, e), dtype)], 1),
+        "dispatch": (lambda x, r: dispatch(x, r, m, **mosaic), [tokens, rows], 1),
+        "combine": (
+            lambda y, w, r: combine(y, r, w, **mosaic),
+            [x, array((t, k), jnp.float32), rows],
+            2,
+        ),
+        "gmm": (functools.partial(gmm, **mosaic), [x, up, sizes], 2),
+        "tgmm": (functools.partial(tgmm, **mosaic), [x, wide, sizes], 2),
+        "expert_ffn": (ffn, [x, up, down, sizes], 3),
+        "expert_ffn_gated": (gated, [x, up, down, up, sizes], 4),
+    }
+    return Program(*programs[case.op])
+
+
+def megablox() -> Any:
+    """JAX's megablox module of kernels; its package shadows it with a function of its name."""
+    return importlib.import_module(MEGABLOX)
+
+
+def megablox_tiling(m: int, k: int, n: int) -> tuple[int, int, int]:
+    """The tiling that did best on v5e of those tried; rows cut to what divides m."""
+    return math.gcd(m, 512), min(k, 512), min(n, 1024)
+
+
+def _of_others(case: Case, x: Any, up: Any, wide: Any, sizes: Any) -> tuple[Any, list[Any], int]:
+    """Function, arguments and gradient count of megablox's or tokamax's op.
+
+    megablox has no gradient of tgmm, and one of gmm that takes one tiling for products of different
+    shapes; so its backward rows are the products that make up the gradients, each with its own.
+    """
+    out: Any = {"preferred_element_type": x.dtype}
+    if case.by == "tokamax":
+        dot = importlib.import_module("tokamax").ragged_dot
+        return (lambda *args: dot(*args, implementation="mosaic", **out)), [x, up, sizes], 2
+    theirs = megablox()
+    (m, d), f = x.shape, up.shape[2]
+    narrow, broad = megablox_tiling(m, f, d), megablox_tiling(m, d, f)
+
+    def product(x: Any, up: Any, sizes: Any) -> Any:
+        return theirs.gmm(x, up, sizes, tiling=broad, **out)
+
+    def product_with_transposed(wide: Any, up: Any, sizes: Any) -> Any:
+        return theirs.gmm(wide, up, sizes, tiling=narrow, transpose_rhs=True, **out)
+
+    def outer(x: Any, wide: Any, sizes: Any) -> Any:
+        return theirs.tgmm(x.T, wide, sizes, tiling=broad, **out)
+
+    def gradients(x: Any, up: Any, wide: Any, sizes: Any) -> Any:
+        second = outer(x, wide, sizes) if case.op == "gmm" else product(x, up, sizes)
+        return product_with_transposed(wide, up, sizes), second
+
+    if case.direction == "backward":
+        return gradients, [x, up, wide, sizes], 0
+    if case.op == "gmm":
+        return product, [x, up, sizes], 0
+    return outer, [x, wide, sizes], 0

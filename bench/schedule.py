@@ -1,0 +1,153 @@
+"""What the TPU compiler's dumps say about a kernel: its main loop's bundles, slots and spills.
+
+libtpu writes, for each kernel, the VLIW bundles with their control targets and how many slots of
+each unit every bundle fills. The flags and formats are undocumented: where files are missing or
+read otherwise, `ScheduleError` says so in one line, and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from taskmoe.wmt.errors import InputError
+
+#: One bundle: address, what control target it is, if any, and how deep in loops it lies.
+_BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT)\s*)?:\s*((?:>\s*)*)")
+_KERNEL_FILE = re.compile(r"^\d+-(?P<kernel>[\w.]+?)(?:\.\d+)?-\d+-final_bundles\.txt$")
+_UTILIZATION = "final_hlo-static-per-bundle-utilization.txt"
+#: In the optimised HLO: a Mosaic kernel's instruction and the VMEM that it was given.
+_CUSTOM_CALL = re.compile(
+    r"%(?P<kernel>[\w.-]+?)(?:\.\d+)? = .*custom_call_target=\"tpu_custom_call\""
+)
+_VMEM = re.compile(
+    r"used_scoped_memory_configs\":\[\{\"memory_space\":\"1\"[^}]*\"size\":\"(\d+)\""
+)
+
+
+#: What autodiff puts around the name of a kernel.
+_DIFFERENTIATED = re.compile(r"^(?:transpose_|jvp_)+(?P<kernel>.+?)_+$")
+
+
+class ScheduleError(InputError):
+    """The compiler left no dump that this module can read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """One kernel's schedule.
+
+    kernel: name of the kernel
+    bundles: VLIW bundles of the whole kernel
+    main_bundles: bundles of its main loop: of the straight runs of bundles inside a loop, the one
+      that fills most MXU slots, and the longest where no run fills any
+    filled: share of each unit's slots that the main loop fills, by the compiler's unit names
+    spills: vector stores and loads in the main loop because registers did not suffice
+    """
+
+    kernel: str
+    bundles: int
+    main_bundles: int
+    filled: dict[str, float]
+    spills: int
+
+
+def dump_flags(folder: Path) -> str:
+    """What LIBTPU_INIT_ARGS must hold before JAX is imported for dumps to land in this folder."""
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+
+
+def plain_name(kernel: str) -> str:
+    """The kernel's name without what autodiff puts around it."""
+    match = _DIFFERENTIATED.match(kernel)
+    return kernel if match is None else match["kernel"]
+
+
+def read_schedules(folder: Path, kernels: set[str]) -> list[Schedule]:
+    """The schedules of these kernels (their plain names), in compile order.
+
+    Raises ScheduleError where the folder holds none of them, or files of another format.
+    """
+    found = []
+    for path in sorted(folder.glob("*-final_bundles.txt")):
+        match = _KERNEL_FILE.match(path.name)
+        if match is None or plain_name(match["kernel"]) not in kernels:
+            continue
+        beside = sorted(folder.glob(f"{path.name.rsplit('-', 2)[0]}-*-{_UTILIZATION}"))
+        if len(beside) != 1:
+            raise ScheduleError(f"the compiler wrote no slot utilization beside {path.name}")
+        found.append(
+            read_schedule(plain_name(match["kernel"]), path.read_text(), beside[0].read_text())
+        )
+    if not found:
+        raise ScheduleError(
+            f"the compiler wrote no schedule of {', '.join(sorted(kernels)) or 'any kernel'}: "
+            "this libtpu may not know the dump flags"
+        )
+    return found
+
+
+def read_schedule(kernel: str, bundles: str, utilization: str) -> Schedule:
+    """The schedule in the text of a final_bundles file and of its utilization file."""
+    units, rows = _utilization(kernel, utilization)
+    marks = [match for line in bundles.splitlines() if (match := _BUNDLE.match(line))]
+    if len(marks) != len(rows):
+        raise ScheduleError(
+            f"the dump of {kernel} has {len(marks)} bundles but slots of {len(rows)}: "
+            "its format is not the one known"
+        )
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for i in range(1, len(marks) + 1):
+        if i == len(marks) or marks[i][2]:
+            if marks[start][3] or marks[i - 1][3]:  # inside a loop
+                runs.append((start, i))
+            start = i
+    runs = runs or [(0, len(rows))]
+    names = list(units)
+    mxu = names.index("MXU")
+    begin, end = max(
+        runs, key=lambda run: (sum(r[mxu] for r in rows[slice(*run)]), run[1] - run[0])
+    )
+    main = rows[begin:end]
+    totals = [sum(row[i] for row in main) for i in range(len(names))]
+    spill_units = [i for i, name in enumerate(names) if name.endswith((":SPILL", ":FILL"))]
+    return Schedule(
+        kernel=kernel,
+        bundles=len(rows),
+        main_bundles=len(main),
+        filled={
+            name: total / (units[name] * len(main))
+            for name, total in zip(names, totals, strict=True)
+        },
+        spills=sum(totals[i] for i in spill_units),
+    )
+
+
+def _utilization(kernel: str, text: str) -> tuple[dict[str, int], list[list[int]]]:
+    """Slots that each unit has, and what each bundle fills of them."""
+    lines = text.splitlines()
+    try:
+        names = [name.strip() for name in lines[1].split(",")]
+        units = dict(zip(names, map(int, lines[2].split()), strict=True))
+        rows = [list(map(int, line.split())) for line in lines[4:] if line.strip()]
+    except (IndexError, ValueError):
+        raise ScheduleError(
+            f"the slot utilization of {kernel} is not of the known format"
+        ) from None
+    if "MXU" not in units or any(len(row) != len(names) for row in rows):
+        raise ScheduleError(f"the slot utilization of {kernel} is not of the known format")
+    return units, rows
+
+
+def kernel_vmem_bytes(hlo: str) -> dict[str, int]:
+    """VMEM of each Mosaic kernel in a program's optimised HLO; the largest of those of one name."""
+    found: dict[str, int] = {}
+    for line in hlo.splitlines():
+        call, vmem = _CUSTOM_CALL.search(line), _VMEM.search(line)
+        if call is not None:
+            size = int(vmem[1]) if vmem is not None else 0
+            name = plain_name(call["kernel"])
+            found[name] = max(size, found.get(name, 0))
+    return found

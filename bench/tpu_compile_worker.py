@@ -1,0 +1,148 @@
+"""Compiles kernels for one TPU chip, without a TPU: cases in, results out, as JSON lines.
+
+A process of its own, because the dump flags count only before JAX starts and because a compiler
+that crashes takes its process along. It must be started with LIBTPU_INIT_ARGS naming the folder
+that is its one argument (see `schedule.dump_flags`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from taskmoe.bench import kernel_cases, schedule
+from taskmoe.bench.grid_walk import KernelCall, recording
+from taskmoe.bench.kernel_cases import Case
+
+
+def chip_mesh(chip: str) -> Mesh:
+    """One device of the chip; Pallas asks the current mesh which chip it compiles for."""
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=kernel_cases.CHIPS[chip][0]
+    )
+    axes: Any = {"axis_types": (AxisType.Auto,)}
+    return Mesh(np.array(topology.devices[:1]), ("one",), **axes)
+
+
+def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
+    """What the compiler makes of the case: `error`, or seconds and each kernel's schedule."""
+    for path in dumps.iterdir():
+        path.unlink()
+    function, arguments = kernel_cases.program(case).directed(case.direction)
+    whole = NamedSharding(mesh, P())
+    placed = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), arguments
+    )
+    start = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            hlo = jax.jit(function).lower(*placed).compile().as_text() or ""
+    except Exception as error:  # the compiler's refusal is a result
+        return {"error": " ".join(str(error).split())[:500]}
+    seconds = time.perf_counter() - start
+    vmem = schedule.kernel_vmem_bytes(hlo)
+    kernels = schedule.read_schedules(dumps, set(vmem))
+    return {
+        "compile_s": seconds,
+        "kernels": [
+            {**dataclasses.asdict(kernel), "vmem_bytes": vmem[kernel.kernel]} for kernel in kernels
+        ],
+    }
+
+
+def model(
+    chip: str, calls: list[KernelCall], floor: int, kernels: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Modelled bytes and times of these kernel calls, with the schedules that were compiled.
+
+    A kernel takes as long as the larger of its bytes at the HBM's bandwidth and its declared FLOPs
+    at the bf16 peak times the share of MXU slots that its main loop fills. The roofline is the same
+    with the least bytes and every slot filled.
+    """
+    info = kernel_cases.chip_info(chip)
+    filled = {kernel["kernel"]: kernel["filled"]["MXU"] for kernel in kernels}
+    bandwidth, peak = info.mem_bw_bytes_per_second, info.bf16_ops_per_second
+    multiplies = any(share > 0 for share in filled.values())
+    flops = sum(call.cost.flops for call in calls if call.cost is not None)
+
+    def seconds(call: KernelCall) -> float:
+        share = filled.get(call.name, 0.0)
+        work = 0.0 if call.cost is None or not share else call.cost.flops / (peak * share)
+        return max(call.moved_bytes / bandwidth, work)
+
+    return {
+        "moved_bytes": sum(call.moved_bytes for call in calls),
+        "floor_bytes": floor,
+        "flops": flops,
+        "modelled_us": 1e6 * sum(map(seconds, calls)),
+        "roofline_us": 1e6 * max(floor / bandwidth, flops / peak if multiplies else 0.0),
+    }
+
+
+def walk(case: Case) -> tuple[list[KernelCall], int]:
+    """The direction's kernel calls, and the least bytes: arguments and results once.
+
+    Of experts' matrices that are read, those without rows count nothing.
+    """
+    program = kernel_cases.program(case)
+    shape = kernel_cases.SHAPES[case.shape]
+    sizes = kernel_cases.routed(shape.tokens, shape.experts, shape.top_k)
+    function, arguments = program.directed(case.direction)
+    touched = sum(size > 0 for size in sizes) / len(sizes)
+    order = np.random.default_rng(0).permutation(shape.tokens * shape.top_k).astype(np.int32)
+
+    def value(s: Any) -> np.ndarray:
+        if s.dtype != jnp.int32:
+            return np.zeros(s.shape, s.dtype)
+        is_sizes = s.shape == (shape.experts,)
+        return np.asarray(sizes, np.int32) if is_sizes else order.reshape(s.shape)
+
+    values, count = jax.tree.map(value, arguments), program.gradients
+    with recording(kernel_cases.chip_info(case.chip)) as calls:
+        if case.direction == "backward" and count:
+            _, pull = jax.vjp(
+                lambda *first: program.function(*first, *values[count:-1]), *values[:count]
+            )
+            calls.clear()  # those of the forward pass
+            pull(values[-1])
+        else:
+            function(*values)
+    read = [
+        s.size * s.dtype.itemsize * (touched if s.ndim == 3 else 1)
+        for s in jax.tree.leaves(arguments)
+    ]
+    results = jax.tree.leaves(kernel_cases.result_shapes(function, arguments))
+    return calls, int(sum(read) + sum(s.size * s.dtype.itemsize for s in results))
+
+
+def main() -> int:
+    """Answer every case on stdin, in order, with one line on stdout."""
+    dumps = Path(sys.argv[1])
+    meshes: dict[str, Mesh] = {}
+    for line in sys.stdin:
+        case = Case(**json.loads(line))
+        if case.chip not in meshes:
+            meshes[case.chip] = chip_mesh(case.chip)
+        result = compile_case(case, meshes[case.chip], dumps)
+        if "error" not in result:
+            calls, floor = walk(case)
+            names = {call.name for call in calls}  # of a gradient: without its forward kernels
+            result["kernels"] = [k for k in result["kernels"] if k["kernel"] in names]
+            result |= model(case.chip, calls, floor, result["kernels"])
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
