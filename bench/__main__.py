@@ -1,4 +1,4 @@
-"""Command line: `python -m taskmoe.bench demo | ops | tpu`, each with --json FILE and --help."""
+"""Command line: `python -m taskmoe.bench demo | ops | tpu | report`, all with --json and --help."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "taskmoe.bench.demo",
     "ops": "taskmoe.bench.ops",
     "tpu": "taskmoe.bench.tpu_lab",
+    "report": "taskmoe.bench.report",
 }
 
 

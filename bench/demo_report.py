@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from rich.table import Table
 
 from taskmoe.bench import paper
-from taskmoe.bench.tables import markdown
+from taskmoe.bench.tables import markdown, paragraph
 from taskmoe.wmt.command_line import write_text
 
 NAMES = {"dense": "dense", "token": "token-MoE", "task": "task-MoE"}
@@ -22,12 +22,29 @@ TOKEN, TASK = "token-MoE, dropless", "task-MoE sub-networks"
 
 def write(result: dict[str, Any], folder: Path) -> None:
     """Write `report.md` and its charts into a folder."""
+    draw_charts(result, folder)
+    write_text(folder / "report.md", _text(result))
+
+
+def draw_charts(result: dict[str, Any], folder: Path) -> None:
+    """Write `bleu.png`, `throughput.png` and `step_time.png` into a folder."""
     charts = {"bleu": _bleu, "throughput": _throughput, "step_time": _step_time}
     for name, draw in charts.items():
         figure = draw(result)
         figure.savefig(folder / f"{name}.png", dpi=110)
         plt.close(figure)
-    write_text(folder / "report.md", _text(result))
+
+
+def caveat(result: dict[str, Any]) -> str:
+    """What to bear in mind where this comes out otherwise than the paper."""
+    serving, facts = result["serving"], result["machine"]
+    return paragraph(
+        "Where this comes out otherwise than the paper, mind the difference in size: models of one",
+        f"or two million parameters after {result['training']['steps']} steps tell of how fast",
+        "each learns, not of what it can hold in the end.",
+        f"The {serving['devices']} devices here are threads that share {facts['cores']} cores and",
+        "one memory: an exchange is a copy and a wait for the other threads, not a network.",
+    )
 
 
 def claims(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -150,26 +167,37 @@ def _text(result: dict[str, Any]) -> str:
         )
         for p in serving["points"]
     ]
+    intro = paragraph(
+        f"Made by `python -m taskmoe.bench demo` in {result['seconds']:.0f} s on {facts['cpu']},",
+        f"{facts['cores']} cores, Python {facts['python']}, jax {facts['jax']}, commit",
+        f"{facts['commit']}. A dense, a token-routed and a task-routed (by target language)",
+        f"Transformer of equal compute per token, {train['steps']} steps each on",
+        f"{len(result['corpus']['train'])} directions of the embedded CLDR corpus,",
+        f"{sum(result['corpus']['train'].values()):,} training and",
+        f"{sum(result['corpus']['test'].values()):,} test sentences. Everything below is measured;",
+        "the paper is Kudugunta et al. 2021 (arXiv 2110.03742) and its blog post.",
+    )
+    extracted = paragraph(
+        f"Extraction: {extraction['identical']} of {extraction['translations']} translations by",
+        f"{len(extraction['tasks'])} sub-networks are identical to the whole model's; the largest",
+        f"difference of any logit is {extraction['largest_logit_difference']:.2g}.",
+    )
+    legend = paragraph(
+        f"Greedy decoding of {serving['positions']} positions with a key-value cache,",
+        f"{serving['devices']} devices; batch is all sequences together. Moving and waiting are",
+        "shares of the step in collectives, by the profiler: waiting lasts until the last device",
+        "has arrived. Each sub-network device serves another target language.",
+    )
     signatures = "\n".join(f"- `{s}`" for s in extraction["bleu"]["signatures"])
     return f"""# The paper's story, measured on this machine
 
-Made by `python -m taskmoe.bench demo` in {result["seconds"]:.0f} s on {facts["cpu"]},
-{facts["cores"]} cores, Python {facts["python"]}, jax {facts["jax"]}, commit {facts["commit"]}.
-
-A dense, a token-routed and a task-routed (by target language) Transformer of equal compute per
-token, {train["steps"]} steps each on {len(result["corpus"]["train"])} directions of the embedded
-CLDR corpus, {sum(result["corpus"]["train"].values()):,} training and
-{sum(result["corpus"]["test"].values()):,} test sentences. Everything below is measured; the paper
-is Kudugunta et al. 2021 (arXiv 2110.03742) and its blog post.
+{intro}
 
 ## Claimed and measured
 
 {markdown(HEADINGS, claims(result))}
 
-Where this comes out otherwise than the paper, mind the difference in size: models of one or two
-million parameters after {train["steps"]} steps tell of how fast each learns, not of what it can
-hold in the end. The {serving["devices"]} devices here are threads that share {facts["cores"]}
-cores and one memory: an exchange is a copy and a wait for the other threads, not a network.
+{caveat(result)}
 
 ## Translation quality
 
@@ -177,9 +205,7 @@ cores and one memory: an exchange is a copy and a wait for the other threads, no
 
 {markdown(("BLEU", "all", "en→xx", "xx→en"), average_rows)}
 
-Extraction: {extraction["identical"]} of {extraction["translations"]} translations by
-{len(extraction["tasks"])} sub-networks are identical to the whole model's; the largest difference
-of any logit is {extraction["largest_logit_difference"]:.2g}.
+{extracted}
 
 ## Decoding
 
@@ -203,10 +229,7 @@ of any logit is {extraction["largest_logit_difference"]:.2g}.
         )
     }
 
-Greedy decoding of {serving["positions"]} positions with a key-value cache, {serving["devices"]}
-devices; batch is all sequences together. "Moving" and "waiting" are shares of the step in
-collectives, by the profiler: waiting lasts until the last device has arrived. Each sub-network
-device serves another target language.
+{legend}
 
 ## Models
 

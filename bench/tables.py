@@ -1,8 +1,15 @@
-"""Tables as Markdown."""
+"""Tables and paragraphs of Markdown."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
+
+
+def paragraph(*sentences: str) -> str:
+    """Sentences as one paragraph, wrapped at 100 columns."""
+    text = " ".join(" ".join(sentences).split())
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

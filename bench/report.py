@@ -1,0 +1,116 @@
+"""Fill README.md and BENCHMARKS.md from the JSON files in bench/results.
+
+Text between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced by what section NAME says of
+its JSON; charts are drawn beside it. Nothing changes when it is run twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from taskmoe.bench import demo_report
+from taskmoe.bench.tables import markdown, paragraph
+from taskmoe.wmt.command_line import write_text
+from taskmoe.wmt.errors import InputError
+
+FILES = ("README.md", "BENCHMARKS.md")
+RESULTS = Path("bench/results")
+
+out = Console(highlight=False)
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    p.add_argument("--root", type=Path, default=Path(), help="the project's folder (default: here)")
+    p.add_argument("--json", type=Path, help="write what was filled in where here")
+
+
+def run(a: argparse.Namespace) -> int:
+    """Fill in every section of both files."""
+    done: dict[str, list[str]] = {}
+    for name in FILES:
+        path = a.root / name
+        if not path.is_file():
+            raise InputError(f"{path} is not there; --root names the project's folder")
+        text, sections = fill(path.read_text(encoding="utf-8"), a.root)
+        write_text(path, text)
+        done[name] = sections
+        out.print(f"{path}: {', '.join(sections) or 'no section'}")
+    if a.json is not None:
+        write_text(a.json, json.dumps(done, indent=1) + "\n")
+    return 0
+
+
+def fill(text: str, root: Path) -> tuple[str, list[str]]:
+    """The text with its sections filled in, and their names.
+
+    Raises InputError for a section that is unknown, not closed, or whose JSON is missing.
+    """
+    found: list[str] = []
+
+    def one(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in SECTIONS:
+            raise InputError(f"section {name!r} is unknown; there are {', '.join(SECTIONS)}")
+        found.append(name)
+        return f"<!-- begin {name} -->\n{SECTIONS[name](root)}\n<!-- end {name} -->"
+
+    opened = re.findall(r"<!-- begin ([\w-]+) -->", text)
+    text = re.sub(r"<!-- begin ([\w-]+) -->\n.*?<!-- end \1 -->", one, text, flags=re.DOTALL)
+    if missing := set(opened) - set(found):
+        raise InputError(f"section {missing.pop()!r} has no <!-- end ... -->")
+    return text, found
+
+
+def load(root: Path, name: str, command: str) -> dict[str, Any]:
+    """A stored result; InputError that names the command which makes it."""
+    path = root / RESULTS / name
+    if not path.is_file():
+        raise InputError(f"{path} is not there; make it with: {command}")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); make it again with: {command}") from None
+
+
+def provenance(command: str, facts: dict[str, str]) -> str:
+    """Which command made a result, on what, with which versions."""
+    return (
+        f"`{command}` on {facts['cpu']}, {facts['cores']} cores, {facts['system']}, "
+        f"Python {facts['python']}, jax {facts['jax']}, numpy {facts['numpy']}, "
+        f"commit {facts['commit']}."
+    )
+
+
+def _demo(root: Path) -> str:
+    command = "python -m taskmoe.bench demo --json bench/results/demo.json"
+    result = load(root, "demo.json", command)
+    demo_report.draw_charts(result, root / RESULTS)
+    train = result["training"]
+    intro = paragraph(
+        f"Measured by {provenance(command, result['machine'])}",
+        f"Three models of equal compute per token, {train['steps']} steps each on",
+        f"{len(result['corpus']['train'])} directions of the embedded corpus;",
+        f"{result['seconds']:.0f} s in all.",
+    )
+    return f"""{intro}
+
+{markdown(demo_report.HEADINGS, demo_report.claims(result))}
+
+![BLEU by model](bench/results/bleu.png)
+
+![Where the step's time goes](bench/results/step_time.png)
+
+![Tokens per second over batch size](bench/results/throughput.png)
+
+{demo_report.caveat(result)}"""
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {"demo": _demo}
