@@ -42,7 +42,6 @@ class Progress(NamedTuple):
 
     loss: nats per target token, label smoothing and auxiliary losses left out.
     tokens_per_s: source and target tokens, padding left out.
-    grad_norm: mean global norm of the gradients, before clipping.
     dropped: share of assignments that found no room; busiest: largest load of an expert times E.
     """
 
@@ -50,7 +49,6 @@ class Progress(NamedTuple):
     steps: int
     loss: float
     tokens_per_s: float
-    grad_norm: float
     dropped: float
     busiest: float
 
@@ -105,18 +103,7 @@ def train(
                 save = step % config.checkpoint_every == 0 or step == config.steps
                 if save or len(pending) == report_every:
                     progress = _summarise(step, config.steps, pending, tokens, since)
-                    # A gradient that is not finite has spoilt parameters whose loss comes later.
-                    if not np.isfinite([progress.loss, progress.grad_norm]).all():
-                        good = checkpoints.steps()
-                        raise FloatingPointError(
-                            f"at step {step} the loss is {progress.loss} and the gradient's norm "
-                            f"{progress.grad_norm}; "
-                            + (
-                                f"the checkpoint of step {good[-1]} is good"
-                                if good
-                                else "no checkpoint was written before"
-                            )
-                        )
+                    _check_finite(step, progress.loss, state.params if save else None, checkpoints)
                     log.write(json.dumps(progress._asdict()) + "\n")
                     log.flush()
                     report(progress)
@@ -187,6 +174,7 @@ def _description(model_config: ModelConfig, config: TrainConfig, source: str) ->
     return described
 
 
+@functools.cache
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Adafactor or AdamW with clipping, linear warm-up and the configured decay."""
     peak, warmup = config.learning_rate, config.warmup_steps
@@ -214,6 +202,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
 
 
+@functools.cache  # runs of one configuration in one process compile once
 def make_train_step(
     model_config: ModelConfig, config: TrainConfig, optimizer: optax.GradientTransformation
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
@@ -242,8 +231,6 @@ def make_train_step(
         grads, sums = jax.grad(objective, has_aux=True)(state.params)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        squares = [jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(grads)]
-        sums["grad_norm"] = jnp.sqrt(jnp.sum(jnp.stack(squares)))
         return State(params, optimizer_state, state.step + 1), sums
 
     return step
@@ -273,6 +260,21 @@ def _init_state(
     return State(params, optimizer.init(params), jnp.int32(0))
 
 
+def _check_finite(step: int, loss: float, params: Params | None, checkpoints: Checkpoints) -> None:
+    """Stop before parameters that a last update has spoilt become a checkpoint."""
+    if not np.isfinite(loss):
+        problem = f"the loss is {loss}"
+    elif params is not None and not all(jnp.isfinite(p).all() for p in jax.tree.leaves(params)):
+        problem = "a parameter is not finite"
+    else:
+        return
+    good = checkpoints.steps()
+    raise FloatingPointError(
+        f"at step {step} {problem}; "
+        + (f"the checkpoint of step {good[-1]} is good" if good else "there is no checkpoint yet")
+    )
+
+
 def _auxiliary(reports: list[moe.Metrics]) -> jax.Array:
     return sum((r.aux_loss for r in reports), start=jnp.float32(0))
 
@@ -296,7 +298,6 @@ def _summarise(
         steps,
         loss=float(sums["loss"].sum() / max(sums["tokens"].sum(), 1)),
         tokens_per_s=tokens / (time.perf_counter() - since),
-        grad_norm=float(sums["grad_norm"].mean()),
         dropped=float(sums["dropped"].mean()),
         busiest=float(sums["busiest"].mean()),
     )

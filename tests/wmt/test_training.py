@@ -1,0 +1,159 @@
+"""Training learns, goes on bit for bit where it was killed, and stops when it has gone wrong."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from taskmoe.tests.wmt import support
+from taskmoe.wmt.config import ModelConfig, TrainConfig
+from taskmoe.wmt.data import TrainingData
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.training import Progress, check_workdir, claim_workdir, cross_entropy, train
+
+MODEL = support.model_config(encoder="token", decoder="target", dropout=0.1)
+
+
+CONFIG = support.train_config(steps=60, checkpoint_every=20)
+
+
+def run(
+    workdir: Path, config: TrainConfig = CONFIG, model: ModelConfig = MODEL, **options: Any
+) -> Any:
+    drawn = options.pop("drawn", config)
+    data = TrainingData(support.text(), support.tokenizer(), drawn)
+    return train(workdir, model, config, data, support.tokenizer(), source="numbers", **options)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from taskmoe.tests.wmt.test_training import run
+
+def report(progress):
+    if progress.step == 33:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run(Path(sys.argv[1]), report=report, report_every=1)
+"""
+
+
+def differs(a: Any, b: Any) -> bool:
+    return any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+def test_training_learns_and_goes_on_bit_for_bit_where_it_was_killed(tmp_path: Path) -> None:
+    reports: list[Progress] = []
+    whole = run(tmp_path / "whole", report=reports.append)
+    assert [p.step for p in reports] == [20, 40, 60]
+    losses = [p.loss for p in reports]
+    assert losses[0] > losses[1] > losses[2]
+    assert losses[2] < 0.6 * np.log(MODEL.vocab_size)
+    assert all(p.tokens_per_s > 0 and p.dropped == 0 and 1 <= p.busiest <= 4 for p in reports)
+    log = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in log] == losses
+
+    environment = os.environ | {"PYTHONPATH": str(support.ROOT / ".types")}
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model").exists()
+    shutil.copytree(tmp_path / "killed", tmp_path / "misled")
+    notes: list[str] = []
+    killed = run(tmp_path / "killed", note=notes.append)
+    assert notes == ["resuming at step 20 of 60"]
+    assert not differs(killed.params, whole.params)
+    models = [tmp_path / name / "model" / "params.safetensors" for name in ("killed", "whole")]
+    assert models[0].read_bytes() == models[1].read_bytes()
+
+    # Other batches after the restart are noticed.
+    misled = run(tmp_path / "misled", drawn=dataclasses.replace(CONFIG, seed=1))
+    assert differs(misled.params, whole.params)
+
+    # A damaged checkpoint: the one before it is used, that is said, and the result is the same.
+    newest = (tmp_path / "killed" / "checkpoints" / "60").rglob("*")
+    largest = max((p for p in newest if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    again = run(tmp_path / "killed", note=notes.append)
+    assert "60 is damaged" in notes[1]
+    assert notes[1].endswith("; using the one of step 40")
+    assert notes[2] == "resuming at step 40 of 60"
+    assert not differs(again.params, whole.params)
+
+
+@pytest.mark.parametrize(
+    ("every", "message"),
+    [(20, "at step 20 the loss is nan; there is no"), (1, "at step 1 a parameter is not finite")],
+)
+def test_a_run_that_is_not_finite_stops(tmp_path: Path, every: int, message: str) -> None:
+    """The first step's loss is finite, its update is not."""
+    plain = support.model_config(encoder="dense", decoder="dense")
+    config = support.train_config(
+        steps=40, learning_rate=3e38, warmup_steps=1, checkpoint_every=every, weight_decay=10.0
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        run(tmp_path, config, plain)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_work_directory_serves_one_configuration(tmp_path: Path) -> None:
+    config = support.train_config()
+    assert not check_workdir(tmp_path / "w", MODEL, config, "numbers")
+    assert not (tmp_path / "w").exists()
+    claim_workdir(tmp_path / "w", MODEL, config, "numbers")
+    assert check_workdir(tmp_path / "w", MODEL, config, "numbers")
+    longer = dataclasses.replace(config, steps=99, checkpoint_every=7, keep_checkpoints=1)
+    assert check_workdir(tmp_path / "w", MODEL, longer, "numbers")
+    others = [
+        (dataclasses.replace(MODEL, d_ff=32), config, "numbers", "model.d_ff is 16 there and 32"),
+        (dataclasses.replace(MODEL, pairs=("en-de",)), config, "numbers", "model.pairs is"),
+        (MODEL, dataclasses.replace(config, seed=3), "numbers", "train.seed is 0 there and 3 here"),
+        (MODEL, config, "letters", "data is 'numbers' there and 'letters' here"),
+    ]
+    for model, training, source, message in others:
+        with pytest.raises(InputError, match=f"belongs to another configuration: {message}"):
+            claim_workdir(tmp_path / "w", model, training, source)
+
+
+def test_a_schedule_that_looks_at_steps_fixes_them(tmp_path: Path) -> None:
+    config = support.train_config(schedule="cosine")
+    claim_workdir(tmp_path, MODEL, config, "numbers")
+    with pytest.raises(InputError, match=r"train\.steps is 12 there and 24 here"):
+        check_workdir(tmp_path, MODEL, dataclasses.replace(config, steps=24), "numbers")
+
+
+def test_a_work_directory_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is a file"):
+        claim_workdir(tmp_path / "file", MODEL, support.train_config(), "numbers")
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"has checkpoints but no config\.json"):
+        claim_workdir(tmp_path, MODEL, support.train_config(), "numbers")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json is damaged"):
+        claim_workdir(tmp_path, MODEL, support.train_config(), "numbers")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_the_formula_and_leaves_padding_out(smoothing: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((2, 3, 5))
+    target = np.array([[1, 4, 0], [2, 0, 0]])
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    at = [(0, 0), (0, 1), (1, 0)]
+    plain = -np.mean([log_probs[b, s, target[b, s]] for b, s in at])
+    uniform = -np.mean([log_probs[b, s].mean() for b, s in at])
+    want = (1 - smoothing) * plain + smoothing * uniform, plain
+    have = cross_entropy(jax.numpy.asarray(logits, np.float32), target, smoothing)
+    np.testing.assert_allclose(have, want, rtol=1e-6)
+    moved = np.where(target == 4, 3, target)
+    assert abs(cross_entropy(jax.numpy.asarray(logits), moved, smoothing)[0] - want[0]) > 1e-3
