@@ -16,7 +16,7 @@ from taskmoe.wmt.errors import InputError
 #: One bundle: address, what control target it is, if any, and how deep in loops it lies.
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT)\s*)?:\s*((?:>\s*)*)")
 _KERNEL_FILE = re.compile(r"^\d+-(?P<kernel>[\w.]+?)(?:\.\d+)?-\d+-final_bundles\.txt$")
-_UTILIZATION = "final_hlo-static-per-bundle-utilization.txt"
+UTILIZATION = "final_hlo-static-per-bundle-utilization.txt"
 #: In the optimised HLO: a Mosaic kernel's instruction and the VMEM that it was given.
 _CUSTOM_CALL = re.compile(
     r"%(?P<kernel>[\w.-]+?)(?:\.\d+)? = .*custom_call_target=\"tpu_custom_call\""
@@ -74,7 +74,7 @@ def read_schedules(folder: Path, kernels: set[str]) -> list[Schedule]:
         match = _KERNEL_FILE.match(path.name)
         if match is None or plain_name(match["kernel"]) not in kernels:
             continue
-        beside = sorted(folder.glob(f"{path.name.rsplit('-', 2)[0]}-*-{_UTILIZATION}"))
+        beside = sorted(folder.glob(f"{path.name.rsplit('-', 2)[0]}-*-{UTILIZATION}"))
         if len(beside) != 1:
             raise ScheduleError(f"the compiler wrote no slot utilization beside {path.name}")
         found.append(
