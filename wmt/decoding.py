@@ -123,7 +123,6 @@ def _beam(
 ) -> tuple[jax.Array, jax.Array]:
     batch = memory.shape[0]
     wide = functools.partial(jnp.repeat, repeats=beam, axis=0)
-    memory, valid_wide = wide(memory), wide(valid)
     if task is not None and jnp.ndim(task) == 1:
         task = wide(task)
 
@@ -138,7 +137,7 @@ def _beam(
         # A sentence with no live hypothesis left takes no expert's time.
         alive = (s.live_score > _NEVER / 2).reshape(-1)
         logits, cache = decode_step(
-            params, config, s.cache, valid_wide, token, s.position, task, valid=alive, mesh=mesh
+            params, config, s.cache, valid, token, s.position, task, valid=alive, mesh=mesh
         )
         log_probs = jax.nn.log_softmax(logits).reshape(batch, beam, -1)
         vocab = log_probs.shape[-1]
@@ -178,7 +177,7 @@ def _beam(
         jnp.where(padding, _NEVER, first),
         empty,
         jnp.where(padding, 0.0, jnp.full((batch, beam), _NEVER)),
-        start_cache(params, config, memory, valid_wide, max_length),
+        start_cache(params, config, memory, valid, max_length, beam=beam),
     )
     end = jax.lax.while_loop(running, step, start)
     # A sentence none of whose hypotheses ended in time gets its best live one.

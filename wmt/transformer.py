@@ -31,10 +31,11 @@ class Tasks(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the decoder's layers while decoding.
+    """Keys and values of the decoder's layers while decoding, in the order that attention reads.
 
-    self_key, self_value: one [B, L, H, D/H] a layer, filled up to the present position.
-    cross_key, cross_value: one [B, S, H, D/H] a layer, of the encoder's output.
+    self_key, self_value: one [B*K, H, L, D/H] a layer, filled up to the present position; K is the
+      number of hypotheses of each sentence.
+    cross_key, cross_value: one [B, H, S, D/H] a layer, of the encoder's output.
     sentence: [B, D], what a sentence-routed decoder gates by; None where it is not sentence-routed.
     """
 
@@ -173,13 +174,25 @@ def decode(
 
 
 def start_cache(
-    params: Params, config: ModelConfig, memory: jax.Array, memory_valid: jax.Array, length: int
+    params: Params,
+    config: ModelConfig,
+    memory: jax.Array,
+    memory_valid: jax.Array,
+    length: int,
+    *,
+    beam: int = 1,
 ) -> Cache:
-    """An empty cache for `length` target positions over the encoder's output [B, S, D]."""
+    """An empty cache for `length` target positions over the encoder's output [B, S, D].
+
+    beam: hypotheses K of each sentence; they share what the encoder gave.
+    """
     heads = config.num_heads
-    shape = (memory.shape[0], length, heads, config.d_model // heads)
+    shape = (memory.shape[0] * beam, heads, length, config.d_model // heads)
     empty = tuple(jnp.zeros(shape, memory.dtype) for _ in params["decoder"])
-    cross = [_cross_key_value(layer["cross"], memory, config) for layer in params["decoder"]]
+    cross = [
+        [_by_head(x) for x in _cross_key_value(layer["cross"], memory, config)]
+        for layer in params["decoder"]
+    ]
     sentence = _sentence(config, memory, memory_valid)
     return Cache(empty, empty, tuple(k for k, _ in cross), tuple(v for _, v in cross), sentence)
 
@@ -196,24 +209,33 @@ def decode_step(
     valid: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """One position of decoding: token ids [B] at `position` (scalar) -> logits [B, V] f32.
+    """One position of decoding: token ids [B*K] at `position` (scalar) -> logits [B*K, V] f32.
 
-    valid: [B] bool, sequences that are still being decoded; others take no expert's time.
+    memory_valid: [B, S] bool; the K hypotheses of a sentence stand side by side in `token`.
+    task: [B*K] i32 or scalar on a task-routed decoder, else None.
+    valid: [B*K] bool, sequences that are still being decoded; others take no expert's time.
     Returns the logits and the cache with this position filled in.
     """
     x = _embed(_target_embedding(params), token[:, None], position[None])
-    length = cache.self_key[0].shape[1]
+    rows, sentences = token.shape[0], memory_valid.shape[0]
+    length = cache.self_key[0].shape[2]
     seen = (jnp.arange(length) <= position)[None, None, None, :]
     cross_mask = memory_valid[:, None, None, :]
     alive = jnp.ones_like(token, bool) if valid is None else valid
+    sentence = None
+    if cache.sentence is not None:
+        sentence = jnp.repeat(cache.sentence, rows // sentences, axis=0)
     keys, values = [], []
     for i, layer in enumerate(params["decoder"]):
         q, k, v = _qkv(layer["attention"], x, config)
-        keys.append(jax.lax.dynamic_update_slice_in_dim(cache.self_key[i], k, position, 1))
-        values.append(jax.lax.dynamic_update_slice_in_dim(cache.self_value[i], v, position, 1))
-        x = x + _attend(layer["attention"], q, keys[-1], values[-1], seen)
-        q = _query(layer["cross"], x, config)
-        x = x + _attend(layer["cross"], q, cache.cross_key[i], cache.cross_value[i], cross_mask)
+        k, v = _by_head(k), _by_head(v)
+        keys.append(jax.lax.dynamic_update_slice_in_dim(cache.self_key[i], k, position, 2))
+        values.append(jax.lax.dynamic_update_slice_in_dim(cache.self_value[i], v, position, 2))
+        x = x + _attend_cached(layer["attention"], q, keys[-1], values[-1], seen)
+        # A sentence's hypotheses read the same keys: to attention they are its positions.
+        q = _query(layer["cross"], x, config).reshape(sentences, rows // sentences, *q.shape[2:])
+        y = _attend_cached(layer["cross"], q, cache.cross_key[i], cache.cross_value[i], cross_mask)
+        x = x + y.reshape(x.shape)
         y, _ = _feed_forward(
             layer["feed_forward"],
             config.moe("decoder"),
@@ -221,7 +243,7 @@ def decode_step(
             alive[:, None],
             task,
             mesh,
-            cache.sentence,
+            sentence,
         )
         x = x + y
     return _logits(params, x)[:, 0], cache._replace(self_key=tuple(keys), self_value=tuple(values))
@@ -283,6 +305,21 @@ def _cross_key_value(p: Params, memory: jax.Array, config: ModelConfig) -> list[
 def _attend(p: Params, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """q [B, T, H, D/H], k and v [B, S, H, D/H], mask broadcasting to [B, H, T, S]."""
     out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    return out.reshape(*q.shape[:2], -1) @ p["out"]
+
+
+def _by_head(x: jax.Array) -> jax.Array:
+    """[B, S, H, D/H] -> [B, H, S, D/H]."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _attend_cached(
+    p: Params, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """As `_attend`, with k and v [B, H, S, D/H], so that no step copies a cache to transpose it."""
+    scores = jnp.einsum("bthd,bhsd->bhts", q, k) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min))
+    out = jnp.einsum("bhts,bhsd->bthd", weights, v)
     return out.reshape(*q.shape[:2], -1) @ p["out"]
 
 

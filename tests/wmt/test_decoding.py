@@ -17,7 +17,7 @@ from taskmoe.wmt.transformer import Tasks, decode, encode
 
 VOCABULARY = 7  # four special ids and three words: every output of four ids can be scored
 LENGTH = 4
-CONFIG = support.model_config(vocab_size=VOCABULARY, encoder="token", decoder="token")
+CONFIG = support.model_config(vocab_size=VOCABULARY, encoder="token", decoder="sentence")
 SOURCE = np.array([[4, 5, 6, 3], [6, 3, 0, 0], [5, 5, 3, 0]], np.int32)
 NO_TASKS = Tasks(None, None)
 
