@@ -1,12 +1,23 @@
 """The Mixture-of-Experts layer over `taskmoe.kernels`: routing, expert parallelism, extraction.
 
 Pure functions on pytrees: `init` makes a layer's parameters, `apply` runs it, `extract` cuts one
-task's sub-network out, and `ffn` runs that.
+task's sub-network out, and `ffn` runs that; `extract_tasks` and `prune` make smaller layers.
 """
 
 from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.expert_parallel import param_specs
-from taskmoe.moe.extraction import FFNParams, extract, ffn
+from taskmoe.moe.extraction import FFNParams, extract, extract_tasks, ffn, prune
 from taskmoe.moe.layer import apply, init
 
-__all__ = ["FFNParams", "Metrics", "MoEConfig", "apply", "extract", "ffn", "init", "param_specs"]
+__all__ = [
+    "FFNParams",
+    "Metrics",
+    "MoEConfig",
+    "apply",
+    "extract",
+    "extract_tasks",
+    "ffn",
+    "init",
+    "param_specs",
+    "prune",
+]

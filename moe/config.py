@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 
-Routing = Literal["token", "sentence", "task"]
+Routing = Literal["token", "sentence", "task", "static"]
+SecondPolicy = Literal["all", "random", "sampling"]
 Activation = Literal["relu", "gelu", "silu"]
 
 
@@ -20,11 +21,21 @@ class MoEConfig:
     num_experts: E.
     top_k: experts that each token, sentence or task uses.
     routing: "token" (gate on each token), "sentence" (gate on the mean of a sequence's valid
-      tokens) or "task" (gate on a learned embedding of the task), Kudugunta et al. 2021, section 3.
+      tokens), "task" (gate on a learned embedding of the task) or "static" (the experts of each
+      task are given), Kudugunta et al. 2021, section 3.
     num_tasks: number of tasks, for routing "task" only.
+    table: the top_k different experts of each task, for routing "static" only.
+    table_weights: their gate weights, positive and each row summing to 1; None is 1/top_k each.
     capacity_factor: None is dropless; a number c gives each expert room for
-      `ceil(c * top_k * S / E)` of the S tokens (or sentences) routed together, as in GShard,
-      Algorithm 1, and what does not fit passes by the residual only. Task routing is dropless.
+      `ceil(c * top_k * S / E)` of the S tokens (or sentences) of a group, as in GShard, Algorithm
+      1, and what does not fit passes by the residual only. Routing by task is dropless.
+    group_size: S, units (tokens, or sentences) that share one capacity, in order; None is all that
+      are routed together (on a mesh: on one device). Only with a capacity factor.
+    second_policy: what happens to choices after the first while training (when `apply` is given a
+      key): "all" are used; "random" uses one with probability min(1, 2 g), g its gate weight
+      (GShard); "sampling" draws them from the gate's probabilities without replacement (Lingvo).
+    jitter: while training, what the gate sees is multiplied by uniform noise from
+      [1 - jitter, 1 + jitter] (Switch Transformer, section 2.4).
     activation: "relu", "gelu" or "silu"; with `gated`, `act(x w_gate) * (x w_in)`.
     load_balance_weight, z_loss_weight: coefficients of the two auxiliary losses (Lingvo's and
       ST-MoE's by default).
@@ -38,7 +49,12 @@ class MoEConfig:
     top_k: int = 2
     routing: Routing = "token"
     num_tasks: int = 0
+    table: tuple[tuple[int, ...], ...] | None = None
+    table_weights: tuple[tuple[float, ...], ...] | None = None
     capacity_factor: float | None = None
+    group_size: int | None = None
+    second_policy: SecondPolicy = "all"
+    jitter: float = 0.0
     activation: Activation = "relu"
     gated: bool = False
     load_balance_weight: float = 0.01
@@ -63,14 +79,67 @@ class MoEConfig:
                 "num_tasks must be at least 1 with routing='task' and 0 otherwise, "
                 f"got num_tasks={self.num_tasks} with routing={self.routing!r}"
             )
+        self._check_table()
         if self.capacity_factor is not None:
-            if self.routing == "task":
+            if self.by_task:
                 raise ValueError(
-                    "capacity_factor must be None with routing='task': a group that holds one task "
-                    "would send every token to the same experts and drop nearly all of them"
+                    f"capacity_factor must be None with routing={self.routing!r}: a group that "
+                    "holds one task would send every token to the same experts and drop nearly all"
                 )
             if self.capacity_factor <= 0:
                 raise ValueError(f"capacity_factor must be above 0, got {self.capacity_factor}")
+        if self.group_size is not None and (self.capacity_factor is None or self.group_size < 1):
+            raise ValueError(
+                "group_size must be at least 1 with a capacity_factor and None without, got "
+                f"{self.group_size} with capacity_factor={self.capacity_factor}"
+            )
+        if self.second_policy not in get_args(SecondPolicy):
+            raise ValueError(
+                f"second_policy must be one of {get_args(SecondPolicy)}, got {self.second_policy!r}"
+            )
+        if self.second_policy != "all" and self.by_task:
+            raise ValueError(f"second_policy must be 'all' with routing={self.routing!r}")
+        if self.second_policy == "random" and self.capacity_factor is None:
+            raise ValueError("second_policy 'random' drops choices: give a capacity_factor")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter must be in [0, 1), got {self.jitter}")
+        if self.jitter and self.by_task:
+            raise ValueError(f"jitter must be 0 with routing={self.routing!r}, got {self.jitter}")
+
+    @property
+    def by_task(self) -> bool:
+        """Whether sequences go to experts by their task, learned or given."""
+        return self.routing in ("task", "static")
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks that `apply` and `extract` know; 0 where routing is not by task."""
+        return self.num_tasks if self.table is None else len(self.table)
+
+    def _check_table(self) -> None:
+        if (self.routing == "static") != (self.table is not None):
+            raise ValueError(
+                f"table must be given with routing='static' and only then, got {self.table} with "
+                f"routing={self.routing!r}"
+            )
+        if self.table is None:
+            if self.table_weights is not None:
+                raise ValueError("table_weights must be None without a table")
+            return
+        if not self.table:
+            raise ValueError("table must have a row for each task, got none")
+        for row in self.table:
+            if len(row) != self.top_k or len(set(row)) != self.top_k:
+                raise ValueError(f"table must name top_k={self.top_k} different experts, got {row}")
+            if not all(0 <= e < self.num_experts for e in row):
+                raise ValueError(f"table must name experts in [0, {self.num_experts}), got {row}")
+        weights = self.table_weights
+        if weights is None:
+            return
+        if len(weights) != len(self.table) or any(len(row) != self.top_k for row in weights):
+            raise ValueError("table_weights must have the table's shape")
+        if any(min(row) <= 0 or abs(sum(row) - 1) > 1e-3 for row in weights):
+            raise ValueError("table_weights must be positive and each row must sum to 1")
 
 
 class Metrics(NamedTuple):
@@ -78,7 +147,9 @@ class Metrics(NamedTuple):
 
     aux_loss: [] f32, the weighted sum of both losses: add it to the training loss.
     load_balance_loss: [] f32, `E * sum_e f_e * m_e` with f the share of first choices and m the
-      mean gate probability: 1 when balanced (GShard's l_aux with Lingvo's scale E^2).
+      mean gate probability: 1 when balanced (GShard's l_aux with Lingvo's scale E^2); with a
+      group_size the mean over groups. 0 with routing "static", where nothing is to be learned, and
+      so is the z-loss.
     z_loss: [] f32, mean of `logsumexp(logits)^2` (ST-MoE).
     dropped: [] f32, share of the valid assignments that found no room.
     load: [E] f32, share of the valid assignments that went to each expert.

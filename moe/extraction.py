@@ -13,6 +13,7 @@ section 3.2; the folding is ours). The layer itself runs a batch of one task thr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,20 +59,90 @@ def ffn(params: FFNParams, x: jax.Array) -> jax.Array:
 def extract(params: Params, config: MoEConfig, task: ArrayLike) -> FFNParams:
     """The dense FFN of width `top_k * d_ff` that equals the layer for one task.
 
-    params: what `init` made for routing "task".
-    task: id in [0, num_tasks). A traced id out of range clamps.
+    params: what `init` made for routing "task" or "static".
+    task: id of a task. A traced id out of range clamps.
     Returns FFNParams with w_in [D, k*F] and w_out [k*F, D], gates folded into w_out.
-    Raises ValueError if the layer is not task-routed or a concrete id is out of range.
+    Raises ValueError if the layer does not route by task or a concrete id is out of range.
     """
-    if config.routing != "task":
+    _check_task(config, task)
+    gating = top_k_gating(task_logits(params, config)[jnp.asarray(task)][None], config.top_k)
+    return fold(params, config, gating.experts[0], gating.weights[0])
+
+
+def extract_tasks(
+    params: Params, config: MoEConfig, tasks: Sequence[int]
+) -> tuple[Params, MoEConfig]:
+    """A smaller layer for several tasks: the union of their experts, and a table task -> experts.
+
+    params: concrete arrays (not traced: how many experts remain depends on their values).
+    tasks: ids, each once; task i of the result is tasks[i].
+    Returns parameters and a configuration with routing "static", for `apply`, `extract` and
+    `extract_tasks` again. Outputs equal the whole layer's; there is nothing left to learn in its
+    gates. Raises ValueError if the layer does not route by task or an id is out of range or twice.
+    """
+    for task in tasks:
+        _check_task(config, task)
+    if not tasks or len(set(tasks)) != len(tasks):
+        raise ValueError(f"tasks must be one or more different ids, got {tuple(tasks)}")
+    logits = task_logits(params, config)[jnp.asarray(tasks)]
+    gating = top_k_gating(logits, config.top_k)
+    kept, table = np.unique(np.asarray(gating.experts), return_inverse=True)
+    table = table.reshape(len(tasks), config.top_k)
+    weights = np.asarray(gating.weights)
+    smaller = dataclasses.replace(
+        config,
+        routing="static",
+        num_experts=len(kept),
+        num_tasks=0,
+        table=tuple(tuple(int(e) for e in row) for row in table),
+        table_weights=tuple(tuple(float(w) for w in row) for row in weights),
+    )
+    return _keep_experts(params, kept), smaller
+
+
+def prune(
+    params: Params, config: MoEConfig, usage: ArrayLike, keep: int
+) -> tuple[Params, MoEConfig]:
+    """The busiest experts of a token-routed layer: the training-free rival of extraction.
+
+    usage: [E] f32, load of each expert on the text to be served, as `Metrics.load` reports it
+      (concrete). keep: experts to keep, from top_k to E; ties go to the lower index.
+    Returns parameters and a configuration with `keep` experts in their old order, between which
+    the gate now chooses. Raises ValueError where an argument does not fit.
+
+    Koishekenov et al. 2022, Memory-efficient NLLB-200 (arXiv 2212.09811).
+    """
+    if config.by_task:
         raise ValueError(
-            f"routing must be 'task' to extract a task, got {config.routing!r}: "
+            f"routing must be 'token' or 'sentence' to prune, got {config.routing!r}: extract "
+            "cuts out a task's experts exactly"
+        )
+    load = np.asarray(usage, np.float64)
+    if load.shape != (config.num_experts,):
+        raise ValueError(f"usage must be [{config.num_experts}], got {list(load.shape)}")
+    if not config.top_k <= keep <= config.num_experts:
+        raise ValueError(f"keep must be in [{config.top_k}, {config.num_experts}], got {keep}")
+    kept = np.sort(np.argsort(-load, kind="stable")[:keep])
+    return _keep_experts(params, kept), dataclasses.replace(config, num_experts=keep)
+
+
+def _keep_experts(params: Params, kept: np.ndarray) -> Params:
+    """Parameters with these experts only; a gate keeps their columns, task embeddings go."""
+    names = [name for name in ("w_in", "w_out", "w_gate") if name in params]
+    small: Params = {name: params[name][kept] for name in names}
+    if "task_embedding" not in params and "gate" in params:
+        small["gate"] = params["gate"][:, kept]
+    return small
+
+
+def _check_task(config: MoEConfig, task: ArrayLike) -> None:
+    if not config.by_task:
+        raise ValueError(
+            f"routing must be 'task' or 'static' to extract a task, got {config.routing!r}: "
             "the experts of other routings are not constant"
         )
-    if isinstance(task, int | np.integer) and not 0 <= task < config.num_tasks:
-        raise ValueError(f"task must be in [0, {config.num_tasks}), got {task}")
-    gating = top_k_gating(task_logits(params)[jnp.asarray(task)][None], config.top_k)
-    return fold(params, config, gating.experts[0], gating.weights[0])
+    if isinstance(task, int | np.integer) and not 0 <= task < config.tasks:
+        raise ValueError(f"task must be in [0, {config.tasks}), got {task}")
 
 
 def fold(params: Params, config: MoEConfig, experts: jax.Array, weights: jax.Array) -> FFNParams:

@@ -1,17 +1,19 @@
-"""What is routed as one unit, how it is scored, and what the layer reports about it.
+"""What is routed as one unit, how it is scored and placed, and what the layer reports about it.
 
-With "token" routing the units are the B*S tokens; with "sentence" and "task" they are the B
-sequences, so that queues, row plan and row movement never look at a token.
+With "token" routing the units are the B*S tokens; with the other levels they are the B sequences,
+so that queues, row plan and row movement never look at a token.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from taskmoe.kernels import Gating
+from taskmoe.kernels import Gating, RowPlan, row_plan, top_k_gating
 from taskmoe.moe.config import Metrics, MoEConfig
 
 Params = dict[str, jax.Array]
@@ -22,9 +24,44 @@ def gate_logits(params: Params, x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) @ params["gate"].astype(jnp.float32)
 
 
-def task_logits(params: Params) -> jax.Array:
-    """Gate logits of every task: [num_tasks, E] f32."""
-    return gate_logits(params, params["task_embedding"])
+def task_logits(params: Params, config: MoEConfig) -> jax.Array:
+    """Gate logits of every task: [tasks, E] f32; with routing "static" from the given table."""
+    if config.table is None:
+        return gate_logits(params, params["task_embedding"])
+    weights = config.table_weights or [[1.0] * config.top_k] * len(config.table)
+    # The softmax over a row's experts gives their weights back; the others are out of reach.
+    logits = np.full((len(config.table), config.num_experts), -1e9, np.float32)
+    np.put_along_axis(logits, np.array(config.table), np.log(np.array(weights)), axis=1)
+    return jnp.asarray(logits)
+
+
+class Noise(NamedTuple):
+    """What routing draws while training; None where the configuration draws nothing.
+
+    policy: [B, u, n] f32 in [0, 1): with second_policy "random" n = top_k - 1, an assignment is
+      dropped where the draw is at least twice its weight; with "sampling" n = E, logits get
+      `-log(-log(draw))` added before the choices after the first are taken.
+    jitter: [B, u, D] f32 factors. u is the number of units a sequence: S, or 1.
+    """
+
+    policy: jax.Array | None = None
+    jitter: jax.Array | None = None
+
+
+def draw_noise(config: MoEConfig, key: jax.Array | None, batch: int, length: int) -> Noise:
+    """Noise of one call for [batch, length] tokens; none without a key."""
+    if key is None or config.by_task:
+        return Noise()
+    first, second = jax.random.split(key)
+    units = length if config.routing == "token" else 1
+    draws = {"all": 0, "random": config.top_k - 1, "sampling": config.num_experts}
+    policy = jitter = None
+    if config.second_policy != "all" and config.top_k > 1:
+        policy = jax.random.uniform(first, (batch, units, draws[config.second_policy]))
+    if config.jitter:
+        shape = (batch, units, config.d_model)
+        jitter = jax.random.uniform(second, shape, minval=-1, maxval=1) * config.jitter + 1
+    return Noise(policy, jitter)
 
 
 def unit_logits(
@@ -34,20 +71,126 @@ def unit_logits(
     valid: jax.Array | None,
     task: jax.Array | None,
     sentence: jax.Array | None,
+    noise: Noise,
 ) -> tuple[jax.Array, jax.Array]:
     """Gate logits [U, E] f32 of the units that are routed, and which of them are valid [U] bool."""
     batch, length, d = x.shape
     if valid is None:
         valid = jnp.ones((batch, length), bool)
+    if config.by_task:
+        return task_logits(params, config)[task], valid.any(axis=1)
     if config.routing == "token":
-        return gate_logits(params, x.reshape(batch * length, d)), valid.reshape(-1)
-    if config.routing == "task":
-        return task_logits(params)[task], valid.any(axis=1)
-    if sentence is not None:
-        return gate_logits(params, sentence), valid.any(axis=1)
-    total = jnp.sum(jnp.where(valid[..., None], x.astype(jnp.float32), 0), axis=1)
-    mean = total / jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
-    return gate_logits(params, mean), valid.any(axis=1)
+        seen, unit_valid = x.reshape(batch * length, d), valid.reshape(-1)
+    elif sentence is not None:
+        seen, unit_valid = sentence, valid.any(axis=1)
+    else:
+        total = jnp.sum(jnp.where(valid[..., None], x.astype(jnp.float32), 0), axis=1)
+        seen = total / jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
+        unit_valid = valid.any(axis=1)
+    if noise.jitter is not None:
+        seen = seen.astype(jnp.float32) * noise.jitter.reshape(seen.shape)
+    return gate_logits(params, seen), unit_valid
+
+
+class Assignment(NamedTuple):
+    """Where units go.
+
+    gating: statistics over all units; slots and counts before any capacity. plan: rows and sizes.
+    balance: [] f32, the load-balance loss over groups; None where all units are one group, whose
+      loss follows from gating's statistics.
+    """
+
+    gating: Gating
+    plan: RowPlan
+    balance: jax.Array | None
+
+
+def assign(
+    config: MoEConfig,
+    logits: jax.Array,
+    valid: jax.Array,
+    noise: Noise,
+    implementation: str | None,
+    capacity_room: int | None = None,
+) -> Assignment:
+    """Choose experts for units [U, E] and give each assignment its row.
+
+    capacity_room: rows an expert, where a dropless layer wants a padded plan all the same.
+    Raises ValueError where group_size does not divide the units.
+    """
+    units, num_experts = logits.shape
+    size = config.group_size or units
+    if units % size:
+        raise ValueError(f"group_size must divide the {units} units routed together, got {size}")
+    groups = units // size
+    room = capacity(config, size)
+    draws = None if noise.policy is None else noise.policy.reshape(units, -1)
+    if config.group_size is None:
+        gating = _gate(config, logits, valid, draws, implementation)
+        balance = None
+    else:
+        split = jax.tree.map(
+            lambda a: a.reshape(groups, size, *a.shape[1:]), (logits, valid, draws)
+        )
+        each = jax.vmap(lambda a, b, c: _gate(config, a, b, c, implementation))(*split)
+        gating, balance = _merge(each, jnp.sum(split[1], axis=1), num_experts)
+    if room is None:
+        return Assignment(gating, row_plan(gating, capacity=capacity_room), balance)
+    slots = gating.slots
+    kept = (slots >= 0) & (slots < room)
+    if draws is not None and config.second_policy == "random":
+        kept = kept.at[:, 1:].set(kept[:, 1:] & (draws < 2 * gating.weights[:, 1:]))
+    group = jnp.arange(units, dtype=jnp.int32)[:, None] // size
+    slots = jnp.where(kept, group * room + slots, groups * room)
+    return Assignment(
+        gating, row_plan(gating._replace(slots=slots), capacity=groups * room), balance
+    )
+
+
+def _gate(
+    config: MoEConfig,
+    logits: jax.Array,
+    valid: jax.Array,
+    draws: jax.Array | None,
+    implementation: str | None,
+) -> Gating:
+    """Gating of one group; with second_policy "sampling" the choices after the first are drawn."""
+    if draws is None or config.second_policy != "sampling":
+        return top_k_gating(logits, config.top_k, valid=valid, implementation=implementation)
+    first = top_k_gating(logits, 1, valid=valid, implementation=implementation)
+    lane = jnp.arange(logits.shape[1])
+    tiny = jnp.finfo(jnp.float32).tiny
+    gumbel = -jnp.log(-jnp.log(jnp.maximum(draws, tiny)))
+    others = jnp.where(lane == first.experts, -1e9, jax.lax.stop_gradient(logits) + gumbel)
+    later = top_k_gating(others, config.top_k - 1, valid=valid, implementation=implementation)
+    experts = jnp.concatenate([first.experts, later.experts], axis=1)
+    chosen = jnp.take_along_axis(logits, experts, axis=1).astype(jnp.float32)
+    chosen = jnp.where(valid[:, None], chosen, 0)
+    slots = later.slots + first.counts[0][later.experts]
+    return Gating(
+        experts=experts,
+        weights=jnp.where(valid[:, None], jax.nn.softmax(chosen, axis=1), 0),
+        slots=jnp.concatenate([first.slots, jnp.where(valid[:, None], slots, -1)], axis=1),
+        counts=jnp.concatenate([first.counts, later.counts]),
+        mean_probs=first.mean_probs,
+        z_loss=first.z_loss,
+    )
+
+
+def _merge(each: Gating, num_valid: jax.Array, num_experts: int) -> tuple[Gating, jax.Array]:
+    """One gating of [G, S, ...] and the load-balance loss, groups weighed by their valid units."""
+    share = num_valid / jnp.maximum(jnp.sum(num_valid), 1).astype(jnp.float32)  # [G]
+    first = each.counts[:, 0] / jnp.maximum(num_valid, 1).astype(jnp.float32)[:, None]
+    balance = num_experts * jnp.sum(share * jnp.sum(first * each.mean_probs, axis=1))
+    merged = Gating(
+        experts=each.experts.reshape(-1, each.experts.shape[2]),
+        weights=each.weights.reshape(-1, each.weights.shape[2]),
+        slots=each.slots.reshape(-1, each.slots.shape[2]),
+        counts=each.counts.sum(axis=0),
+        mean_probs=share @ each.mean_probs,
+        z_loss=share @ each.z_loss,
+    )
+    return merged, balance
 
 
 def capacity(config: MoEConfig, units: int) -> int | None:
@@ -57,23 +200,32 @@ def capacity(config: MoEConfig, units: int) -> int | None:
     return math.ceil(config.capacity_factor * config.top_k * units / config.num_experts)
 
 
-def metrics(config: MoEConfig, gating: Gating, num_valid: jax.Array, placed: jax.Array) -> Metrics:
+def metrics(
+    config: MoEConfig,
+    gating: Gating,
+    num_valid: jax.Array,
+    placed: jax.Array,
+    balance: jax.Array | None = None,
+) -> Metrics:
     """Losses and statistics from the sums that the gating pass already made.
 
-    num_valid: [] i32, valid units; placed: [] i32, assignments that found room.
+    num_valid: [] i32, valid units; placed: [] i32, assignments that found room. balance: the
+    load-balance loss where it is not that of gating's sums.
     """
     units = jnp.maximum(num_valid, 1).astype(jnp.float32)
     probs = gating.mean_probs
     first = gating.counts[0].astype(jnp.float32) / units
-    balance = config.num_experts * jnp.sum(first * probs)
+    if balance is None:
+        balance = config.num_experts * jnp.sum(first * probs)
+    z_loss = gating.z_loss
+    if config.routing == "static":
+        balance, z_loss = jnp.zeros_like(balance), jnp.zeros_like(z_loss)
     log_probs = jnp.log(jnp.maximum(probs, jnp.finfo(jnp.float32).tiny))
     return Metrics(
-        aux_loss=config.load_balance_weight * balance + config.z_loss_weight * gating.z_loss,
+        aux_loss=config.load_balance_weight * balance + config.z_loss_weight * z_loss,
         load_balance_loss=balance,
-        z_loss=gating.z_loss,
-        dropped=jnp.where(
-            num_valid > 0, 1 - placed.astype(jnp.float32) / (units * config.top_k), 0.0
-        ),
+        z_loss=z_loss,
+        dropped=(num_valid * config.top_k - placed) / (units * config.top_k),
         load=gating.counts.sum(0).astype(jnp.float32) / (units * config.top_k),
         entropy=-jnp.sum(probs * log_probs),
     )

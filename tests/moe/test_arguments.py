@@ -39,7 +39,12 @@ CALLS: list[tuple[Any, Any, type[Exception], str]] = [
     ({}, {"x": jnp.zeros((0, 3, 6))}, ValueError, "x must not be empty"),
     ({}, {"valid": np.ones((2, 2), bool)}, ValueError, r"valid must be bool \[2, 3\]"),
     ({}, {"valid": np.ones((2, 3), int)}, ValueError, "valid must be bool .*int"),
-    ({}, {"task": 0}, ValueError, "task must be given with routing='task' and only then"),
+    (
+        {},
+        {"task": 0},
+        ValueError,
+        "task must be given with routing='task' or 'static' and only then",
+    ),
     (TASK, {}, ValueError, "task must be given .* not given"),
     (TASK, {"task": np.zeros(3, int)}, ValueError, r"task must be a scalar or \[2\], got \[3\]"),
     (TASK, {"task": np.zeros(2)}, TypeError, "task must be of an integer dtype, got float"),

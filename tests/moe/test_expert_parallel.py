@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
+from taskmoe.moe.exchange import Peers, choose, rows_sent
 from taskmoe.tests.moe import support
 
 COLLECTIVE = r"\b(all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute)(-start)?\("
@@ -29,18 +30,23 @@ def config_of(routing: Any, **fields: Any) -> moe.MoEConfig:
 
 
 @functools.cache
-def compiled(config: moe.MoEConfig, mesh: Mesh | None) -> Any:
+def compiled(config: moe.MoEConfig, mesh: Mesh | None, strategy: str) -> Any:
     task = np.array([0, 1, 2, 0, 0, 2, 1, 1], np.int32) if config.routing == "task" else None
+    options: Any = {"valid": VALID, "task": task, "mesh": mesh, "strategy": strategy}
+    noisy = config.jitter or config.second_policy != "all"
 
     def loss(weights: Any, x: Any) -> Any:
-        y, report = moe.apply(weights, config, x, valid=VALID, task=task, mesh=mesh)
+        key = jax.random.key(7) if noisy else None
+        y, report = moe.apply(weights, config, x, key=key, **options)
         return jnp.sum(jnp.sin(y)) + report.aux_loss, (y, report)
 
     return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
 
-def loss_and_gradients(config: moe.MoEConfig, mesh: Mesh | None, weights: Any) -> Any:
-    run = compiled(config, mesh)
+def loss_and_gradients(
+    config: moe.MoEConfig, mesh: Mesh | None, weights: Any, strategy: str = "all_to_all"
+) -> Any:
+    run = compiled(config, mesh, strategy)
     return jax.tree.map(np.asarray, run(weights, support.normal(1, 8, 3, 6)))
 
 
@@ -63,12 +69,58 @@ def test_many_devices_equal_one(routing: Any, shape: tuple[int, ...]) -> None:
     support.check(have, want)
 
 
-def test_an_expert_on_the_wrong_device_is_noticed() -> None:
+DROPPING: Any = {"capacity_factor": 0.8, "group_size": 3}
+
+
+@pytest.mark.parametrize("strategy", ["all_to_all", "ragged", "all_gather"])
+@pytest.mark.parametrize(
+    ("fields", "shape"),
+    [
+        ({"routing": "token"}, (4,)),
+        ({"routing": "token", **DROPPING, "second_policy": "random", "jitter": 0.1}, (2, 4)),
+        ({"routing": "task"}, (8,)),
+    ],
+    ids=["dropless", "capacity", "task"],
+)
+def test_every_strategy_equals_one_device(fields: Any, shape: Any, strategy: str) -> None:
+    config = config_of(**fields)
+    weights = support.params(config)
+    want = loss_and_gradients(config, None, weights)
+    support.check(loss_and_gradients(config, mesh_of(shape), weights, strategy), want)
+    assert bool(want[1][1].dropped) == ("capacity_factor" in fields)
+
+
+def test_auto_sends_the_fewest_rows() -> None:
+    pod, host = Peers(32, ragged=True), Peers(8, ragged=False)
+    dropless, tight = (
+        support.make(num_experts=32),
+        support.make(num_experts=32, capacity_factor=1.0),
+    )
+    assert choose("auto", dropless, 64, pod) == "ragged"
+    assert choose("auto", dropless, 64, host) == "all_gather"
+    assert choose("auto", tight, 64, host) == "all_to_all"
+    for strategy in ("all_to_all", "ragged", "all_gather"):
+        assert choose(strategy, dropless, 64, pod) == strategy
+    assert rows_sent("all_gather", dropless, 64, host) == 2 * 7 * 64
+    assert rows_sent("ragged", dropless, 64, pod) == 2 * 31 / 32 * 2 * 64
+
+
+def test_an_unknown_strategy_is_an_error() -> None:
+    config = config_of("token")
+    with pytest.raises(ValueError, match=r"strategy must be one of auto, .*got 'broadcast'"):
+        moe.apply(
+            support.params(config), config, support.normal(0, 8, 3, 6),
+            mesh=mesh_of((8,)), strategy="broadcast",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["all_to_all", "ragged", "all_gather"])
+def test_an_expert_on_the_wrong_device_is_noticed(strategy: str) -> None:
     config = config_of("token")
     weights = support.params(config)
     moved = weights | {"w_in": jnp.roll(weights["w_in"], 1, axis=0)}
     want = loss_and_gradients(config, None, weights)
-    have = loss_and_gradients(config, mesh_of((4,)), moved)
+    have = loss_and_gradients(config, mesh_of((4,)), moved, strategy)
     with pytest.raises(AssertionError, match="relative error"):
         support.check(have, want)
 

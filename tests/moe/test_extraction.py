@@ -86,5 +86,7 @@ def test_a_task_that_is_not_there_is_an_error(task: Any) -> None:
 @pytest.mark.parametrize("routing", ["token", "sentence"])
 def test_only_task_routing_has_sub_networks(routing: Any) -> None:
     config = support.make(routing=routing)
-    with pytest.raises(ValueError, match=f"routing must be 'task' to extract.*{routing}"):
+    with pytest.raises(
+        ValueError, match=f"routing must be 'task' or 'static' to extract.*{routing}"
+    ):
         moe.extract(support.params(config), config, 0)
