@@ -287,6 +287,8 @@ def _tokenizer(text: Pairs, size: int, config: TrainConfig) -> Tokenizer:
 
 def _load(folder: Path) -> Model:
     """A model folder, or the model of a work directory."""
+    if (folder / "checkpoints").is_dir() and not (folder / "model").is_dir():
+        raise InputError(f"{folder} has no model yet: run train on it to its last step")
     return load_model(folder / "model" if (folder / "model").is_dir() else folder)
 
 

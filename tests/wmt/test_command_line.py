@@ -177,6 +177,10 @@ def test_a_model_that_does_not_fit(
         (["extract", "--model", full, "--task", "xx", "--out", f"{tmp_path}/x"], "not the model's"),
         (["extract", "--model", full, "--task", "de", "--out", small], "already holds something"),
     ]
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    cases.append(
+        (["translate", "--model", f"{tmp_path}/begun"], "begun has no model yet: run train")
+    )
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in cases:
         stdin(b"one\n\xff\n" if message.startswith("standard") else b"one\ntwo\n")
