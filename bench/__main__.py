@@ -1,4 +1,7 @@
-"""Command line: `python -m taskmoe.bench demo | ops | tpu | report`, all with --json and --help."""
+"""Command line: `python -m taskmoe.bench demo | ops | exchange | tpu | report`.
+
+Each takes --json FILE and --help.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from taskmoe.wmt.errors import InputError
 COMMANDS = {
     "demo": "taskmoe.bench.demo",
     "ops": "taskmoe.bench.ops",
+    "exchange": "taskmoe.bench.exchange",
     "tpu": "taskmoe.bench.tpu_lab",
     "report": "taskmoe.bench.report",
 }

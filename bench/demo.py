@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 from taskmoe.bench import demo_report, machine, serving
+from taskmoe.bench.console import out
 from taskmoe.wmt import cldr
 from taskmoe.wmt.command_line import write_text
 from taskmoe.wmt.config import ModelConfig, TrainConfig, split_pair
@@ -63,8 +63,6 @@ TRAIN: dict[str, Any] = {
     "keep_checkpoints": 1,
 }
 BATCHES = (8, 32, 128, 512)
-
-out = Console(highlight=False)
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:

@@ -13,17 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from taskmoe.bench import demo_report
+from taskmoe.bench.console import out
 from taskmoe.bench.tables import markdown, paragraph
 from taskmoe.wmt.command_line import write_text
 from taskmoe.wmt.errors import InputError
 
 FILES = ("README.md", "BENCHMARKS.md")
 RESULTS = Path("bench/results")
-
-out = Console(highlight=False)
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:

@@ -11,7 +11,8 @@ sends for one layer, there and back (n devices, C rows of room an expert):
     all_gather   2 (n-1) U       every device gets all units, runs its experts' rows, and a
                                  reduce-scatter adds the parts up
 
-"auto" takes the one with the fewest rows.
+"auto" takes the one with the fewest rows. "kept" is all_to_all with every part kept instead of
+sent: it gives wrong results, and what a step costs without its exchange.
 """
 
 from __future__ import annotations
@@ -26,19 +27,26 @@ from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.routing import Assignment, Params, capacity
 
 EXPERT_AXIS = "expert"
-STRATEGIES = ("auto", "all_to_all", "ragged", "all_gather")
+STRATEGIES = ("auto", "all_to_all", "ragged", "all_gather", "kept")
 
 
 class Peers(NamedTuple):
-    """The devices that exchange rows: how many, and whether they have `lax.ragged_all_to_all`."""
+    """The devices that exchange rows.
+
+    number: how many. ragged: whether they have `lax.ragged_all_to_all`. connected: False keeps
+    every part instead of sending it.
+    """
 
     number: int
     ragged: bool
+    connected: bool = True
 
 
 def rows_sent(strategy: str, config: MoEConfig, units: int, peers: Peers) -> float:
     """Rows that one device sends for one layer, there and back, by the table above."""
     n, e, k = peers.number, config.num_experts, config.top_k
+    if strategy == "kept":
+        return 0.0
     if strategy == "all_to_all":
         return 2 * (n - 1) / n * e * (_room(config, units) or units)
     if strategy == "ragged":
@@ -52,7 +60,7 @@ def choose(strategy: str, config: MoEConfig, units: int, peers: Peers) -> str:
     """The strategy itself, or for "auto" the one that sends the fewest rows."""
     if strategy != "auto":
         return strategy
-    return min(STRATEGIES[1:], key=lambda name: rows_sent(name, config, units, peers))
+    return min(STRATEGIES[1:4], key=lambda name: rows_sent(name, config, units, peers))
 
 
 def run_experts(
@@ -69,7 +77,10 @@ def run_experts(
     Inside `jax.shard_map` over the axis "expert". params: the device's own experts. assigned: with
     a padded plan for "all_to_all", any plan else.
     """
-    run = {"all_to_all": _all_to_all, "ragged": _ragged, "all_gather": _all_gather}[strategy]
+    runs = {"all_to_all": _all_to_all, "ragged": _ragged, "all_gather": _all_gather}
+    if strategy == "kept":
+        strategy, peers = "all_to_all", peers._replace(connected=False)
+    run = runs[strategy]
     return run(params, config, x, assigned, peers, implementation)
 
 
@@ -82,18 +93,19 @@ def _all_to_all(
     implementation: str | None,
 ) -> jax.Array:
     gating, plan, _ = assigned
+    swap = _swap if peers.connected else jnp.copy
     room = plan.num_rows // config.num_experts
     sent = dispatch(x, plan.rows, plan.num_rows, implementation=implementation)
-    received = _swap(sent.reshape(peers.number, -1, x.shape[1]))
+    received = swap(sent.reshape(peers.number, -1, x.shape[1]))
     filled = jnp.zeros(plan.num_rows, bool).at[plan.rows].set(True, mode="drop")
-    place = _swap(filled.reshape(peers.number, -1)).reshape(peers.number, -1, room)
+    place = swap(filled.reshape(peers.number, -1)).reshape(peers.number, -1, room)
     # Rows of one expert lie behind one another, peer by peer; empty places go nowhere.
     place = place.transpose(1, 0, 2)
     rank = jnp.cumsum(place.reshape(-1), dtype=jnp.int32).reshape(place.shape) - 1
     rows = jnp.where(place, rank, plan.num_rows).transpose(1, 0, 2).reshape(-1, 1)
     sizes = jnp.sum(place, axis=(1, 2), dtype=jnp.int32)
     out = _local_experts(params, config, received, rows, sizes, implementation)
-    back = _swap(out.reshape(received.shape)).reshape(plan.num_rows, -1)
+    back = swap(out.reshape(received.shape)).reshape(plan.num_rows, -1)
     return combine(back, plan.rows, gating.weights, implementation=implementation)
 
 

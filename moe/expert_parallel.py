@@ -59,7 +59,7 @@ def exchange_apply(
         logits, unit_valid = unit_logits(params, config, x, valid, task, sentence, noise)
         units = logits.shape[0]
         chosen = choose(strategy, config, units, peers)
-        padded = units if chosen == "all_to_all" else None
+        padded = units if chosen in ("all_to_all", "kept") else None
         assigned = assign(config, logits, unit_valid, noise, implementation, padded)
         y = run_experts(
             chosen, params, config, x.reshape(units, -1), assigned, peers, implementation

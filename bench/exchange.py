@@ -1,0 +1,194 @@
+"""Expert-parallel exchange against task-routed layers: time, share in communication, bytes.
+
+One Mixture-of-Experts layer, decoding-sized (a token a sequence), on N host devices, in one process
+or in several over loopback: each strategy of `taskmoe.moe`, the same with every part kept instead
+of sent, and a task's extracted sub-network on every device. Results are checked against one device
+before anything is timed; shares come from the profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rich.table import Table
+
+from taskmoe.bench.console import out
+from taskmoe.wmt.command_line import write_text
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.progress import bar
+
+#: A process that hears nothing from another for so long ends with an error.
+HEARTBEAT_S = 10
+#: What the first worker begins a line with to say how many shapes it has done.
+DONE = "shapes done: "
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    p.add_argument("--devices", type=int, default=8, help="host devices in all")
+    p.add_argument("--processes", type=int, default=1, help="processes that share the devices")
+    p.add_argument("--batches", default="64,512,4096", help="tokens in all, each a multiple of N")
+    p.add_argument("--experts", default="32", help="experts, each a multiple of N")
+    p.add_argument("--d-model", default="256", help="widths; hidden width is four times as much")
+    p.add_argument("--rounds", type=int, default=9, help="times that each is measured")
+    p.add_argument("--quick", action="store_true", help="one small batch, three rounds")
+    p.add_argument("--json", type=Path, help="write the results here")
+    p.add_argument("--png", type=Path, help="draw shares in communication here")
+
+
+def run(a: argparse.Namespace) -> int:
+    """Measure and print; 0, or 1 where a strategy disagrees with one device."""
+    spec = _spec(a)
+    result = measure(spec)
+    if a.json is not None:
+        write_text(a.json, json.dumps(result, indent=1) + "\n")
+    if a.png is not None:
+        figure = chart(result)
+        figure.savefig(a.png, dpi=110)
+        plt.close(figure)
+    for shape in result["shapes"]:
+        out.print(_table(result, shape))
+    wrong = [r for s in result["shapes"] for r in s["rows"] if not r["agrees"]]
+    for row in wrong:
+        out.print(f"{row['system']} differs from one device by {row['error']:.2g}: not timed")
+    return 1 if wrong else 0
+
+
+def _spec(a: argparse.Namespace) -> dict[str, Any]:
+    if a.devices < 1 or a.processes < 1 or a.devices % a.processes:
+        raise InputError(
+            f"--processes must divide --devices, got {a.processes} and {a.devices} "
+            "(both at least 1)"
+        )
+    if a.devices > 64:
+        raise InputError(f"--devices must be at most 64 on one host, got {a.devices}")
+    if a.rounds < 1:
+        raise InputError(f"--rounds must be at least 1, got {a.rounds}")
+    sizes = {}
+    for name in ("batches", "experts", "d_model"):
+        text = getattr(a, name)
+        try:
+            sizes[name] = [int(n) for n in text.split(",")]
+        except ValueError:
+            raise InputError(f"--{name.replace('_', '-')} must be numbers like 64,512") from None
+        by = 1 if name == "d_model" else a.devices
+        if bad := [n for n in sizes[name] if n < by or n % by]:
+            raise InputError(f"--{name.replace('_', '-')} must be multiples of {by}, got {bad[0]}")
+    if a.quick:
+        sizes = {name: every[:1] for name, every in sizes.items()}
+    return {
+        "devices": a.devices,
+        "processes": a.processes,
+        "rounds": 3 if a.quick else a.rounds,
+        **sizes,
+    }
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Run the worker processes of a specification and return what the first one found.
+
+    Raises InputError where a process dies; the others are given time to notice and then ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.json"
+        spec = {**spec, "port": _free_port(), "results": str(results), "heartbeat": HEARTBEAT_S}
+        shapes = len(spec["batches"]) * len(spec["experts"]) * len(spec["d_model"])
+        workers = [_start(spec, i) for i in range(spec["processes"])]
+        with bar("exchange", "shapes") as progress:
+            progress(0, shapes)
+            assert workers[0].stdout is not None
+            for line in workers[0].stdout:
+                if line.startswith(DONE):  # other lines are of the libraries
+                    progress(int(line.removeprefix(DONE)), shapes)
+        codes = []
+        for i, worker in enumerate(workers):
+            try:
+                codes.append(worker.wait(timeout=4 * HEARTBEAT_S))
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                raise InputError(f"process {i} did not end within {4 * HEARTBEAT_S} s") from None
+        if any(codes):
+            # A killed process has a negative code; those that notice it end by themselves.
+            i = min(range(len(codes)), key=lambda i: (codes[i] >= 0, codes[i] == 0))
+            raise InputError(f"process {i} of {len(codes)} ended with code {codes[i]}")
+        return dict(json.loads(results.read_text(encoding="utf-8")))
+
+
+def _start(spec: dict[str, Any], process: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "taskmoe.bench.exchange_worker", json.dumps(spec), str(process)],
+        stdout=subprocess.PIPE if process == 0 else subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _table(result: dict[str, Any], shape: dict[str, Any]) -> Table:
+    spec = result["spec"]
+    table = Table(
+        *("system", "µs", "p10 to p90", "moving", "waiting", "collectives", "bytes sent", "error"),
+        title=f"{shape['tokens']} tokens, {shape['experts']} experts, d_model {shape['d_model']}, "
+        f"{spec['devices']} devices in {spec['processes']} processes (measured)",
+    )
+    for r in shape["rows"]:
+        if not r["agrees"]:
+            table.add_row(r["system"], *["-"] * 6, f"{r['error']:.1e}")
+            continue
+        table.add_row(
+            r["system"],
+            f"{r['us']:,.0f}",
+            f"{r['us_p10']:,.0f} to {r['us_p90']:,.0f}",
+            f"{r['transfer_share']:.1%}",
+            f"{r['waiting_share']:.1%}",
+            ", ".join(f"{n} {kind}" for kind, n in r["collectives"].items()) or "0",
+            f"{r['bytes_sent']:,.0f}",
+            "by design" if r["error"] is None else f"{r['error']:.1e}",
+        )
+    return table
+
+
+def chart(result: dict[str, Any]) -> Any:
+    """Share of a layer's time in collectives over tokens, a line a system."""
+    shapes = result["shapes"]
+    first = shapes[0]["experts"], shapes[0]["d_model"]
+    shapes = [s for s in shapes if (s["experts"], s["d_model"]) == first]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for system in [r["system"] for r in shapes[0]["rows"] if r["agrees"]]:
+        rows = [r for s in shapes for r in s["rows"] if r["system"] == system]
+        tokens = [s["tokens"] for s in shapes]
+        share = [100 * (r["transfer_share"] + r["waiting_share"]) for r in rows]
+        left.plot(tokens, share, "o-", label=system)
+        right.plot(tokens, [r["us"] for r in rows], "o-", label=system)
+    left.set_ylabel("% of the layer's time in collectives")
+    right.set_ylabel("µs a layer (median)")
+    right.set_yscale("log")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("tokens, all devices")
+        axis.spines[["top", "right"]].set_visible(False)
+    left.set_ylim(bottom=-2)
+    right.legend(frameon=False, fontsize=8)
+    spec = result["spec"]
+    figure.suptitle(
+        f"{first[0]} experts, d_model {first[1]}, {spec['devices']} devices in "
+        f"{spec['processes']} processes"
+    )
+    return figure

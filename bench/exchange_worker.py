@@ -1,0 +1,156 @@
+"""One process of `bench exchange`: builds every system, checks it, times it, profiles it.
+
+Run as `python -m taskmoe.bench.exchange_worker SPEC PROCESS`; the first process prints a line a
+shape and writes the results.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from taskmoe import moe
+from taskmoe.bench import machine
+from taskmoe.bench.collectives import count_collectives, profile_communication
+from taskmoe.bench.exchange import DONE
+from taskmoe.bench.timing import alternate
+from taskmoe.moe.exchange import EXPERT_AXIS, Peers, rows_sent
+from taskmoe.wmt.command_line import write_text
+
+#: System -> capacity factor and strategy.
+SYSTEMS: dict[str, tuple[float | None, str]] = {
+    "all_to_all, dropless": (None, "all_to_all"),
+    "all_to_all, capacity 1.25": (1.25, "all_to_all"),
+    "capacity 1.25, kept": (1.25, "kept"),
+    "ragged, dropless": (None, "ragged"),
+    "all_gather, dropless": (None, "all_gather"),
+}
+#: Largest difference from one device, relative to its largest output, in float32.
+TOLERANCE = 1e-5
+
+
+def main() -> None:
+    """Join the others and measure every shape."""
+    spec, process = json.loads(sys.argv[1]), int(sys.argv[2])
+    jax.config.update("jax_num_cpu_devices", spec["devices"] // spec["processes"])
+    if spec["processes"] > 1:
+        jax.distributed.initialize(
+            f"127.0.0.1:{spec['port']}",
+            spec["processes"],
+            process,
+            heartbeat_timeout_seconds=spec["heartbeat"],
+        )
+    mesh = Mesh(np.array(jax.devices()), (EXPERT_AXIS,), axis_types=(AxisType.Auto,))
+    result: dict[str, Any] = {"spec": spec, "machine": machine.describe(), "shapes": []}
+    for experts in spec["experts"]:
+        for d_model in spec["d_model"]:
+            for tokens in spec["batches"]:
+                rows = measure_layer(mesh, tokens, experts, d_model, spec["rounds"])
+                result["shapes"].append(
+                    {"tokens": tokens, "experts": experts, "d_model": d_model, "rows": rows}
+                )
+                print(f"{DONE}{len(result['shapes'])}", flush=True)
+    if process == 0:
+        write_text(Path(spec["results"]), json.dumps(result))
+
+
+def place(mesh: Mesh, tree: Any, spec: Any) -> Any:
+    """Arrays that every process holds whole, laid out over all of them."""
+
+    def one(leaf: Any, s: P) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, s), lambda i: leaf[i])
+
+    return jax.tree.map(one, tree, spec)
+
+
+def measure_layer(
+    mesh: Mesh, tokens: int, experts: int, d_model: int, rounds: int
+) -> list[dict[str, Any]]:
+    """A row a system for a batch of `tokens` sequences of one token."""
+    x = np.random.default_rng(0).standard_normal((tokens, 1, d_model)).astype(np.float32)
+    sharded = place(mesh, x, P(EXPERT_AXIS))
+    runs: dict[str, Callable[[], Any]] = {}
+    rows = []
+    for name, (factor, strategy) in SYSTEMS.items():
+        config = moe.MoEConfig(
+            d_model,
+            4 * d_model,
+            experts,
+            capacity_factor=factor,
+            group_size=None if factor is None else tokens // mesh.size,
+        )
+        params = jax.tree.map(np.asarray, moe.init(jax.random.key(0), config))
+        inputs = place(mesh, params, moe.param_specs(params)), sharded
+
+        def run(p: Any, x: Any, config: Any = config, how: str = strategy) -> Any:
+            return moe.apply(p, config, x, mesh=mesh, strategy=how)[0]
+
+        def alone(p: Any, x: Any, config: Any = config) -> Any:
+            return moe.apply(p, config, x)[0]
+
+        compiled = jax.jit(run).lower(*inputs).compile()
+        error = None
+        if strategy != "kept":
+            error = _difference(compiled(*inputs), np.asarray(jax.jit(alone)(params, x)))
+        units = tokens // mesh.size
+        sent = rows_sent(strategy, config, units, Peers(mesh.size, ragged=False))
+        rows.append(_row(name, compiled, error, sent * d_model * 4))
+        runs[name] = functools.partial(compiled, *inputs)
+
+    task = moe.MoEConfig(d_model, 4 * d_model, experts, routing="task", num_tasks=16)
+    params = jax.tree.map(np.asarray, moe.init(jax.random.key(0), task))
+    small = moe.extract(params, task, 3)
+    inputs = place(mesh, small, jax.tree.map(lambda _: P(), small)), sharded
+    compiled = jax.jit(moe.ffn).lower(*inputs).compile()
+    ids = np.full(tokens, 3, np.int32)
+    whole = jax.jit(lambda p, x: moe.apply(p, task, x, task=ids)[0])(params, x)
+    name = "task-routed sub-network"
+    rows.append(_row(name, compiled, _difference(compiled(*inputs), np.asarray(whole)), 0.0))
+    runs[name] = functools.partial(compiled, *inputs)
+
+    good = [r for r in rows if r["agrees"]]
+    # All processes must make the same calls: a round is one call, however short.
+    timings = alternate(
+        {r["system"]: runs[r["system"]] for r in good}, rounds=rounds, min_seconds=0
+    )
+    for row in good:
+        seconds = np.asarray(timings[row["system"]].seconds) * 1e6
+        told = profile_communication(runs[row["system"]])
+        row |= {
+            "us": float(np.median(seconds)),
+            "us_p10": float(np.quantile(seconds, 0.1)),
+            "us_p90": float(np.quantile(seconds, 0.9)),
+            "transfer_share": told.transfer_share,
+            "waiting_share": told.waiting_share,
+        }
+    return rows
+
+
+def _row(name: str, compiled: Any, error: float | None, sent: float) -> dict[str, Any]:
+    return {
+        "system": name,
+        "error": error,
+        "agrees": error is None or error <= TOLERANCE,
+        "collectives": count_collectives(compiled.as_text() or ""),
+        "bytes_sent": sent,
+    }
+
+
+def _difference(y: jax.Array, want: np.ndarray) -> float:
+    """Largest difference of this process's shards, relative to the largest wanted value."""
+    errors = [np.abs(np.asarray(s.data) - want[s.index]).max() for s in y.addressable_shards]
+    return float(max(errors) / np.abs(want).max())
+
+
+if __name__ == "__main__":
+    main()
