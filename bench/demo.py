@@ -53,13 +53,13 @@ MODEL: dict[str, Any] = {
     "dropout": 0.0,
 }
 TRAIN: dict[str, Any] = {
-    "batch_tokens": 4096,
+    "batch_tokens": 2048,
     "buckets": (16, 32, 64),
     "learning_rate": 3e-3,
     "schedule": "cosine",
     "warmup_steps": 100,
     "label_smoothing": 0.0,
-    "checkpoint_every": 100,
+    "checkpoint_every": 200,
     "keep_checkpoints": 1,
 }
 BATCHES = (8, 32, 128, 512)
@@ -68,7 +68,7 @@ BATCHES = (8, 32, 128, 512)
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """What the command takes."""
     p.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report")
-    p.add_argument("--steps", type=int, default=450, help="training steps of each model")
+    p.add_argument("--steps", type=int, default=900, help="training steps of each model")
     p.add_argument("--sentences", type=int, default=50, help="test sentences of each direction")
     p.add_argument("--json", type=Path, help="write the results here too")
 

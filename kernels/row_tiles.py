@@ -46,13 +46,13 @@ def group_bounds(
 def tile_rows(num_rows: int, num_groups: int, depth: int, width: int) -> int:
     """Rows a tile for products with matrices of [depth, width].
 
-    Half the mean group, as a power of two between 8 and 128: a tile's masked rows are wasted work,
-    and each tile copies its matrices once. A product of fewer than SPLIT_WORK multiplications
+    The mean group, as a power of two between 8 and 128: a tile's masked rows are wasted work, and
+    each tile reads its matrices once. A product of fewer than SPLIT_WORK multiplications
     stays on one core, so where groups are large enough, tiles of small matrices grow up to that.
     """
     mean = num_rows // num_groups
     rows = 8
-    while rows * 2 <= min(mean // 2, 128):
+    while rows * 2 <= min(mean, 128):
         rows *= 2
     shared = -(-SPLIT_WORK // (depth * width) // 32) * 32
     if rows < shared <= mean:
