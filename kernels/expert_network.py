@@ -3,8 +3,9 @@
     out[i] = act(x[i] W_in[g(i)]) W_out[g(i)]
     out[i] = (act(x[i] W_gate[g(i)]) * (x[i] W_in[g(i)])) W_out[g(i)]     gated (SwiGLU and kin)
 
-Backward of the Pallas kernel recomputes the hidden activations; the XLA twin keeps what comes before
-the activation, [M, F] in f32, which on CPU costs less than a third product. Shazeer 2020, GLU variants (arXiv 2002.05202).
+Backward of the Pallas kernel recomputes the hidden activations; the XLA twin keeps what comes
+before the activation, [M, F] in f32, which on CPU is cheaper than the product. Shazeer 2020, GLU
+variants (arXiv 2002.05202).
 """
 
 from __future__ import annotations
