@@ -39,16 +39,16 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
     """What the compiler makes of the case: `error`, or seconds and each kernel's schedule."""
     for path in dumps.iterdir():
         path.unlink()
-    function, arguments = kernel_cases.program(case).directed(case.direction)
     whole = NamedSharding(mesh, P())
-    placed = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), arguments
-    )
     start = time.perf_counter()
     try:
+        function, arguments = kernel_cases.program(case).directed(case.direction)
+        placed = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), arguments
+        )
         with jax.set_mesh(mesh):
             hlo = jax.jit(function).lower(*placed).compile().as_text() or ""
-    except Exception as error:  # the compiler's refusal is a result
+    except Exception as error:  # a refusal, the compiler's or the library's, is a result
         return {"error": " ".join(str(error).split())[:500]}
     seconds = time.perf_counter() - start
     vmem = schedule.kernel_vmem_bytes(hlo)

@@ -132,6 +132,7 @@ def compiler() -> Iterator[Callable[[Case], dict[str, Any]]]:
             "JAX_PLATFORMS": "cpu",
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "JAX_TRACEBACK_FILTERING": "off",  # so that the last line is the error
             "LIBTPU_INIT_ARGS": schedule.dump_flags(dumps),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
