@@ -198,7 +198,8 @@ def kernel_table(rows: list[dict[str, Any]], several_shapes: bool) -> Table:
         "the case's kernels, added up; VMEM is the largest. Bytes and times are modelled: bytes "
         "by walking the grid (copies made by hand as declared), time as the larger of bytes at "
         "the HBM's rate and FLOPs at the bf16 peak times the share of MXU slots filled. Floor: "
-        "arguments and results once, untouched experts left out; roofline: floor and full peak.",
+        "arguments and results once, untouched experts left out; roofline: floor and full peak. "
+        "tokamax is compiled with the tiling that it takes untuned, and cannot be walked.",
     )
     for heading in ("op", "direction", "by", "chip", "dtype", *(["shape"] * several_shapes)):
         table.add_column(heading, no_wrap=True)
@@ -233,12 +234,18 @@ def _figures(row: dict[str, Any]) -> list[str]:
     kernels = row["kernels"]
     bundles = sum(kernel["main_bundles"] for kernel in kernels)
     filled = sum(kernel["filled"]["MXU"] * kernel["main_bundles"] for kernel in kernels) / bundles
-    return [
+    vmem = max(kernel["vmem_bytes"] for kernel in kernels)
+    figures = [
         f"{row['compile_s']:.1f} s",
-        f"{max(kernel['vmem_bytes'] for kernel in kernels) / 2**20:.1f}",
+        f"{vmem / 2**20:.1f}" if vmem else "",  # not told of every kernel
         f"{bundles:,}",
         f"{filled:.1%}",
         f"{sum(kernel['spills'] for kernel in kernels):,}",
+    ]
+    if "modelled_us" not in row:  # tokamax's grid cannot be walked off TPU
+        return figures
+    return [
+        *figures,
         f"{row['moved_bytes'] / 1e6:,.1f}",
         f"{row['moved_bytes'] / row['floor_bytes']:.2f}",
         f"{row['modelled_us']:,.1f}",
