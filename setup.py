@@ -20,6 +20,8 @@ BENCH = [*WMT, "matplotlib>=3.9,<4", "pytest>=8.3,<10", "pytest-benchmark>=5.1,<
 DEV = [
     *BENCH,
     "beartype>=0.20,<0.24",
+    "equinox>=0.11,<0.14",
+    "flax>=0.10,<0.13",
     "hypothesis>=6.120,<7",
     "jaxtyping>=0.3,<0.4",
     # The TPU compiler; its versions follow jax's.  make lock pins the one that matches.

@@ -68,7 +68,7 @@ BATCHES = (8, 32, 128, 512)
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """What the command takes."""
     p.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report")
-    p.add_argument("--steps", type=int, default=900, help="training steps of each model")
+    p.add_argument("--steps", type=int, default=600, help="training steps of each model")
     p.add_argument("--sentences", type=int, default=50, help="test sentences of each direction")
     p.add_argument("--json", type=Path, help="write the results here too")
 
