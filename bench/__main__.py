@@ -1,4 +1,4 @@
-"""Command line: `python -m taskmoe.bench demo | ops | exchange | tpu | report`.
+"""Command line: `python -m taskmoe.bench demo | ops | exchange | task | tpu | report`.
 
 Each takes --json FILE and --help.
 """
@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "taskmoe.bench.demo",
     "ops": "taskmoe.bench.ops",
     "exchange": "taskmoe.bench.exchange",
+    "task": "taskmoe.bench.task_path",
     "tpu": "taskmoe.bench.tpu_lab",
     "report": "taskmoe.bench.report",
 }
