@@ -10,8 +10,15 @@ sends for one layer, there and back (n devices, C rows of room an expert):
                                  has none, 2 (n-1) min(k, E/n) U: packed, padded for each peer
     all_gather   2 (n-1) U       every device gets all units, runs its experts' rows, and a
                                  reduce-scatter adds the parts up
+    mosaic       2 (n-1)/n k U   the rows themselves, by remote DMA of a Pallas TPU kernel straight
+                                 to their places among their expert's rows: no row is padded, or
+                                 sorted again. Where tokens are routed and two experts fit in
+                                 VMEM the experts run in the same kernel, each as soon as its rows
+                                 are there, and the other copies go on behind it. TPU only, or in
+                                 interpret mode
 
-"auto" takes the one with the fewest rows. "kept" is all_to_all with every part kept instead of
+"auto" takes of the first three the one with the fewest rows: "mosaic" sends as few as "ragged"
+does on TPU, and is for the caller to choose. "kept" is all_to_all with every part kept instead of
 sent: it gives wrong results, and what a step costs without its exchange.
 """
 
@@ -23,11 +30,14 @@ import jax
 import jax.numpy as jnp
 
 from taskmoe.kernels import combine, dispatch, expert_ffn
+from taskmoe.kernels.checks import choose_implementation
+from taskmoe.kernels.exchange_ffn_kernel import can_fuse, exchange_ffn
+from taskmoe.kernels.exchange_kernel import exchange_rows
 from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.routing import Assignment, Params, capacity
 
 EXPERT_AXIS = "expert"
-STRATEGIES = ("auto", "all_to_all", "ragged", "all_gather", "kept")
+STRATEGIES = ("auto", "all_to_all", "ragged", "all_gather", "mosaic", "kept")
 
 
 class Peers(NamedTuple):
@@ -49,6 +59,8 @@ def rows_sent(strategy: str, config: MoEConfig, units: int, peers: Peers) -> flo
         return 0.0
     if strategy == "all_to_all":
         return 2 * (n - 1) / n * e * (_room(config, units) or units)
+    if strategy == "mosaic":
+        return 2 * (n - 1) / n * k * units
     if strategy == "ragged":
         return (
             2 * (n - 1) / n * k * units if peers.ragged else 2 * (n - 1) * _most(config, units, n)
@@ -77,7 +89,12 @@ def run_experts(
     Inside `jax.shard_map` over the axis "expert". params: the device's own experts. assigned: with
     a padded plan for "all_to_all", any plan else.
     """
-    runs = {"all_to_all": _all_to_all, "ragged": _ragged, "all_gather": _all_gather}
+    runs = {
+        "all_to_all": _all_to_all,
+        "ragged": _ragged,
+        "all_gather": _all_gather,
+        "mosaic": _mosaic,
+    }
     if strategy == "kept":
         strategy, peers = "all_to_all", peers._replace(connected=False)
     run = runs[strategy]
@@ -202,6 +219,36 @@ def _all_gather(
     weights = gather(assigned.gating.weights)
     part = combine(out, rows, weights, implementation=implementation)
     return jax.lax.psum_scatter(part, EXPERT_AXIS, tiled=True)
+
+
+def _mosaic(
+    params: Params,
+    config: MoEConfig,
+    x: jax.Array,
+    assigned: Assignment,
+    peers: Peers,
+    implementation: str | None,
+) -> jax.Array:
+    n, local = peers.number, config.num_experts // peers.number
+    rows, counts = _pack(assigned, config.num_experts)
+    packed = dispatch(x, rows, x.shape[0] * config.top_k, implementation=implementation)
+    counts = jax.lax.all_gather(counts, EXPERT_AXIS)  # [n, E]
+    most = n * _most(config, x.shape[0], n)
+    w_in, w_out, w_gate = params["w_in"], params["w_out"], params.get("w_gate")
+    fuse = (
+        choose_implementation("expert_ffn", implementation) == "mosaic"
+        and x.shape[1] == config.d_model
+        and can_fuse(packed, w_in, w_gate, most)
+    )
+    if fuse:
+        options: Any = {"activation": config.activation, "w_gate": w_gate}
+        back = exchange_ffn(packed, counts, w_in, w_out, most, axis_name=EXPERT_AXIS, **options)
+    else:
+        received = exchange_rows(packed, counts, most, axis_name=EXPERT_AXIS)
+        mine = counts.sum(0).reshape(n, local)[jax.lax.axis_index(EXPERT_AXIS)]
+        out = _experts(params, config, received, mine, implementation)
+        back = exchange_rows(out, counts, packed.shape[0], axis_name=EXPERT_AXIS, back=True)
+    return combine(back, rows, assigned.gating.weights, implementation=implementation)
 
 
 def _local_experts(

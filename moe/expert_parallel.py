@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from taskmoe.kernels.checks import in_interpret_mode
+from taskmoe.kernels.exchange_kernel import check_can_run
 from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.exchange import EXPERT_AXIS, Peers, choose, run_experts
 from taskmoe.moe.routing import Noise, Params, assign, metrics, unit_logits
@@ -42,6 +44,8 @@ def exchange_apply(
     x [B, S, D] is sharded over all mesh axes by sequence. Capacity, where there is one, is counted
     on each device's own units, in groups of `group_size` where that is given.
     """
+    if strategy == "mosaic":
+        check_can_run("strategy='mosaic'")
     axes = mesh.axis_names
     peers = Peers(mesh.shape[EXPERT_AXIS], mesh.devices.flat[0].platform != "cpu")
     batch, length, _ = x.shape
@@ -90,9 +94,13 @@ def exchange_apply(
         arguments = jax.tree.map(
             lambda leaf, spec: jax.reshard(leaf, NamedSharding(mesh, spec)), arguments, in_specs
         )
-    y, report = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(by_sequence, P()))(
-        *arguments
-    )
+    y, report = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=(by_sequence, P()),
+        check_vma=not in_interpret_mode(),  # JAX's interpreter does not know varying axes
+    )(*arguments)
     if explicit:
         y = jax.reshard(y, NamedSharding(mesh, jax.typeof(x).sharding.spec))
     return y, report

@@ -1,6 +1,7 @@
 """Expert parallelism over host devices equals one device; sub-networks need no collective."""
 
 import functools
+import importlib.util
 import re
 from typing import Any
 
@@ -8,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
 from taskmoe.moe.exchange import Peers, choose, rows_sent
+from taskmoe.tests.kernels.support import running
 from taskmoe.tests.moe import support
 
 COLLECTIVE = r"\b(all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute)(-start)?\("
@@ -90,6 +93,68 @@ def test_every_strategy_equals_one_device(fields: Any, shape: Any, strategy: str
     assert bool(want[1][1].dropped) == ("capacity_factor" in fields)
 
 
+def test_rows_that_travel_by_remote_dma_equal_one_device() -> None:
+    config = config_of("token", **DROPPING, second_policy="random", jitter=0.1)
+    weights = support.params(config)
+    want = loss_and_gradients(config, None, weights)
+    with running("mosaic"):
+        have = loss_and_gradients(config, mesh_of((2, 2)), weights, "mosaic")
+    support.check(have, want)
+
+
+def test_experts_in_the_kernel_that_moves_rows_equal_one_device() -> None:
+    config = support.make(d_model=128, d_ff=128, gated=True, activation="silu")
+    weights, x = support.params(config), support.normal(1, 2, 5, 128)
+    want = support.apply(config, x)[0]
+    options: Any = {"mesh": mesh_of((2,)), "strategy": "mosaic", "implementation": "mosaic"}
+    with running("mosaic"):
+        run = jax.jit(lambda w, x: moe.apply(w, config, x, **options)[0])
+        assert "taskmoe_exchange_ffn" in str(jax.make_jaxpr(run)(weights, x))
+        have = np.asarray(run(weights, x))
+    support.check(have, want)
+
+
+def test_remote_dma_off_tpu_is_an_error() -> None:
+    config = config_of("token")
+    with pytest.raises(ValueError, match=r"strategy='mosaic' runs on TPU, or inside .*'cpu'"):
+        moe.apply(
+            support.params(config), config, support.normal(0, 8, 3, 6),
+            mesh=mesh_of((8,)), strategy="mosaic",
+        )  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_the_layer_compiles_with_remote_dma_for_eight_tpus() -> None:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    axes: Any = {"axis_types": (AxisType.Auto,) * 2}
+    mesh = Mesh(np.array(devices).reshape(2, 4), ("data", "expert"), **axes)
+    config = support.make(d_model=256, d_ff=512, num_experts=16)
+    shapes = jax.eval_shape(lambda: moe.init(jax.random.key(0), config, jnp.bfloat16))
+
+    def loss(weights: Any, x: Any) -> Any:
+        y, report = moe.apply(weights, config, x, mesh=mesh, strategy="mosaic")
+        return jnp.sum(y.astype(jnp.float32) ** 2) + report.aux_loss
+
+    with jax.set_mesh(mesh):
+        weights, x = (
+            jax.tree.map(
+                lambda leaf, spec: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
+                ),
+                tree,
+                specs,
+            )
+            for tree, specs in (
+                (shapes, moe.param_specs(shapes)),
+                (jax.ShapeDtypeStruct((16, 64, 256), jnp.bfloat16), P(("data", "expert"))),
+            )
+        )
+        text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(weights, x).compile().as_text()
+    assert "taskmoe_exchange_ffn" in text
+    assert "taskmoe_exchange_rows" in text
+    assert "all-to-all" not in text
+
+
 def test_auto_sends_the_fewest_rows() -> None:
     pod, host = Peers(32, ragged=True), Peers(8, ragged=False)
     dropless, tight = (
@@ -103,6 +168,7 @@ def test_auto_sends_the_fewest_rows() -> None:
         assert choose(strategy, dropless, 64, pod) == strategy
     assert rows_sent("all_gather", dropless, 64, host) == 2 * 7 * 64
     assert rows_sent("ragged", dropless, 64, pod) == 2 * 31 / 32 * 2 * 64
+    assert rows_sent("mosaic", dropless, 64, pod) == rows_sent("ragged", dropless, 64, pod)
 
 
 def test_an_unknown_strategy_is_an_error() -> None:

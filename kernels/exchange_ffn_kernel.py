@@ -1,0 +1,387 @@
+"""exchange_ffn: rows to their experts' devices, through the experts and back, in one TPU kernel.
+
+    home = back(expert_ffn(there(x)))        there, back: `exchange_rows`
+
+There is no grid. A device starts the copies of all its rows, those of the peers' first experts
+first, and then walks its own experts: it waits for the rows of one, multiplies them, and starts
+their results' way home. While it multiplies, rows of the experts to come and results of those
+before are on the wire, and the next expert's matrices are read into the other of two buffers. What
+nothing hides are the way of the first expert's rows, the way home of the last one's, and with one
+expert a device all of it. Rows of each expert begin at a multiple of the block, so no block
+straddles experts and none is read while peers still write to it.
+
+The backward pass is not fused: `exchange_rows` there, `expert_ffn`'s backward, `exchange_rows`.
+
+VMEM: two buffers of an expert's matrices, two each of a block of rows and of results, one block of
+zeros, and a chunk's hidden activations.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from taskmoe.kernels import tiling as tilings
+from taskmoe.kernels.checks import check_float, check_shape, match_varying
+from taskmoe.kernels.exchange_kernel import (
+    COLLECTIVE_ID,
+    Copies,
+    block_rows,
+    check_exchange,
+    exchange_mosaic,
+    for_each,
+    handshake,
+)
+from taskmoe.kernels.exchange_plan import (
+    from_words,
+    hbm_result_like,
+    in_hbm,
+    neighbours,
+    segments,
+    to_words,
+)
+from taskmoe.kernels.expert_network import Activation, expert_ffn
+from taskmoe.kernels.ffn_kernel import ACTIVATIONS
+from taskmoe.kernels.ffn_kernel import cost as ffn_cost
+from taskmoe.kernels.tiling import HIDDEN_CHUNK
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+
+def vmem_bytes(rows: int, d: int, f: int, matrices: int, itemsize: int) -> int:
+    """VMEM of the kernel with blocks of this many rows."""
+    words = d * itemsize
+    chunk = min(f, HIDDEN_CHUNK)
+    streams = 2 * matrices * d * f * itemsize + 4 * rows * words
+    return streams + rows * (2 * d * 4 + chunk * 4 * matrices) + tilings.LANES * words
+
+
+def row_block(x: jax.Array, num_experts: int, num_rows: int) -> int:
+    """Rows a block: as in gmm, of the rows that a device gets when all get as many as they send."""
+    return tilings.block_rows(min(x.shape[0], num_rows), num_experts, x.dtype.itemsize)
+
+
+def can_fuse(x: jax.Array, w_in: jax.Array, w_gate: jax.Array | None, num_rows: int) -> bool:
+    """Whether the kernel takes these shapes: whole words and registers, and VMEM for two experts.
+
+    x: [M, D]; w_in: [E/n, D, F], the device's own.
+    """
+    local, d, f = w_in.shape
+    itemsize, matrices = x.dtype.itemsize, 2 if w_gate is None else 3
+    rows = row_block(x, local, num_rows)
+    return (
+        d % (4 // itemsize * tilings.LANES) == 0
+        and f % tilings.LANES == 0
+        and vmem_bytes(rows, d, f, matrices, itemsize) <= tilings.vmem_budget_bytes(tilings.chip())
+    )
+
+
+def unpack(words: jax.Array, dtype: Any) -> jax.Array:
+    """Values [m, D] of words [m, w], in VMEM."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return words
+    halves = (
+        jax.lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
+        for bits in (words << 16, words & jnp.int32(-65536))
+    )
+    return jnp.concatenate(list(halves), axis=1)
+
+
+def pack(values: jax.Array, dtype: Any) -> jax.Array:
+    """Words [m, w] of f32 values [m, D] rounded to dtype, in VMEM."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return values
+    bits = jax.lax.bitcast_convert_type(values.astype(dtype).astype(jnp.float32), jnp.int32)
+    half = bits.shape[1] // 2
+    return jax.lax.shift_right_logical(bits[:, :half], 16) | bits[:, half:]
+
+
+def product(
+    x: jax.Array, w_in_ref: Any, w_gate_ref: Any, w_out_ref: Any, activation: str
+) -> jax.Array:
+    """Rows [m, D] through one expert: [m, D] f32. w_gate_ref may be None."""
+    hidden_size = w_in_ref.shape[1]
+    chunk = HIDDEN_CHUNK if hidden_size % HIDDEN_CHUNK == 0 else hidden_size
+    act = ACTIVATIONS[activation]
+    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    total = jnp.zeros((x.shape[0], w_out_ref.shape[1]), jnp.float32)
+    for first in range(0, hidden_size, chunk):
+        units = pl.ds(first, chunk)
+        hidden = dot(x, w_in_ref[:, units])
+        gate = hidden if w_gate_ref is None else dot(x, w_gate_ref[:, units])
+        hidden = act(gate) if w_gate_ref is None else act(gate) * hidden
+        total += dot(hidden.astype(x.dtype), w_out_ref[units, :])
+    return total
+
+
+def kernel(
+    devices_ref: Any,
+    there: Any,
+    back: Any,
+    first_ref: Any,
+    blocks_ref: Any,
+    x_ref: Any,
+    weights: Any,
+    received_ref: Any,
+    results_ref: Any,
+    home_ref: Any,
+    zeros_ref: Any,
+    buffers: Any,
+    x_buffer: Any,
+    out_buffer: Any,
+    read: Any,
+    loaded: Any,
+    stored: Any,
+    sent: Any,
+    arrived: Any,
+    returned: Any,
+    filled: Any,
+    *,
+    rows: int,
+    activation: str,
+    dtype: Any,
+) -> None:
+    """The whole layer of one device. first_ref, blocks_ref: blocks of rows of each expert."""
+    zeros_ref[...] = jnp.zeros_like(zeros_ref)
+    go = Copies(devices_ref, there, x_ref, received_ref, zeros_ref, sent, arrived, filled)
+    come = Copies(devices_ref, back, results_ref, home_ref, zeros_ref, sent, returned, filled)
+    own, num_segments = go.own, there.sizes.shape[0]
+    peers = num_segments // own
+
+    def matrices(expert: Any, act: str) -> None:
+        slot = jax.lax.rem(expert, 2)
+        for matrix_ref, buffer_ref in zip(weights, buffers, strict=True):
+            if matrix_ref is not None:
+                copy = pltpu.make_async_copy(
+                    matrix_ref.at[expert], buffer_ref.at[slot], read.at[slot]
+                )
+                getattr(copy, act)()
+
+    def of_expert(expert: Any, copies: Copies) -> None:
+        copies.keep(expert)
+        for_each(1, peers, lambda peer: copies.send(peer * own + expert))
+
+    def rows_of(ref: Any, block: Any, buffer_ref: Any, semaphores: Any) -> tuple[Any, ...]:
+        slot = jax.lax.rem(block, 2)
+        return ref.at[pl.ds(block * rows, rows)], buffer_ref.at[slot], semaphores.at[slot]
+
+    def load(block: Any) -> Any:
+        return pltpu.make_async_copy(*rows_of(received_ref, block, x_buffer, loaded))
+
+    def store(block: Any) -> Any:
+        place, buffer_ref, semaphore = rows_of(results_ref, block, out_buffer, stored)
+        return pltpu.make_async_copy(buffer_ref, place, semaphore)
+
+    def multiply(expert: Any, slot: Any) -> None:
+        """The expert's blocks of rows, one being read and one written while one is multiplied."""
+        first, end = first_ref[expert], first_ref[expert] + blocks_ref[expert]
+        w_in, w_gate, w_out = (None if b is None else b.at[slot] for b in buffers)
+        pl.when(first < end)(lambda: load(first).start())
+
+        def block(i: jax.Array, carry: None) -> None:
+            at = jax.lax.rem(i, 2)
+            pl.when(i + 1 < end)(lambda: load(i + 1).start())
+            load(i).wait()
+            pl.when(i >= first + 2)(lambda: store(i - 2).wait())
+            x = unpack(x_buffer[at, :, 0, :], dtype)
+            out_buffer[at, :, 0, :] = pack(product(x, w_in, w_gate, w_out, activation), dtype)
+            store(i).start()
+
+        jax.lax.fori_loop(first, end, block, None)
+        pl.when(end >= first + 2)(lambda: store(end - 2).wait())
+        pl.when(end > first)(lambda: store(end - 1).wait())
+
+    def one(expert: jax.Array) -> None:
+        slot = jax.lax.rem(expert, 2)
+        pl.when(expert + 1 < own)(lambda: matrices(expert + 1, "start"))
+        for_each(0, peers, lambda peer: go.wait_arrived(peer * own + expert))
+        matrices(expert, "wait")
+        multiply(expert, slot)
+        of_expert(expert, come)
+
+    handshake(devices_ref)
+    matrices(0, "start")
+    for_each(0, own, lambda expert: of_expert(expert, go))
+    for_each(0, num_segments, lambda hole: go.fill(hole, "start"))
+    for_each(0, num_segments, lambda hole: go.fill(hole, "wait"))
+    for_each(0, num_segments + 1, lambda hole: come.fill(hole, "start"))
+    for_each(0, own, one)
+    for copies in (go, come):
+        for_each(own, num_segments, copies.wait_sent)
+    for_each(0, num_segments, come.wait_arrived)
+    for_each(0, num_segments + 1, lambda hole: come.fill(hole, "wait"))
+
+
+def exchange_ffn_mosaic(
+    x: jax.Array,
+    counts: jax.Array,
+    weights: tuple[jax.Array | None, ...],
+    num_rows: int,
+    axis_name: str,
+    activation: Activation,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The kernel call: results [M, D] at home, rows received, and each expert's [E/n] of those.
+
+    Rows received lie sorted by expert, each expert's rounded up to whole blocks.
+    """
+    w_in, w_gate, _ = weights
+    assert w_in is not None
+    own, d, f = w_in.shape
+    count, itemsize = 2 if w_gate is None else 3, x.dtype.itemsize
+    rows = row_block(x, own, num_rows)
+    places = tilings.round_up(num_rows, rows) + own * rows
+    order, devices = neighbours(axis_name)
+    there, back = (
+        segments(counts, order, x.shape[0], places, way, align=rows) for way in (False, True)
+    )
+    sizes = jnp.sum(there.arrivals.reshape(-1, own), axis=0)
+    sizes += -sizes % rows
+    first = (jnp.cumsum(sizes) - sizes) // rows
+    scalars = devices, there, back, first, sizes // rows
+    flat, tree = jax.tree.flatten((*scalars, to_words(x), weights))
+    arguments = jax.tree.unflatten(tree, match_varying(*flat))
+    *scalars, words, weights = arguments
+    width = words.shape[2]
+    zeros = block_rows(min(x.shape[0], places), width)
+    smem, hbm = (pl.BlockSpec(memory_space=space) for space in (pltpu.SMEM, pltpu.HBM))
+    buffers = [None if w is None else pltpu.VMEM((2, *w.shape[1:]), w.dtype) for w in weights]
+    work = ffn_cost(x.shape[0], d, f, own, count, itemsize)
+    call = pl.pallas_call(
+        functools.partial(kernel, rows=rows, activation=activation, dtype=x.dtype),
+        in_specs=[
+            *jax.tree.map(lambda _: smem, scalars),
+            hbm,
+            tuple(None if w is None else hbm for w in weights),
+        ],
+        out_specs=(hbm, hbm, hbm),
+        out_shape=tuple(hbm_result_like(words, size) for size in (places, places, x.shape[0])),
+        scratch_shapes=[
+            pltpu.VMEM((zeros, 1, width), words.dtype),
+            buffers,
+            *2 * [pltpu.VMEM((2, rows, 1, width), words.dtype)],
+            *3 * [pltpu.SemaphoreType.DMA((2,))],
+            pltpu.SemaphoreType.DMA,
+            pltpu.SemaphoreType.DMA((own,)),
+            pltpu.SemaphoreType.DMA((own,)),
+            pltpu.SemaphoreType.DMA,
+        ],
+        compiler_params=pltpu.CompilerParams(
+            collective_id=COLLECTIVE_ID,
+            vmem_limit_bytes=tilings.compiler_params(
+                (), vmem_bytes(rows, d, f, count, itemsize)
+            ).vmem_limit_bytes,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=work.flops,
+            transcendentals=work.transcendentals,
+            bytes_accessed=2 * work.bytes_accessed,
+            remote_bytes_transferred=2 * x.size * itemsize,
+        ),
+        name="taskmoe_exchange_ffn",
+    )
+    received, _, home = call(*scalars, *jax.tree.map(in_hbm, (words, weights)))
+    return from_words(home, d, x.dtype), from_words(received, d, x.dtype), sizes
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _exchange_ffn(
+    x: jax.Array,
+    counts: jax.Array,
+    weights: tuple[jax.Array | None, ...],
+    num_rows: int,
+    axis_name: str,
+    activation: Activation,
+) -> jax.Array:
+    return exchange_ffn_mosaic(x, counts, weights, num_rows, axis_name, activation)[0]
+
+
+def _exchange_ffn_forward(
+    x: jax.Array,
+    counts: jax.Array,
+    weights: tuple[jax.Array | None, ...],
+    num_rows: int,
+    axis_name: str,
+    activation: Activation,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    args = (x, counts, weights, num_rows, axis_name, activation)
+    home, received, sizes = exchange_ffn_mosaic(*args)
+    return home, (received, sizes, counts, weights)
+
+
+def _exchange_ffn_backward(
+    num_rows: int,
+    axis_name: str,
+    activation: Activation,
+    residuals: tuple[Any, ...],
+    grad: jax.Array,
+) -> tuple[Any, ...]:
+    received, sizes, counts, weights = residuals
+    rows = row_block(grad, weights[0].shape[0], num_rows)
+
+    def run(x: jax.Array, weights: tuple[Any, ...]) -> jax.Array:
+        w_in, w_gate, w_out = weights
+        return expert_ffn(
+            x, w_in, w_out, sizes, activation=activation, w_gate=w_gate, implementation="mosaic"
+        )
+
+    _, pull = jax.vjp(run, received, weights)
+    d_sorted = exchange_mosaic(grad, counts, received.shape[0], axis_name, False, rows)
+    d_received, d_weights = pull(d_sorted)
+    d_x = exchange_mosaic(d_received, counts, grad.shape[0], axis_name, True, rows)
+    return d_x, None, d_weights
+
+
+_exchange_ffn.defvjp(_exchange_ffn_forward, _exchange_ffn_backward)
+
+
+def exchange_ffn(
+    x: Float[Array, "M D"],
+    counts: Int[Array, "n E"],
+    w_in: Float[Array, "L D F"],
+    w_out: Float[Array, "L F D"],
+    num_rows: int,
+    *,
+    activation: Activation = "relu",
+    w_gate: Float[Array, "L D F"] | None = None,
+    axis_name: str = "expert",
+) -> Float[Array, "M D"]:
+    """Send rows to the devices of their experts, run them through, and bring the results home.
+
+        exchange_rows(expert_ffn(exchange_rows(x, ...), ...), ..., back=True)
+
+    Where `can_fuse` and on TPU or in interpret mode; elsewhere compose the three.
+
+    x, counts, num_rows, axis_name: as in `exchange_rows`, the way there.
+    w_in, w_out, activation, w_gate: as in `expert_ffn`, of the L = E/n experts of this device.
+
+    Returns [M, D] in x's dtype; rows past those that count are zero. Raises ValueError or TypeError
+    where an argument does not fit. Gradients as of the three.
+    """
+    check_exchange("exchange_ffn", x, counts, num_rows, axis_name)
+    local = counts.shape[1] // counts.shape[0]
+    check_shape("w_in", w_in, (local, x.shape[1], "F"))
+    check_shape("w_out", w_out, (local, w_in.shape[2], x.shape[1]))
+    for name, weight in (("w_in", w_in), ("w_out", w_out), ("w_gate", w_gate)):
+        if weight is not None:
+            check_float(name, weight, ("x", x))
+    if w_gate is not None:
+        check_shape("w_gate", w_gate, w_in.shape)
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
+        )
+    if not can_fuse(x, w_in, w_gate, num_rows):
+        raise ValueError(
+            f"w_in must have D a multiple of {4 // x.dtype.itemsize * tilings.LANES}, F one of "
+            f"{tilings.LANES}, and fit twice in VMEM, got {list(w_in.shape)}"
+        )
+    w_in, w_out, x, counts = match_varying(w_in, w_out, x, counts)
+    if w_gate is not None:
+        w_gate, _ = match_varying(w_gate, x)
+    return _exchange_ffn(x, counts, (w_in, w_gate, w_out), num_rows, axis_name, activation)

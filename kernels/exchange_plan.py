@@ -1,0 +1,125 @@
+"""What an exchange of rows sends where, and how the rows travel: for kernels that copy them.
+
+f's rows for expert e begin at start_f(e) of its rows packed by expert, and arrive at place
+first_t(e) + sum_{g<f} counts[g, e] of the rows of device t, which holds e: sorted by expert, and
+within one by the device that they came from. All of it follows from the counts of all devices.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from taskmoe.kernels import tiling as tilings
+
+
+class Segments(NamedTuple):
+    """What one device sends and gets: i32 [E] each, by peer from itself on, then by expert.
+
+    sources: where each segment begins here. targets: where it begins on the peer. sizes: its rows.
+    arrivals: rows of each segment that the peer sends here. hole_starts, hole_sizes: [E + 1], rows
+    of the result that nobody writes.
+    """
+
+    sources: jax.Array
+    targets: jax.Array
+    sizes: jax.Array
+    arrivals: jax.Array
+    hole_starts: jax.Array
+    hole_sizes: jax.Array
+
+
+def neighbours(axis_name: str) -> tuple[jax.Array, jax.Array]:
+    """Index on the axis and logical id on the mesh of every peer, from this device on: [n] each."""
+    mesh = jax.sharding.get_abstract_mesh()
+    size = mesh.shape[axis_name]
+    order = (jax.lax.axis_index(axis_name) + jnp.arange(size, dtype=jnp.int32)) % size
+    device = jnp.zeros_like(order)
+    for name in mesh.axis_names:
+        index = order if name == axis_name else jax.lax.axis_index(name)
+        device = device * mesh.shape[name] + index
+    return order, device
+
+
+def segments(
+    counts: jax.Array,
+    order: jax.Array,
+    packed_rows: int,
+    sorted_rows: int,
+    back: bool,
+    align: int = 1,
+) -> Segments:
+    """The segments of device order[0]; counts [n, E] i32, rows of each device for each expert.
+
+    All devices cut what does not fit in the same way, so that each waits for what is sent. With
+    `align` every expert's rows begin at a multiple of it where they are sorted.
+    """
+    peers, num_experts = counts.shape
+    shape = (peers, peers, num_experts // peers)  # from, to, expert
+    wanted = jnp.clip(counts.astype(jnp.int32), 0, packed_rows)
+    begin = jnp.cumsum(wanted, axis=1) - wanted
+    packed = jnp.clip(packed_rows - begin, 0, wanted).reshape(shape)
+    begin = begin.reshape(shape)
+    totals = jnp.sum(packed, axis=0)  # [to, expert]
+    gaps = -totals % align
+    first = jnp.cumsum(totals + gaps, axis=1) - totals - gaps
+    place = first + jnp.cumsum(packed, axis=0) - packed
+    moved = jnp.clip(sorted_rows - place, 0, packed)
+    me = order[0]
+    if back:
+        end, landing, whole = packed_rows, begin[me], packed[me]
+        parts = place[:, me], begin[:, me], moved[:, me], moved[me]
+    else:
+        end, landing = sorted_rows, place[:, me]
+        room = packed[:, me].at[-1].add(gaps[me])
+        whole = jnp.clip(sorted_rows - landing, 0, room)
+        parts = begin[me], place[me], moved[me], moved[:, me]
+    ordered = jnp.stack([*parts, landing, whole])[:, order].reshape(-1, num_experts)
+    sources, targets, sizes, arrivals, landing, whole = ordered
+    tail = jnp.sum(whole)[None]
+    hole_starts = jnp.concatenate([landing + arrivals, tail])
+    hole_sizes = jnp.concatenate([whole - arrivals, end - tail])
+    return Segments(sources, targets, sizes, arrivals, hole_starts, hole_sizes)
+
+
+def to_words(x: jax.Array) -> jax.Array:
+    """Rows [M, W] as they travel: [M, 1, w] of 32 bits, w a multiple of 128."""
+    per_word = 4 // x.dtype.itemsize
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % (per_word * tilings.LANES))))
+    if per_word == 1:
+        return x[:, None]
+    low, high = (
+        jax.lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32)
+        for half in jnp.split(x, 2, axis=1)
+    )
+    return jax.lax.bitcast_convert_type(high << 16 | low, jnp.int32)[:, None]
+
+
+def from_words(words: jax.Array, width: int, dtype: Any) -> jax.Array:
+    """Rows [M, width] from what `to_words` made of them."""
+    words = words[:, 0]
+    if jnp.dtype(dtype).itemsize == 4:
+        return words[:, :width]
+    bits = jax.lax.bitcast_convert_type(words, jnp.uint32)
+    halves = (
+        jax.lax.bitcast_convert_type(half.astype(jnp.uint16), dtype)
+        for half in (bits & 0xFFFF, bits >> 16)
+    )
+    return jnp.concatenate(list(halves), axis=1)[:, :width]
+
+
+def in_hbm(x: jax.Array) -> jax.Array:
+    """X as an operand that XLA keeps in HBM, where the kernel's DMAs look for it.
+
+    A BlockSpec alone does not tell XLA, which may choose VMEM or CMEM: jax-ml/jax issue 39744.
+    """
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
+def hbm_result_like(x: jax.Array, num_rows: int) -> Any:
+    """A kernel's result [num_rows, 1, W] that XLA keeps in HBM, where peers write to it."""
+    aval: Any = jax.typeof(x)
+    return pltpu.HBM.from_type(aval.update(shape=(num_rows, *x.shape[1:])))
