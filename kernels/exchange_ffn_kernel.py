@@ -2,13 +2,15 @@
 
     home = back(expert_ffn(there(x)))        there, back: `exchange_rows`
 
-There is no grid. A device starts the copies of all its rows, those of the peers' first experts
-first, and then walks its own experts: it waits for the rows of one, multiplies them, and starts
-their results' way home. While it multiplies, rows of the experts to come and results of those
-before are on the wire, and the next expert's matrices are read into the other of two buffers. What
-nothing hides are the way of the first expert's rows, the way home of the last one's, and with one
-expert a device all of it. Rows of each expert begin at a multiple of the block, so no block
-straddles experts and none is read while peers still write to it.
+There is no grid. A device starts the copies of all its rows, those for its peers' first experts
+first, and then walks its own experts and the blocks of their rows: it waits until a block's rows
+are there, multiplies them, and starts the way home of each peer's results as soon as its last block
+is stored. While it multiplies, rows of the blocks to come and results of those before are on the
+wire, and the next expert's matrices are read into the other of two buffers. What nothing hides are
+the way of the first rows (a device's own come first, and need none), the way home of the last, and
+the wait for a block's rows while the one before could be multiplied: one block is read ahead.
+Rows of each expert begin at a multiple of the block, so no block straddles experts and none is read
+while peers still write to it.
 
 The backward pass is not fused: `exchange_rows` there, `expert_ffn`'s backward, `exchange_rows`.
 
@@ -19,6 +21,7 @@ zeros, and a chunk's hidden activations.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -42,8 +45,10 @@ from taskmoe.kernels.exchange_plan import (
     hbm_result_like,
     in_hbm,
     neighbours,
+    pack,
     segments,
     to_words,
+    unpack,
 )
 from taskmoe.kernels.expert_network import Activation, expert_ffn
 from taskmoe.kernels.ffn_kernel import ACTIVATIONS
@@ -52,6 +57,10 @@ from taskmoe.kernels.tiling import HIDDEN_CHUNK
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
+
+
+#: Each segment of rows has a semaphore; a core has about 500.
+MAX_EXPERTS = 256
 
 
 def vmem_bytes(rows: int, d: int, f: int, matrices: int, itemsize: int) -> int:
@@ -67,39 +76,22 @@ def row_block(x: jax.Array, num_experts: int, num_rows: int) -> int:
     return tilings.block_rows(min(x.shape[0], num_rows), num_experts, x.dtype.itemsize)
 
 
-def can_fuse(x: jax.Array, w_in: jax.Array, w_gate: jax.Array | None, num_rows: int) -> bool:
-    """Whether the kernel takes these shapes: whole words and registers, and VMEM for two experts.
+def can_fuse(
+    x: jax.Array, counts: jax.Array, w_in: jax.Array, w_gate: jax.Array | None, num_rows: int
+) -> bool:
+    """Whether the kernel takes these shapes: whole words and registers, and room on the chip.
 
-    x: [M, D]; w_in: [E/n, D, F], the device's own.
+    x: [M, D]; counts: [n, E]; w_in: [E/n, D, F], the device's own, of which two must fit in VMEM.
     """
     local, d, f = w_in.shape
     itemsize, matrices = x.dtype.itemsize, 2 if w_gate is None else 3
     rows = row_block(x, local, num_rows)
     return (
-        d % (4 // itemsize * tilings.LANES) == 0
+        counts.shape[1] <= MAX_EXPERTS
+        and d % (4 // itemsize * tilings.LANES) == 0
         and f % tilings.LANES == 0
         and vmem_bytes(rows, d, f, matrices, itemsize) <= tilings.vmem_budget_bytes(tilings.chip())
     )
-
-
-def unpack(words: jax.Array, dtype: Any) -> jax.Array:
-    """Values [m, D] of words [m, w], in VMEM."""
-    if jnp.dtype(dtype).itemsize == 4:
-        return words
-    halves = (
-        jax.lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
-        for bits in (words << 16, words & jnp.int32(-65536))
-    )
-    return jnp.concatenate(list(halves), axis=1)
-
-
-def pack(values: jax.Array, dtype: Any) -> jax.Array:
-    """Words [m, w] of f32 values [m, D] rounded to dtype, in VMEM."""
-    if jnp.dtype(dtype).itemsize == 4:
-        return values
-    bits = jax.lax.bitcast_convert_type(values.astype(dtype).astype(jnp.float32), jnp.int32)
-    half = bits.shape[1] // 2
-    return jax.lax.shift_right_logical(bits[:, :half], 16) | bits[:, half:]
 
 
 def product(
@@ -151,8 +143,7 @@ def kernel(
     zeros_ref[...] = jnp.zeros_like(zeros_ref)
     go = Copies(devices_ref, there, x_ref, received_ref, zeros_ref, sent, arrived, filled)
     come = Copies(devices_ref, back, results_ref, home_ref, zeros_ref, sent, returned, filled)
-    own, num_segments = go.own, there.sizes.shape[0]
-    peers = num_segments // own
+    own, peers, num_segments = go.own, go.peers, there.sizes.shape[0]
 
     def matrices(expert: Any, act: str) -> None:
         slot = jax.lax.rem(expert, 2)
@@ -163,9 +154,12 @@ def kernel(
                 )
                 getattr(copy, act)()
 
-    def of_expert(expert: Any, copies: Copies) -> None:
-        copies.keep(expert)
-        for_each(1, peers, lambda peer: copies.send(peer * own + expert))
+    def go_out(copies: Copies, segment: Any) -> None:
+        pl.when(segment < own)(lambda: copies.keep(segment))
+        pl.when(segment >= own)(lambda: copies.send(segment))
+
+    def start_of(expert: Any) -> None:
+        for_each(0, peers, lambda i: go_out(go, jax.lax.rem(peers - i, peers) * own + expert))
 
     def rows_of(ref: Any, block: Any, buffer_ref: Any, semaphores: Any) -> tuple[Any, ...]:
         slot = jax.lax.rem(block, 2)
@@ -182,32 +176,59 @@ def kernel(
         """The expert's blocks of rows, one being read and one written while one is multiplied."""
         first, end = first_ref[expert], first_ref[expert] + blocks_ref[expert]
         w_in, w_gate, w_out = (None if b is None else b.at[slot] for b in buffers)
-        pl.when(first < end)(lambda: load(first).start())
 
-        def block(i: jax.Array, carry: None) -> None:
+        def each(bound: Any, state: Any, ends: bool, act: Callable[[Any], None]) -> Any:
+            """act on the segments, from the state on, that begin before (end by) this row."""
+
+            def place(peer: Any) -> Any:
+                segment = jnp.minimum(peer, peers - 1) * own + expert
+                at = back.sources[segment] + (back.sizes[segment] - 1 if ends else 0)
+                return jnp.where(peer < peers, at, jnp.iinfo(jnp.int32).max)
+
+            def step(state: Any) -> Any:
+                act(state[0] * own + expert)
+                return state[0] + 1, place(state[0] + 1)
+
+            state = (jnp.int32(0), place(jnp.int32(0))) if state is None else state
+            return jax.lax.while_loop(lambda state: state[1] < bound, step, state)
+
+        def read_block(i: Any, state: Any) -> Any:
+            state = each((i + 1) * rows, state, False, go.wait_arrived)
+            load(i).start()
+            return state
+
+        def wrote_block(i: Any, state: Any) -> Any:
+            store(i).wait()
+            return each((i + 1) * rows, state, True, functools.partial(go_out, come))
+
+        def block(i: jax.Array, states: Any) -> Any:
+            came, went = states
             at = jax.lax.rem(i, 2)
-            pl.when(i + 1 < end)(lambda: load(i + 1).start())
+            came = jax.lax.cond(i + 1 < end, lambda: read_block(i + 1, came), lambda: came)
             load(i).wait()
-            pl.when(i >= first + 2)(lambda: store(i - 2).wait())
+            went = jax.lax.cond(i >= first + 2, lambda: wrote_block(i - 2, went), lambda: went)
             x = unpack(x_buffer[at, :, 0, :], dtype)
             out_buffer[at, :, 0, :] = pack(product(x, w_in, w_gate, w_out, activation), dtype)
             store(i).start()
+            return came, went
 
-        jax.lax.fori_loop(first, end, block, None)
-        pl.when(end >= first + 2)(lambda: store(end - 2).wait())
-        pl.when(end > first)(lambda: store(end - 1).wait())
+        @pl.when(first < end)
+        def _some() -> None:
+            came = read_block(first, None)
+            went = each(0, None, True, lambda segment: None)
+            _, went = jax.lax.fori_loop(first, end, block, (came, went))
+            went = jax.lax.cond(end >= first + 2, lambda: wrote_block(end - 2, went), lambda: went)
+            wrote_block(end - 1, went)
 
     def one(expert: jax.Array) -> None:
         slot = jax.lax.rem(expert, 2)
         pl.when(expert + 1 < own)(lambda: matrices(expert + 1, "start"))
-        for_each(0, peers, lambda peer: go.wait_arrived(peer * own + expert))
         matrices(expert, "wait")
         multiply(expert, slot)
-        of_expert(expert, come)
 
     handshake(devices_ref)
     matrices(0, "start")
-    for_each(0, own, lambda expert: of_expert(expert, go))
+    for_each(0, own, start_of)
     for_each(0, num_segments, lambda hole: go.fill(hole, "start"))
     for_each(0, num_segments, lambda hole: go.fill(hole, "wait"))
     for_each(0, num_segments + 1, lambda hole: come.fill(hole, "start"))
@@ -267,8 +288,8 @@ def exchange_ffn_mosaic(
             *2 * [pltpu.VMEM((2, rows, 1, width), words.dtype)],
             *3 * [pltpu.SemaphoreType.DMA((2,))],
             pltpu.SemaphoreType.DMA,
-            pltpu.SemaphoreType.DMA((own,)),
-            pltpu.SemaphoreType.DMA((own,)),
+            pltpu.SemaphoreType.DMA((counts.shape[1],)),
+            pltpu.SemaphoreType.DMA((1,)),
             pltpu.SemaphoreType.DMA,
         ],
         compiler_params=pltpu.CompilerParams(
@@ -376,10 +397,11 @@ def exchange_ffn(
         raise ValueError(
             f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
         )
-    if not can_fuse(x, w_in, w_gate, num_rows):
+    if not can_fuse(x, counts, w_in, w_gate, num_rows):
         raise ValueError(
             f"w_in must have D a multiple of {4 // x.dtype.itemsize * tilings.LANES}, F one of "
-            f"{tilings.LANES}, and fit twice in VMEM, got {list(w_in.shape)}"
+            f"{tilings.LANES}, fit twice in VMEM and be of at most {MAX_EXPERTS} experts, got "
+            f"{list(w_in.shape)} of {counts.shape[1]}"
         )
     w_in, w_out, x, counts = match_varying(w_in, w_out, x, counts)
     if w_gate is not None:

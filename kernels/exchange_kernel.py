@@ -1,19 +1,19 @@
 """exchange_rows as a Pallas TPU kernel: rows to the devices of their experts and back, by DMA.
 
-    there: out_t[first_t(e) + sum_{g<f} counts[g, e] + i] = x_f[start_f(e) + i],  i < counts[f, e]
+    there: out_t[first_t(e) + sum_g counts[g, e] + i] = x_f[start_f(e) + i],  i < counts[f, e]
     back:  the same copies with source and destination swapped
 
 of the i-th row that device f has for expert e, which device t holds: f's rows lie packed by expert
 from start_f(e) on, t's rows lie packed by its own experts, and within one by the device they came
-from. No row is padded, and none is sorted after it has arrived. The gradient of each way is the
-other way.
+from, beginning with t itself: g are the devices from t on, around, before f. No row is padded, and
+none is sorted after it has arrived. The gradient of each way is the other way.
 
 There is no grid. Every device tells its peers that it has entered (before that nobody may write
-there) and waits for their word; then it starts all its copies, beginning with the next device so
-that not all send to the first, and fills the rows that nobody writes with zeros; then it waits for
-its own copies to have left and for its peers' to have arrived. A segment of rows travels as blocks
-and a remainder of powers of two, so that every copy has a static size, and all are in flight at
-once. Copies overlap with one another and with the zeros, and not with other kernels: the matmul
+there) and waits for their word; then it starts all its copies, beginning with the device before it,
+so that not all send to the first, and fills the rows that nobody writes with zeros; then it waits
+for its own copies to have left and for its peers' to have arrived. A segment of rows travels as
+blocks and a remainder of powers of two, so that every copy has a static size, and all are in flight
+at once. Copies overlap with one another and with the zeros, and not with other kernels: the matmul
 that takes the rows begins when all have arrived.
 
 Rows travel as [rows, 1, W] of 32 bits, where a row is contiguous and may begin anywhere; the two
@@ -75,8 +75,10 @@ def exchange_rows_reference(
     totals = jnp.sum(counts, axis=0).reshape(peers, -1)
     totals += -totals % align
     first = (jnp.cumsum(totals, axis=1) - totals).reshape(-1)
-    before = jnp.cumsum(counts, axis=0) - counts
-    place = first[expert] + before[source, expert] + row - (ends - counts)[source, expert]
+    turn = (source + jnp.arange(num_experts) // (num_experts // peers)) % peers  # from target on
+    around = jnp.take_along_axis(counts, turn, axis=0)
+    before = (jnp.cumsum(around, axis=0) - around)[(source - target) % peers, expert]
+    place = first[expert] + before + row - (ends - counts)[source, expert]
     if back:
         found = x.at[target, place].get(mode="fill", fill_value=0)
         return jnp.where(held[..., None], found, 0)
@@ -116,7 +118,7 @@ class Copies:
 
     tables: of refs in SMEM. source_ref, target_ref: [rows, 1, W] HBM, the latter written by peers.
     zeros_ref: [rows, 1, W] VMEM; its rows are those of the largest copy. sent, filled: semaphores.
-    arrived: one semaphore for each of the experts of a device.
+    arrived: one semaphore for all segments, [1], or one for each.
     """
 
     devices_ref: Any
@@ -131,7 +133,15 @@ class Copies:
     @property
     def own(self) -> int:
         """Experts of a device, and segments that it keeps."""
-        return int(self.arrived.shape[0])
+        return int(self.tables.sizes.shape[0] // self.peers)
+
+    @property
+    def peers(self) -> int:
+        """Devices that exchange rows, this one included."""
+        return int(self.devices_ref.shape[0])
+
+    def _arrived(self, segment: Any) -> Any:
+        return self.arrived.at[jax.lax.rem(segment, self.arrived.shape[0])]
 
     def _pieces(self, size: Any, act: Callable[[Any, int], None]) -> None:
         for_each_piece(size, self.zeros_ref.shape[0], act)
@@ -141,11 +151,12 @@ class Copies:
         return self.source_ref.at[pl.ds(source, rows)], self.target_ref.at[pl.ds(target, rows)]
 
     def _remote(self, segment: Any, at: Any, rows: int) -> Any:
+        peer, expert = segment // self.own, jax.lax.rem(segment, self.own)
         return pltpu.make_async_remote_copy(
             *self._ends(segment, at, rows),
             self.sent,
-            self.arrived.at[jax.lax.rem(segment, self.own)],
-            device_id=self.devices_ref[segment // self.own],
+            self._arrived((self.peers - peer) * self.own + expert),  # as the peer counts around
+            device_id=self.devices_ref[peer],
             device_id_type=pl.DeviceIdType.LOGICAL,
         )
 
@@ -154,7 +165,7 @@ class Copies:
 
         def start(at: Any, rows: int) -> None:
             ends = self._ends(segment, at, rows)
-            pltpu.make_async_copy(*ends, self.arrived.at[segment]).start()
+            pltpu.make_async_copy(*ends, self._arrived(segment)).start()
 
         self._pieces(self.tables.sizes[segment], start)
 
@@ -179,8 +190,7 @@ class Copies:
 
         def wait(at: Any, rows: int) -> None:
             place = self.target_ref.at[pl.ds(0, rows)]
-            arrived = self.arrived.at[jax.lax.rem(segment, self.own)]
-            pltpu.make_async_copy(place, place, arrived).wait()
+            pltpu.make_async_copy(place, place, self._arrived(segment)).wait()
 
         self._pieces(self.tables.arrivals[segment], wait)
 
@@ -227,7 +237,7 @@ def kernel(
     copies = Copies(devices_ref, tables, x_ref, out_ref, zeros_ref, sent, arrived, filled)
     own, num_segments, num_holes = copies.own, tables.sizes.shape[0], tables.hole_sizes.shape[0]
     handshake(devices_ref)
-    for_each(own, num_segments, copies.send)
+    for_each(own, num_segments, lambda i: copies.send(num_segments - 1 + own - i))
     for_each(0, own, copies.keep)
     for_each(0, num_holes, lambda hole: copies.fill(hole, "start"))
     for_each(own, num_segments, copies.wait_sent)
@@ -260,7 +270,7 @@ def exchange_mosaic(
         scratch_shapes=[
             pltpu.VMEM((block, 1, width), words.dtype),
             pltpu.SemaphoreType.DMA,
-            pltpu.SemaphoreType.DMA((counts.shape[1] // peers,)),
+            pltpu.SemaphoreType.DMA((1,)),
             pltpu.SemaphoreType.DMA,
         ],
         compiler_params=pltpu.CompilerParams(collective_id=COLLECTIVE_ID),
@@ -345,7 +355,7 @@ def exchange_rows(
     E/n experts in order.
 
     x: [M, W] bf16|f32, my rows packed by expert; with `back` the rows of my experts, packed by
-      expert and within one by the device that they came from.
+      expert and within one by the device that they came from, from mine on and around.
     counts: [n, E] i32, rows that each device has for each expert, the same on all n; negative
       counts as 0.
     num_rows: rows of the result (static): room for all that any device gets.

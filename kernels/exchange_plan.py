@@ -1,8 +1,9 @@
 """What an exchange of rows sends where, and how the rows travel: for kernels that copy them.
 
 f's rows for expert e begin at start_f(e) of its rows packed by expert, and arrive at place
-first_t(e) + sum_{g<f} counts[g, e] of the rows of device t, which holds e: sorted by expert, and
-within one by the device that they came from. All of it follows from the counts of all devices.
+first_t(e) + sum_g counts[g, e] of the rows of device t, which holds e, where g are the devices from
+t on, around, before f: sorted by expert, and within one by the device that they came from. All of
+it follows from the counts of all devices.
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ def segments(
     totals = jnp.sum(packed, axis=0)  # [to, expert]
     gaps = -totals % align
     first = jnp.cumsum(totals + gaps, axis=1) - totals - gaps
-    place = first + jnp.cumsum(packed, axis=0) - packed
+    device = jnp.arange(peers)
+    around = packed[(device + device[:, None]) % peers, device]  # [from `to` on, to, expert]
+    before = jnp.cumsum(around, axis=0) - around
+    place = first + before[(device[:, None] - device) % peers, device]
     moved = jnp.clip(sorted_rows - place, 0, packed)
     me = order[0]
     if back:
@@ -74,7 +78,7 @@ def segments(
         parts = place[:, me], begin[:, me], moved[:, me], moved[me]
     else:
         end, landing = sorted_rows, place[:, me]
-        room = packed[:, me].at[-1].add(gaps[me])
+        room = packed[:, me].at[order[-1]].add(gaps[me])
         whole = jnp.clip(sorted_rows - landing, 0, room)
         parts = begin[me], place[me], moved[me], moved[:, me]
     ordered = jnp.stack([*parts, landing, whole])[:, order].reshape(-1, num_experts)
@@ -109,6 +113,26 @@ def from_words(words: jax.Array, width: int, dtype: Any) -> jax.Array:
         for half in (bits & 0xFFFF, bits >> 16)
     )
     return jnp.concatenate(list(halves), axis=1)[:, :width]
+
+
+def unpack(words: jax.Array, dtype: Any) -> jax.Array:
+    """`from_words` inside a kernel: values [m, D] of words [m, w], without padding."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return words
+    halves = (
+        jax.lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
+        for bits in (words << 16, words & jnp.int32(-65536))
+    )
+    return jnp.concatenate(list(halves), axis=1)
+
+
+def pack(values: jax.Array, dtype: Any) -> jax.Array:
+    """`to_words` inside a kernel: words [m, w] of f32 values [m, D] rounded to dtype."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return values
+    bits = jax.lax.bitcast_convert_type(values.astype(dtype).astype(jnp.float32), jnp.int32)
+    half = bits.shape[1] // 2
+    return jax.lax.shift_right_logical(bits[:, :half], 16) | bits[:, half:]
 
 
 def in_hbm(x: jax.Array) -> jax.Array:

@@ -13,9 +13,9 @@ sends for one layer, there and back (n devices, C rows of room an expert):
     mosaic       2 (n-1)/n k U   the rows themselves, by remote DMA of a Pallas TPU kernel straight
                                  to their places among their expert's rows: no row is padded, or
                                  sorted again. Where tokens are routed and two experts fit in
-                                 VMEM the experts run in the same kernel, each as soon as its rows
-                                 are there, and the other copies go on behind it. TPU only, or in
-                                 interpret mode
+                                 VMEM the experts run in the same kernel, block by block as rows
+                                 arrive, while other rows and results are on the wire; gradients
+                                 travel before and after their matmuls. TPU, or interpret mode
 
 "auto" takes of the first three the one with the fewest rows: "mosaic" sends as few as "ragged"
 does on TPU, and is for the caller to choose. "kept" is all_to_all with every part kept instead of
@@ -238,7 +238,7 @@ def _mosaic(
     fuse = (
         choose_implementation("expert_ffn", implementation) == "mosaic"
         and x.shape[1] == config.d_model
-        and can_fuse(packed, w_in, w_gate, most)
+        and can_fuse(packed, counts, w_in, w_gate, most)
     )
     if fuse:
         options: Any = {"activation": config.activation, "w_gate": w_gate}

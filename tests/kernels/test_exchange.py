@@ -52,14 +52,18 @@ def sent(x: np.ndarray, counts: np.ndarray, num_rows: int, back: bool) -> np.nda
     peers, experts = counts.shape
     packed = num_rows if back else x.shape[1]
     out = np.zeros((peers, num_rows, x.shape[2]), x.dtype)
-    queues: dict[int, list[tuple[int, int]]] = {e: [] for e in range(experts)}
-    for f in range(peers):
-        owners = [e for e in range(experts) for _ in range(counts[f, e])][:packed]
-        for i, e in enumerate(owners):
-            queues[e].append((f, i))
+    owners = [
+        [e for e in range(experts) for _ in range(counts[f, e])][:packed] for f in range(peers)
+    ]
     local = experts // peers
     for t in range(peers):
-        mine = [row for e in range(t * local, (t + 1) * local) for row in queues[e]]
+        mine = [
+            (f % peers, i)
+            for mine in range(t * local, (t + 1) * local)
+            for f in range(t, t + peers)
+            for i, e in enumerate(owners[f % peers])
+            if e == mine
+        ]
         for place, (f, i) in enumerate(mine):
             if back and place < x.shape[1]:
                 out[f, i] = x[t, place]

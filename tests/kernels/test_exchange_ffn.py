@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-from taskmoe.kernels import exchange_ffn_kernel, exchange_kernel, expert_ffn
+from taskmoe.kernels import exchange_ffn_kernel, expert_ffn
 from taskmoe.kernels.exchange_ffn_kernel import can_fuse, exchange_ffn
 from taskmoe.tests.kernels import support
 from taskmoe.tests.kernels.test_exchange import mesh_of
@@ -56,7 +56,7 @@ def together(gated: bool, backward: bool) -> Any:
 
     def fused(x: Any, counts: Any, w_in: Any, w_out: Any, w_gate: Any) -> Any:
         room = PEERS * ROWS
-        assert can_fuse(x, w_in, w_gate, room)
+        assert can_fuse(x, counts, w_in, w_gate, room)
         options: Any = {"activation": "silu", "w_gate": w_gate}
         return exchange_ffn(x, counts, w_in, w_out, room, **options)
 
@@ -115,14 +115,23 @@ def test_multiplying_before_rows_have_arrived_is_caught(monkeypatch: pytest.Monk
 
 
 def test_shapes_that_do_not_fit_are_not_fused() -> None:
-    x, w_in = jnp.zeros((ROWS, 256), jnp.bfloat16), jnp.zeros((2, 256, 512), jnp.bfloat16)
-    assert can_fuse(x, w_in, None, 96)
-    assert not can_fuse(x[:, :200], w_in[:, :200], None, 96)
-    assert not can_fuse(x, w_in[..., :100], None, 96)
-    wide: Any = jax.ShapeDtypeStruct((1, 8192, 65536), jnp.bfloat16)
-    tokens: Any = jax.ShapeDtypeStruct((ROWS, 8192), jnp.bfloat16)
-    assert not can_fuse(tokens, wide, None, 96)
-    assert exchange_kernel.block_rows(96, 256) == 64
+    def fits(d: int, f: int, experts: int) -> bool:
+        x, counts, w_in = (
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in (
+                ((ROWS, d), jnp.bfloat16),
+                ((PEERS, experts), jnp.int32),
+                ((experts // PEERS, d, f), jnp.bfloat16),
+            )
+        )
+        arrays: Any = (x, counts, w_in)
+        return can_fuse(*arrays, None, PEERS * ROWS)
+
+    assert fits(256, 512, 8)
+    assert not fits(200, 512, 8)
+    assert not fits(256, 500, 8)
+    assert not fits(8192, 65536, 8)
+    assert not fits(256, 512, 512)
 
 
 def test_wrong_arguments_are_named() -> None:
