@@ -166,6 +166,27 @@ def test_a_planted_fault_is_caught(fault: Any, monkeypatch: pytest.MonkeyPatch) 
         pltpu.reset_tpu_interpret_mode_state()
 
 
+def test_no_copy_starts_before_all_devices_have_entered() -> None:
+    # The interpreter lets all devices enter together, so that it cannot miss the handshake.
+    x, counts, weights = (
+        jnp.zeros((32, 128)),
+        jnp.zeros((4, 8), jnp.int32),
+        jnp.zeros((8, 128, 128)),
+    )
+    for fused in (False, True):
+        arguments = (x, counts, weights, weights, weights) if fused else (x, counts)
+        own = P("expert")
+        f = jax.shard_map(
+            lambda *args, fused=fused: forward_and_backward(fused, 32)(*args)[0],
+            mesh=mesh_of(4), in_specs=(own, P(), own, own, own)[: len(arguments)], out_specs=own,
+            check_vma=False,
+        )  # fmt: skip
+        with support.running("mosaic"):
+            text = str(jax.make_jaxpr(f)(*arguments))
+        told, heard, copied = map(text.index, ("semaphore_signal", "semaphore_wait", "dma_start"))
+        assert told < heard < copied
+
+
 def test_off_tpu_it_is_an_error() -> None:
     x, y, counts = jnp.zeros((4 * ROWS, 5)), jnp.zeros((4 * 9, 5)), jnp.zeros((4, 8), jnp.int32)
     with pytest.raises(ValueError, match=r"exchange_rows runs on TPU, or inside .*'cpu'"):
