@@ -60,6 +60,7 @@ def run(a: argparse.Namespace) -> int:
         plt.close(figure)
     for shape in result["shapes"]:
         out.print(_table(result, shape))
+        out.print(f"{_verdict(shape)}\n")
     wrong = [r for s in result["shapes"] for r in s["rows"] if not r["agrees"]]
     for row in wrong:
         out.print(f"{row['system']} differs from one device by {row['error']:.2g}: not timed")
@@ -163,6 +164,20 @@ def _table(result: dict[str, Any], shape: dict[str, Any]) -> Table:
             "by design" if r["error"] is None else f"{r['error']:.1e}",
         )
     return table
+
+
+def _verdict(shape: dict[str, Any]) -> str:
+    """What "auto" would take, what was fastest, and where the sub-network stands."""
+    good = [r for r in shape["rows"] if r["agrees"] and r["error"] is not None]
+    travelling = [r for r in good if r["bytes_sent"]]
+    if not travelling:
+        return "nothing was timed"
+    fastest = min(travelling, key=lambda r: r["us"])
+    dropless = [r for r in travelling if "dropless" in r["system"]]
+    fewest = min(dropless, key=lambda r: r["bytes_sent"])["system"]
+    said = f"fewest bytes, dropless (auto): {fewest}; fastest here: {fastest['system']}"
+    alone = [r["us"] / fastest["us"] for r in good if not r["bytes_sent"]]
+    return said + (f"; the sub-network takes {alone[0]:.2f} of its time" if alone else "")
 
 
 def chart(result: dict[str, Any]) -> Any:

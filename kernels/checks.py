@@ -110,6 +110,14 @@ def result_like(x: jax.Array, shape: Sequence[int], dtype: Any) -> jax.ShapeDtyp
     return make(shape, dtype, vma=aval.vma)
 
 
+def in_hbm(x: jax.Array) -> jax.Array:
+    """X as an operand that XLA keeps in HBM, where the kernel's DMAs look for it.
+
+    A BlockSpec alone does not tell XLA, which may choose VMEM or CMEM: jax-ml/jax issue 39744.
+    """
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
 def accumulator(dtype: Any) -> Any:
     """The dtype that sums of `dtype` are kept in: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.checks import check_float, check_shape, match_varying
+from taskmoe.kernels.checks import check_float, check_shape, in_hbm, match_varying
 from taskmoe.kernels.exchange_kernel import (
     COLLECTIVE_ID,
     Copies,
@@ -43,7 +43,6 @@ from taskmoe.kernels.exchange_kernel import (
 from taskmoe.kernels.exchange_plan import (
     from_words,
     hbm_result_like,
-    in_hbm,
     neighbours,
     pack,
     segments,

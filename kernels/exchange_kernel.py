@@ -36,6 +36,7 @@ from taskmoe.kernels.checks import (
     check_float,
     check_int,
     check_shape,
+    in_hbm,
     in_interpret_mode,
     match_varying,
 )
@@ -43,7 +44,6 @@ from taskmoe.kernels.exchange_plan import (
     Segments,
     from_words,
     hbm_result_like,
-    in_hbm,
     neighbours,
     segments,
     to_words,

@@ -135,14 +135,6 @@ def pack(values: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.shift_right_logical(bits[:, :half], 16) | bits[:, half:]
 
 
-def in_hbm(x: jax.Array) -> jax.Array:
-    """X as an operand that XLA keeps in HBM, where the kernel's DMAs look for it.
-
-    A BlockSpec alone does not tell XLA, which may choose VMEM or CMEM: jax-ml/jax issue 39744.
-    """
-    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
-
-
 def hbm_result_like(x: jax.Array, num_rows: int) -> Any:
     """A kernel's result [num_rows, 1, W] that XLA keeps in HBM, where peers write to it."""
     aval: Any = jax.typeof(x)

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.checks import result_like
+from taskmoe.kernels.checks import in_hbm, result_like
 
 
 def cost(num_rows: int, top_k: int, width: int, itemsize: int) -> pl.CostEstimate:
@@ -224,5 +224,5 @@ def gather_rows(
         cost_estimate=cost(num_rows, top_k, width, itemsize),
         name="taskmoe_row_dots" if dots else "taskmoe_gather_rows",
     )
-    out = call(scalars, scalars, index, weights, grad, source)
+    out = call(scalars, scalars, index, weights, grad, in_hbm(source))
     return out if dots else out[:, :width]

@@ -74,8 +74,9 @@ def apply(
       the mean of the encoder's output.
     mesh: a mesh with an axis "expert": expert weights are sharded over that axis, sequences over
       all axes, and rows travel between the devices of that axis. None runs on one device.
-    strategy: how they travel: "all_to_all", "ragged", "all_gather", or "auto", the one that sends
-      the fewest bytes; see `taskmoe.moe.exchange`. Results are the same but for the order of sums.
+    strategy: how they travel: "all_to_all", "ragged", "all_gather", "mosaic" (remote DMA by Pallas
+      TPU kernels), or "auto", which sends the fewest bytes; see `taskmoe.moe.exchange`. Results are
+      the same but for the order of sums.
     key: while training, where second_policy or jitter draw from; None routes without noise.
     implementation: of the kernels; None chooses by platform.
 
