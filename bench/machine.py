@@ -12,12 +12,10 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "numpy")
 
 
 def describe() -> dict[str, str]:
-    """CPU model, cores, OS, Python, library versions, and the git commit if in a checkout."""
+    """CPU model, cores, OS, Python, library versions, and the git commit."""
     facts = {
         "cpu": _cpu_model(),
-        "cores": str(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ),
+        "cores": str(_cores()),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
@@ -26,8 +24,7 @@ def describe() -> dict[str, str]:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    commit = _commit()
-    return facts | ({"commit": commit} if commit else {})
+    return facts | {"commit": _commit() or "of no checkout"}
 
 
 def _cores() -> int:

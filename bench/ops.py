@@ -25,6 +25,7 @@ from taskmoe.bench import machine
 from taskmoe.bench.op_cases import OPS, OURS, Built, OpCase, all_cases, build, quick_cases
 from taskmoe.bench.timing import Timing, alternate, ratio
 from taskmoe.wmt.command_line import write_text
+from taskmoe.wmt.devices import use_present_devices
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.progress import bar
 
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     unknown = [name for name in names if name not in OPS]
     if unknown:
         raise InputError(f"unknown op {unknown[0]!r}; known: {', '.join(OPS)}")
+    use_present_devices()
     cases = quick_cases() if arguments.quick else all_cases()
     cases = [case for case in cases if case.op in names]
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16

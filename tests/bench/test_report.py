@@ -38,7 +38,7 @@ def demo_result() -> dict[str, Any]:
     return {
         "seconds": 61.0,
         "machine": {
-            "cpu": "a CPU", "cores": "2", "system": "Linux", "python": "3.11", "jax": "0.10",
+            "cpu": "a CPU", "cores": "2", "os": "Linux", "python": "3.11", "jax": "0.10",
             "numpy": "2", "commit": "abc",
         },
         "corpus": {"train": {"en-de": 10, "de-en": 10}, "test": {"en-de": 2, "de-en": 2}},
