@@ -142,27 +142,43 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
+HEADINGS = (
+    "system",
+    "µs",
+    "p10 to p90",
+    "moving",
+    "waiting",
+    "collectives",
+    "bytes sent",
+    "error",
+)
+
+
+def cells(r: dict[str, Any]) -> tuple[str, ...]:
+    """A row of results as words under `HEADINGS`."""
+    if not r["agrees"]:
+        return (r["system"], *["-"] * 6, f"{r['error']:.1e}")
+    return (
+        r["system"],
+        f"{r['us']:,.0f}",
+        f"{r['us_p10']:,.0f} to {r['us_p90']:,.0f}",
+        f"{r['transfer_share']:.1%}",
+        f"{r['waiting_share']:.1%}",
+        ", ".join(f"{n} {kind}" for kind, n in r["collectives"].items()) or "0",
+        f"{r['bytes_sent']:,.0f}",
+        "by design" if r["error"] is None else f"{r['error']:.1e}",
+    )
+
+
 def _table(result: dict[str, Any], shape: dict[str, Any]) -> Table:
     spec = result["spec"]
     table = Table(
-        *("system", "µs", "p10 to p90", "moving", "waiting", "collectives", "bytes sent", "error"),
+        *HEADINGS,
         title=f"{shape['tokens']} tokens, {shape['experts']} experts, d_model {shape['d_model']}, "
         f"{spec['devices']} devices in {spec['processes']} processes (measured)",
     )
     for r in shape["rows"]:
-        if not r["agrees"]:
-            table.add_row(r["system"], *["-"] * 6, f"{r['error']:.1e}")
-            continue
-        table.add_row(
-            r["system"],
-            f"{r['us']:,.0f}",
-            f"{r['us_p10']:,.0f} to {r['us_p90']:,.0f}",
-            f"{r['transfer_share']:.1%}",
-            f"{r['waiting_share']:.1%}",
-            ", ".join(f"{n} {kind}" for kind, n in r["collectives"].items()) or "0",
-            f"{r['bytes_sent']:,.0f}",
-            "by design" if r["error"] is None else f"{r['error']:.1e}",
-        )
+        table.add_row(*cells(r))
     return table
 
 

@@ -148,25 +148,11 @@ def _exchange(root: Path) -> str:
         figure.savefig(root / RESULTS / f"exchange-{processes}.png", dpi=110)
         plt.close(figure)
         rows = [
-            (
-                f"{shape['tokens']:,}",
-                r["system"],
-                f"{r['us']:,.0f}",
-                f"{r['us_p10']:,.0f} to {r['us_p90']:,.0f}",
-                f"{r['transfer_share']:.1%}",
-                f"{r['waiting_share']:.1%}",
-                ", ".join(f"{n} {kind}" for kind, n in r["collectives"].items()) or "0",
-                f"{r['bytes_sent']:,.0f}",
-                "by design" if r["error"] is None else f"{r['error']:.0e}",
-            )
+            (f"{shape['tokens']:,}", *exchange.cells(r))
             for shape in result["shapes"]
             for r in shape["rows"]
-            if r["agrees"]
         ]
-        headings = (
-            *("tokens", "system", "µs", "p10 to p90", "moving", "waiting", "collectives"),
-            *("bytes sent", "error"),
-        )
+        headings = ("tokens", *exchange.HEADINGS)
         intro = paragraph(f"Measured by {provenance(command, result['machine'])}")
         picture = f"![Share of time in collectives](bench/results/exchange-{processes}.png)"
         parts.append(f"{intro}\n\n{picture}\n\n{markdown(headings, rows)}")
