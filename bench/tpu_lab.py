@@ -4,6 +4,7 @@ Each kernel is compiled by libtpu for each chip. Bundles of the main loop, the s
 that it fills and its spills are read from the compiler's dumps, bytes are counted by walking the
 grid, and times are modelled from both: nothing is measured, and every such figure is headed so.
 jax's megablox kernels, and tokamax's where installed, stand beside ours at the same shapes.
+With --model wmt, the paper's models instead: parameters, HBM, largest batches, exchange.
 """
 
 from __future__ import annotations
@@ -40,9 +41,13 @@ QUICK_CHIPS, QUICK_DTYPES = ("v5e", "v6e"), ("bf16",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tpu`."""
-    parser.add_argument("--kernels", action="store_true", help="compile the kernels")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--kernels", action="store_true", help="compile the kernels")
+    what.add_argument("--model", help="compile decoding steps of the paper's models: wmt")
     parser.add_argument(
-        "--quick", action="store_true", help="v5e and v6e in bf16 only, in under three minutes"
+        "--quick",
+        action="store_true",
+        help="kernels: v5e and v6e in bf16 only, in under three minutes; model: v3 only",
     )
     parser.add_argument("--chips", help=f"comma-separated: {','.join(CHIPS)}")
     parser.add_argument("--ops", help=f"comma-separated: {','.join(OPS)}")
@@ -56,15 +61,20 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises InputError where an option names what is not there, or libtpu is not installed.
     """
+    if arguments.model is not None:
+        from taskmoe.bench import tpu_model  # which builds on this module
+
+        if arguments.ops or arguments.dtypes or arguments.shapes:
+            raise InputError("--ops, --dtypes and --shapes go with --kernels, not with --model")
+        return tpu_model.run(arguments)
     if not arguments.kernels:
-        raise InputError("say what to compile: --kernels")
+        raise InputError("say what to compile: --kernels or --model wmt")
     quick = arguments.quick
     chips = chosen("chip", arguments.chips, CHIPS, QUICK_CHIPS if quick else CHIPS)
     ops = chosen("op", arguments.ops, OPS, OPS)
     dtypes = chosen("dtype", arguments.dtypes, DTYPES, QUICK_DTYPES if quick else DTYPES)
     shapes = chosen("shape", arguments.shapes, SHAPES, ("wmt",))
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError("libtpu, the TPU compiler, is not installed: pip install 'jax[tpu]'")
+    need_libtpu()
     jax.config.update("jax_platforms", "cpu")  # the lab needs no TPU, and must not hold one
     cases = kernel_cases.cases(chips, ops, dtypes, shapes)
     if not cases:
@@ -96,6 +106,12 @@ def chosen(what: str, given: str | None, known: Any, default: Any) -> list[str]:
     if unknown:
         raise InputError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
     return list(dict.fromkeys(names))
+
+
+def need_libtpu() -> None:
+    """Raise InputError where the TPU compiler is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("libtpu, the TPU compiler, is not installed: pip install 'jax[tpu]'")
 
 
 def compile_all(cases: list[Case]) -> list[dict[str, Any]]:
