@@ -24,7 +24,13 @@ from taskmoe.bench.collectives import count_collectives, profile_communication
 from taskmoe.bench.timing import alternate
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.tokenizer import BOS
-from taskmoe.wmt.transformer import Params, decode_step, start_cache
+from taskmoe.wmt.transformer import (
+    Params,
+    decode_step,
+    most_likely,
+    start_cache,
+    with_softmax,
+)
 
 POSITIONS = 16
 SOURCE_LENGTH = 32
@@ -82,13 +88,14 @@ def sub_networks(models: Sequence[Params], config: ModelConfig, batch: int, mesh
 def _decode(
     params: Params, config: ModelConfig, memory: jax.Array, token: jax.Array, mesh: Mesh | None
 ) -> jax.Array:
+    params = with_softmax(params)
     valid = jnp.ones(memory.shape[:2], bool)
     cache = start_cache(params, config, memory, valid, POSITIONS)
 
     def step(position: jax.Array, state: Any) -> Any:
         token, cache, _ = state
         logits, cache = decode_step(params, config, cache, valid, token, position, None, mesh=mesh)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache, logits
+        return most_likely(logits), cache, logits
 
     first = step(jnp.int32(0), (token, cache, None))
     return jax.lax.fori_loop(1, POSITIONS, step, first)[2]

@@ -17,7 +17,16 @@ from jax.typing import ArrayLike
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.subnetwork import one_task
 from taskmoe.wmt.tokenizer import BOS, EOS, PAD
-from taskmoe.wmt.transformer import Cache, Params, Tasks, decode_step, encode, start_cache
+from taskmoe.wmt.transformer import (
+    Cache,
+    Params,
+    Tasks,
+    decode_step,
+    encode,
+    most_likely,
+    start_cache,
+    with_softmax,
+)
 
 _NEVER = -1e9  # log probability of what must not be chosen; finite, so that sums stay numbers
 
@@ -48,6 +57,7 @@ def search(
             f"got beam={beam}, max_length={max_length}, alpha={alpha}"
         )
     params, config, tasks = one_task(params, config, tasks)
+    params = with_softmax(params)
     valid = source != PAD
     memory, _ = encode(params, config, source, valid, tasks.encoder, mesh=mesh)
     if beam == 1:
@@ -77,7 +87,7 @@ def _greedy(
         logits, cache = decode_step(
             params, config, s.cache, valid, token, s.position, task, valid=~s.ended, mesh=mesh
         )
-        chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        chosen = most_likely(logits)
         gain = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.where(s.ended, PAD, chosen)
         return _Greedy(

@@ -275,6 +275,24 @@ def _embed(embedding: jax.Array, ids: jax.Array, positions: jax.Array) -> jax.Ar
     return embedding[ids] * d**0.5 + jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
+def with_softmax(params: Params) -> Params:
+    """The same parameters with a softmax matrix [D, V] of its own.
+
+    For loops over `decode_step`: a tied embedding is transposed once, not at each step.
+    """
+    return params if "softmax" in params else params | {"softmax": params["embedding"].T}
+
+
+def most_likely(logits: jax.Array) -> jax.Array:
+    """Index of the largest of logits [..., V], the first of equals: [...] i32.
+
+    As a maximum and a search for it, which XLA's CPU code vectorises; its argmax it does not.
+    """
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    index = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(logits == best, index, logits.shape[-1] - 1), axis=-1)
+
+
 def _target_embedding(params: Params) -> jax.Array:
     table: jax.Array = params["target_embedding" if "target_embedding" in params else "embedding"]
     return table
