@@ -12,16 +12,12 @@ a step and the bytes they carry. Times are modelled from these facts:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taskmoe.bench import kernel_cases, machine, paper, tpu_lab
+from taskmoe.bench.tpu_model_search import Ask, compiler, largest_batch
 from taskmoe.bench.tpu_model_worker import (
     CACHE_LENGTH,
     CAPACITY_FACTOR,
@@ -37,7 +34,6 @@ from taskmoe.bench.tpu_model_worker import (
     SLICES,
     SOURCE_LENGTH,
     SYSTEMS,
-    cache_shapes,
     shapes,
 )
 from taskmoe.wmt.command_line import write_text
@@ -131,44 +127,6 @@ def parameters() -> dict[str, dict[str, float]]:
     return table
 
 
-Ask = Callable[[str, str, int], dict[str, Any]]
-
-
-@contextlib.contextmanager
-def compiler() -> Iterator[Ask]:
-    """A function of (system, chip, batch) that compiles in a process beside this one."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "JAX_TRACEBACK_FILTERING": "off",  # so that the last line is the error
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    with tempfile.TemporaryFile("w+") as log:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "taskmoe.bench.tpu_model_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
-        )
-
-        def ask(system: str, chip: str, batch: int) -> dict[str, Any]:
-            question = {"system": system, "chip": chip, "batch": batch}
-            answer = tpu_lab.ask(worker, json.dumps(question))
-            if answer is None:
-                log.seek(0)
-                raise InputError(tpu_lab.death_note(worker.wait(), log.read()))
-            return {"batch": batch, **json.loads(answer)}
-
-        try:
-            yield ask
-        finally:
-            worker.kill()
-            worker.communicate()
-
-
 def look_at(chip: str, ask: Ask, one_more: Callable[[], None]) -> dict[str, Any]:
     """Everything about one chip: the largest batches, and the modelled scenarios.
 
@@ -208,33 +166,6 @@ def look_at(chip: str, ask: Ask, one_more: Callable[[], None]) -> dict[str, Any]
             for name, pair in pairs.items()
         ],
     }
-
-
-def largest_batch(system: str, chip: str, ask: Ask) -> dict[str, Any]:
-    """Facts of the largest batch that compiles, within 25% (per core 4, 5, 6 or 7 times 2^k).
-
-    Goes down from the smallest rung that the cache alone would not leave in HBM; a batch that does
-    not fit is refused within a second. `limit`: why the next rung up does not compile.
-    """
-    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache_shapes(system, 1)))
-    most = kernel_cases.chip_info(chip).hbm_capacity_bytes / one
-    limit = "no larger one was tried"
-    for rung in rungs(most):
-        facts = ask(system, chip, rung * CORES[system])
-        if "error" not in facts:
-            return facts | {"limit": limit}
-        limit = facts["error"]
-        if "RESOURCE_EXHAUSTED" not in limit:
-            break
-    return {"error": limit}
-
-
-def rungs(most: float) -> list[int]:
-    """Batches 4, 5, 6 and 7 times 2^k, downward from the first above `most`."""
-    power = max(0, math.floor(math.log2(max(most, 4))) - 2)
-    ladder = [step << k for k in range(power + 2) for step in (4, 5, 6, 7)]
-    above = min(rung for rung in ladder if rung > most)
-    return sorted((rung for rung in ladder if rung <= above), reverse=True)
 
 
 def compare(chip: str, token: dict[str, Any], sub: dict[str, Any], by: str) -> dict[str, Any]:
@@ -282,6 +213,15 @@ def communication_s(facts: dict[str, Any], bytes_per_s: float) -> float:
     meetings = sum(facts["collectives"].values())
     wire_s = facts["exchange_bytes"] * facts["busiest_link"] / bytes_per_s
     return float(wire_s + meetings * facts["hops"] * HOP_S)
+
+
+def needed(chip: str, scenario: dict[str, Any]) -> float:
+    """Bytes/s of a link at which the token-MoE's step has the blog's share of communication."""
+    token, share = scenario["token"], BLOG_COMMUNICATION_SHARE
+    wire_s = compute_s(chip, token, scenario["compute_by"]) * share / (1 - share)
+    rest_s = wire_s - communication_s(token, math.inf)  # without latency
+    crossing = token["exchange_bytes"] * token["busiest_link"]
+    return float(crossing / rest_s) if rest_s > 0 else math.inf
 
 
 def parameter_table(table: dict[str, dict[str, float]]) -> Table:
@@ -386,15 +326,21 @@ def assumptions(found: dict[str, Any]) -> list[str]:
     if found["scenarios"]:
         token = found["scenarios"][0]["token"]
         meetings = sum(token["collectives"].values())
-        latency_s = communication_s(token | {"exchange_bytes": 0}, LINKS[chip].bytes_per_s)
+        latency_s = communication_s(token, math.inf)
         lines += [
-            "- roofline: decoder, softmax and cache read once; experts' padding and temporaries "
-            "move no bytes"
+            "- roofline: decoder, softmax and cache read once, nothing else: the least time of "
+            "compute, by which the share of communication comes out high"
             + ("" if "compiler" in found["times"] else "; the compiler gives no estimate of time"),
             f"- ops by the platform's rule: {token['kernels']} calls of Pallas kernels in the "
             f"token-MoE's step; busiest link: {token['busiest_link']:.2f} bytes for each that a "
             f"core sends; {meetings} collectives of {token['hops']} hops: {1e6 * latency_s:.0f} us "
             "a step that do not shrink with the batch",
+            *(
+                f"- by {TIMES[row['compute_by']]}, {BLOG_COMMUNICATION_SHARE:.0%} in communication "
+                f"at the largest batches would take links of {needed(chip, row) / 1e9:.0f} GB/s"
+                for row in found["scenarios"]
+                if row["batches"] == "largest"
+            ),
         ]
     return [
         *lines,

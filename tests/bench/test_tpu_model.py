@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from taskmoe.bench import tpu_model, tpu_model_worker
+from taskmoe.bench import tpu_lab, tpu_model, tpu_model_search, tpu_model_worker
 from taskmoe.bench.__main__ import main
 from taskmoe.bench.tpu_model_worker import busiest_link, exchange_bytes, longest_way
 from taskmoe.moe.exchange import Peers, rows_sent
@@ -91,14 +91,14 @@ def test_the_search_finds_the_largest_batch_within_a_quarter(largest: int) -> No
             return {"batch": batch, "error": "RESOURCE_EXHAUSTED: too much"}
         return {"batch": batch}
 
-    found = tpu_model.largest_batch("dense", "v3", ask)
+    found = tpu_model_search.largest_batch("dense", "v3", ask)
     assert found["batch"] <= largest < found["batch"] * 1.25 + 1
     assert found["limit"] == "RESOURCE_EXHAUSTED: too much"
     assert asked == sorted(asked, reverse=True)
 
 
 def test_another_error_ends_the_search() -> None:
-    found = tpu_model.largest_batch("dense", "v3", lambda *_: {"error": "INTERNAL: a bug"})
+    found = tpu_model_search.largest_batch("dense", "v3", lambda *_: {"error": "INTERNAL: a bug"})
     assert found == {"error": "INTERNAL: a bug"}
 
 
@@ -119,11 +119,16 @@ def test_model_by_hand() -> None:
         half, twice = row["sensitivity"]["half"], row["sensitivity"]["twice"]
         assert half["token"]["communication_share"] > share
         assert twice["throughput_ratio"] < ratio
+        links = {"v3": tpu_model.Link(tpu_model.needed("v3", row | {"compute_by": by}), "")}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tpu_model, "LINKS", links)
+            again = tpu_model.compare("v3", token, sub, by)
+        assert again["token"]["communication_share"] == pytest.approx(0.25)
 
 
 @needs_libtpu
 def test_steps_compile_and_only_the_mixture_exchanges() -> None:
-    with tpu_model.compiler() as ask:
+    with tpu_model_search.compiler() as ask:
         sub, token = ask("sub-network", "v5e", 16), ask("token-MoE", "v5e", 64)
     assert sub["collectives"] == {}
     assert sub["exchange_bytes"] == sub["kernels"] == sub["hops"] == 0
@@ -193,4 +198,4 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_without_libtpu_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="libtpu, the TPU compiler, is not installed"):
-        tpu_model.tpu_lab.need_libtpu()
+        tpu_lab.need_libtpu()
