@@ -40,9 +40,9 @@ def caveat(result: dict[str, Any]) -> str:
     serving, facts = result["serving"], result["machine"]
     bleu = {name: m["bleu"]["averages"]["all"] for name, m in result["models"].items()}
     gates = (
-        "Likely reason for the order of the scores: task routing tells each expert its language from"
-        " the first step on, while a token gate must first learn what to tell apart, and until then"
-        " each of its experts sees but a part of the text."
+        "Likely reason for the order of the scores: task routing tells each expert its language"
+        " from the first step on, while a token gate must first learn what to tell apart, and"
+        " until then each of its experts sees but a part of the text."
         if bleu["token"] < bleu["dense"]
         else ""
     )
