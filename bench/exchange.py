@@ -104,6 +104,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
+        asked = spec
         spec = {**spec, "port": _free_port(), "results": str(results), "heartbeat": HEARTBEAT_S}
         shapes = len(spec["batches"]) * len(spec["experts"]) * len(spec["d_model"])
         workers = [_start(spec, i) for i in range(spec["processes"])]
@@ -124,7 +125,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             # A killed process has a negative code; those that notice it end by themselves.
             i = min(range(len(codes)), key=lambda i: (codes[i] >= 0, codes[i] == 0))
             raise InputError(f"process {i} of {len(codes)} ended with code {codes[i]}")
-        return dict(json.loads(results.read_text(encoding="utf-8")))
+        return json.loads(results.read_text(encoding="utf-8")) | {"spec": asked}
 
 
 def _start(spec: dict[str, Any], process: int) -> subprocess.Popen[str]:
