@@ -46,9 +46,11 @@ def caveat(result: dict[str, Any]) -> str:
         if bleu["token"] < bleu["dense"]
         else ""
     )
+    sizes = sorted(m["parameters"] / 1e6 for m in result["models"].values())
     return paragraph(
-        "Where this comes out otherwise than the paper, mind the difference in size: models of one",
-        f"or two million parameters after {result['training']['steps']} steps tell of how fast",
+        "Where this comes out otherwise than the paper, mind the difference in size: models of",
+        f"{sizes[0]:.1f} to {sizes[-1]:.1f} million parameters after",
+        f"{result['training']['steps']} steps tell of how fast",
         "each learns, not of what it can hold in the end.",
         gates,
         f"The {serving['devices']} devices here are threads that share {facts['cores']} cores and",
