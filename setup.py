@@ -30,7 +30,7 @@ DEV = [
     "pytest-xdist>=3.6,<4",
     "ruff>=0.12,<0.18",
 ]
-PACKAGES = ["kernels", "moe", "wmt", "bench"]
+PACKAGES = ["kernels", "moe", "wmt", "wmt.commands", "bench"]
 
 setup(
     name="taskmoe",
@@ -41,8 +41,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[f"taskmoe.{name}" for name in PACKAGES],
-    package_dir={f"taskmoe.{name}": name for name in PACKAGES},
-    package_data={f"taskmoe.{name}": ["py.typed"] for name in PACKAGES},
+    package_dir={f"taskmoe.{name}": name.replace(".", "/") for name in PACKAGES},
+    package_data={f"taskmoe.{name}": ["py.typed"] for name in PACKAGES if "." not in name},
     install_requires=CORE,
     extras_require={
         "wmt": WMT,

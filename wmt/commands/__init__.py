@@ -1,0 +1,1 @@
+"""The commands of `python -m taskmoe.wmt`, a file each."""

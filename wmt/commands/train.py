@@ -1,0 +1,119 @@
+"""`train`: a model from parallel text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.table import Table
+
+from taskmoe.wmt.command_line import write_bytes
+from taskmoe.wmt.commands.shared import add_data, build, find_data, out
+from taskmoe.wmt.config import PRESETS, ModelConfig, SideRouting, TrainConfig, split_pair
+from taskmoe.wmt.data import Pairs, TrainingData, read_pairs
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.progress import bar
+from taskmoe.wmt.tokenizer import Tokenizer, train_tokenizer
+from taskmoe.wmt.training import Progress, check_workdir, train
+from taskmoe.wmt.transformer import param_count
+
+
+def run(a: argparse.Namespace) -> None:
+    """Train a model up to --steps in all; a run that was stopped goes on where it was."""
+    folder, pairs = find_data(a, "train", None)
+    text = read_pairs(folder, "train", pairs)
+    model_fields, train_fields = (dict(fields) for fields in PRESETS[a.config])
+    for name, value in map(_override, a.set):
+        homes = ((ModelConfig, model_fields), (TrainConfig, train_fields))
+        home = next((f for cls, f in homes if name in cls.__dataclass_fields__), None)
+        if home is None or name == "pairs":
+            raise InputError(f"--set: no field {name!r} of ModelConfig or TrainConfig to set")
+        home[name] = value
+    for name in ("encoder", "decoder"):
+        if getattr(a, name) is not None:
+            model_fields[name] = getattr(a, name)
+    for name in ("steps", "seed"):
+        if getattr(a, name) is not None:
+            train_fields[name] = getattr(a, name)
+    train_config = build(TrainConfig, train_fields)
+    model_config = build(ModelConfig, {"pairs": pairs, **model_fields})
+
+    source = str(folder.resolve())
+    begun = check_workdir(a.workdir, model_config, train_config, source)
+    vocabulary = a.workdir / "spm.model"
+    if begun:
+        tokenizer = Tokenizer.load(vocabulary)
+    else:
+        tokenizer = _tokenizer(text, model_config.vocab_size, train_config)
+    data = TrainingData(text, tokenizer, train_config)
+    if not begun:  # all input is read and fits: only now is anything written
+        write_bytes(vocabulary, tokenizer.model)
+    table = Table("direction", "sentences", "too long", title=f"{folder}")
+    for pair, size in data.sizes.items():
+        table.add_row(pair, f"{size:,}", f"{data.too_long[pair]:,}")
+    out.print(table)
+
+    with bar("training", "steps", enabled=sys.stderr.isatty()) as progress:
+
+        def report(p: Progress) -> None:
+            progress(p.step, p.steps)
+            router = f"  busiest expert {p.busiest:.2f}x" if p.busiest else ""
+            speed = f"{p.tokens_per_s:,.0f} tokens/s"
+            out.print(f"step {p.step}/{p.steps}  loss {p.loss:.3f}  {speed}{router}")
+
+        model = train(
+            a.workdir,
+            model_config,
+            train_config,
+            data,
+            tokenizer,
+            source=source,
+            report=report,
+            note=out.print,
+        )
+    out.print(f"{param_count(model.params):,} parameters in {a.workdir / 'model'}")
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The command\'s arguments."""
+    add_data(p)
+    p.add_argument("--config", choices=list(PRESETS), default="tiny")
+    p.add_argument("--workdir", type=Path, required=True, help="checkpoints, log and model")
+    p.add_argument("--steps", type=int, help="optimiser steps in all, resumed ones included")
+    p.add_argument("--seed", type=int)
+    for side in ("encoder", "decoder"):
+        p.add_argument(
+            f"--{side}", choices=get_args(SideRouting), help="routing; target by default"
+        )
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="override a field of ModelConfig or TrainConfig; may be given again",
+    )
+
+
+def _tokenizer(text: Pairs, size: int, config: TrainConfig) -> Tokenizer:
+    """A vocabulary trained on the text of all directions, each sentence once a language."""
+    lines: dict[str, list[str]] = {}
+    for pair, sides in text.items():
+        for language, side in zip(split_pair(pair), sides, strict=True):
+            lines.setdefault(language, []).extend(side)
+    lines = {language: list(dict.fromkeys(every)) for language, every in lines.items()}
+    with out.status("training the vocabulary"):
+        return train_tokenizer(lines, size, temperature=config.temperature, seed=config.seed)
+
+
+def _override(item: str) -> tuple[str, Any]:
+    name, equals, value = item.partition("=")
+    if not equals:
+        raise InputError(f"--set wants FIELD=VALUE, got {item!r}")
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value
+    return name, tuple(parsed) if isinstance(parsed, list) else parsed

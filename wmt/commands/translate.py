@@ -1,0 +1,41 @@
+"""`translate`: lines in, lines out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from taskmoe.wmt.commands.shared import add_decoding, check_pair, decoding, load, read_bytes
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.progress import bar
+from taskmoe.wmt.translation import translate
+
+
+def run(a: argparse.Namespace) -> None:
+    """Translate lines from a file or standard input to standard output, in their order."""
+    model = load(a.model)
+    pair = a.pair or (model.config.pairs[0] if len(model.config.pairs) == 1 else None)
+    if pair is None:
+        raise InputError(f"--pair must say which of {', '.join(model.config.pairs)}")
+    check_pair(pair)
+    stream = sys.stdin.buffer.read() if a.input is None else read_bytes(a.input)
+    try:
+        lines = stream.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        line = stream.count(b"\n", 0, error.start) + 1
+        name = a.input or "standard input"
+        raise InputError(f"{name}, line {line}: not valid UTF-8 ({error.reason})") from None
+    if lines[-1] == "":
+        lines.pop()
+    with bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
+        found = translate(model, [(pair, line) for line in lines], decoding(a), progress)
+    sys.stdout.write("".join(f"{line}\n" for line in found))
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The command\'s arguments."""
+    p.add_argument("--model", type=Path, required=True, help="model folder or work directory")
+    p.add_argument("--pair", help="direction; not needed where the model knows but one")
+    p.add_argument("--input", type=Path, help="file with a sentence a line; default stdin")
+    add_decoding(p)
