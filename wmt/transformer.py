@@ -115,11 +115,13 @@ def encode(
     task: ArrayLike | None,
     *,
     mesh: jax.sharding.Mesh | None = None,
+    strategy: str = "all_to_all",
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, list[moe.Metrics]]:
     """Encode source ids [B, S] i32 with valid [B, S] bool; returns [B, S, D] f32 and metrics.
 
-    task: [B] i32 or scalar on a task-routed encoder, else None. key: of dropout; None is off.
+    task: [B] i32 or scalar on a task-routed encoder, else None. mesh, strategy: as in `moe.apply`,
+    for expert parallelism. key: of dropout; None is off.
     """
     x = _embed(params["embedding"], source, jnp.arange(source.shape[1]))
     mask = valid[:, None, None, :]
@@ -129,7 +131,7 @@ def encode(
         q, k, v = _qkv(layer["attention"], x, config)
         x = x + drop(_attend(layer["attention"], q, k, v, mask))
         y, report = _feed_forward(
-            layer["feed_forward"], config.moe("encoder"), x, valid, task, mesh
+            layer["feed_forward"], config.moe("encoder"), x, valid, task, mesh, strategy
         )
         reports += report
         x = x + drop(y)
@@ -146,12 +148,13 @@ def decode(
     task: ArrayLike | None,
     *,
     mesh: jax.sharding.Mesh | None = None,
+    strategy: str = "all_to_all",
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, list[moe.Metrics]]:
     """Logits [B, L, V] f32 of the next token at each position of target ids [B, L], and metrics.
 
-    memory, memory_valid: from `encode`. valid: [B, L] bool, target positions that count. task, key:
-    as in `encode`, of the decoder.
+    memory, memory_valid: from `encode`. valid: [B, L] bool, target positions that count. task,
+    mesh, strategy, key: as in `encode`, of the decoder.
     """
     length = target.shape[1]
     x = _embed(_target_embedding(params), target, jnp.arange(length))
@@ -166,7 +169,7 @@ def decode(
         k, v = _cross_key_value(layer["cross"], memory, config)
         x = x + drop(_attend(layer["cross"], _query(layer["cross"], x, config), k, v, cross_mask))
         y, report = _feed_forward(
-            layer["feed_forward"], config.moe("decoder"), x, valid, task, mesh, sentence
+            layer["feed_forward"], config.moe("decoder"), x, valid, task, mesh, strategy, sentence
         )
         reports += report
         x = x + drop(y)
@@ -208,12 +211,14 @@ def decode_step(
     *,
     valid: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    strategy: str = "all_to_all",
 ) -> tuple[jax.Array, Cache]:
     """One position of decoding: token ids [B*K] at `position` (scalar) -> logits [B*K, V] f32.
 
     memory_valid: [B, S] bool; the K hypotheses of a sentence stand side by side in `token`.
     task: [B*K] i32 or scalar on a task-routed decoder, else None.
     valid: [B*K] bool, sequences that are still being decoded; others take no expert's time.
+    mesh, strategy: as in `moe.apply`, for expert parallelism.
     Returns the logits and the cache with this position filled in.
     """
     x = _embed(_target_embedding(params), token[:, None], position[None])
@@ -243,6 +248,7 @@ def decode_step(
             alive[:, None],
             task,
             mesh,
+            strategy,
             sentence,
         )
         x = x + y
@@ -360,6 +366,7 @@ def _feed_forward(
     valid: jax.Array,
     task: ArrayLike | None,
     mesh: jax.sharding.Mesh | None,
+    strategy: str,
     sentence: jax.Array | None = None,
 ) -> tuple[jax.Array, list[moe.Metrics]]:
     """The feed-forward branch, dense or mixture, and the metrics of a mixture."""
@@ -368,6 +375,13 @@ def _feed_forward(
         return moe.ffn(p["ffn"], x), []
     assert mixture is not None  # the parameters were made by the same configuration
     y, report = moe.apply(
-        p["moe"], mixture, x, valid=valid, task=task, sentence=sentence, mesh=mesh
+        p["moe"],
+        mixture,
+        x,
+        valid=valid,
+        task=task,
+        sentence=sentence,
+        mesh=mesh,
+        strategy=strategy,
     )
     return y, [report]
