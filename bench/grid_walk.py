@@ -55,6 +55,7 @@ def recording(chip: pltpu.TpuInfo) -> Iterator[list[KernelCall]]:
     """
     calls: list[KernelCall] = []
     real_call, real_chip = pl.pallas_call, tiling.chip
+    real_constraint = pltpu.with_memory_space_constraint
 
     def pallas_call(kernel: Callable[..., None], out_shape: Any = None, **options: Any) -> Any:
         def call(*operands: Any) -> Any:
@@ -65,14 +66,17 @@ def recording(chip: pltpu.TpuInfo) -> Iterator[list[KernelCall]]:
 
         return call
 
-    # Both are looked up as attributes of their modules at each call. Interpret mode is what lets
-    # "mosaic" be chosen on a machine without TPU.
+    # All are looked up as attributes of their modules at each call. Interpret mode is what lets
+    # "mosaic" be chosen on a machine without TPU. Where an array lies is no matter here, and JAX
+    # takes such a constraint under jit only.
     pl.pallas_call, tiling.chip = pallas_call, lambda: chip
+    pltpu.with_memory_space_constraint = lambda x, *_, **__: x
     try:
         with pltpu.force_tpu_interpret_mode(), jax.disable_jit():
             yield calls
     finally:
         pl.pallas_call, tiling.chip = real_call, real_chip
+        pltpu.with_memory_space_constraint = real_constraint
 
 
 def _record(
