@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +254,13 @@ def split_of(content: Content, config: CldrConfig) -> str:
     return "valid" if place < min(held_out, 0.5) / 2 else "test"
 
 
+def fingerprint(config: CldrConfig) -> str:
+    """A short hash of all that the corpus is made from: another where the corpus might be."""
+    versions = [metadata.version(package) for package in ("babel", "num2words")]
+    made_from = f"{config} {versions}".encode() + Path(__file__).read_bytes()
+    return hashlib.sha256(made_from).hexdigest()[:16]
+
+
 def write_corpus(
     folder: Path, config: CldrConfig, *, progress: Callable[[int, int], None] | None = None
 ) -> None:
@@ -288,9 +297,16 @@ def write_corpus(
                     progress(done, total)
         (beside / "corpus.json").write_text(mark, encoding="utf-8")
         beside.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(beside, folder)
+        try:
+            if folder.exists():
+                folder.rmdir()
+            os.replace(beside, folder)
+        except OSError:  # another process may have been faster with the same corpus
+            if not (folder / "corpus.json").is_file():
+                raise
+            if (folder / "corpus.json").read_text(encoding="utf-8") != mark:
+                raise
+            shutil.rmtree(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

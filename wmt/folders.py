@@ -1,0 +1,141 @@
+"""Folders of parallel text.
+
+A folder holds, for a split such as "train", any of: pair files `train.en-de.en` + `train.en-de.de`
+(Moses style, the pair named either way round), multi-parallel files `train.en`, `train.de`, ...
+whose line N are all translations of each other, and tab-separated files `train.en-de.tsv` or, with
+a header, `train.tsv`. Each may be gzipped, with `.gz` at its end. Validation text may also be
+called `val` or `dev`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+from taskmoe.wmt.config import split_pair
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.textfiles import CODE, is_tsv, plain_name, read_lines, read_tsv
+
+SPLITS = {"train": ("train",), "valid": ("valid", "val", "dev"), "test": ("test",)}
+Columns = tuple[list[str], list[str]]  # source lines, target lines
+Pairs = dict[str, Columns]
+
+
+class _Place(NamedTuple):
+    """Where a language's lines are: a text file, or a column of a tab-separated one."""
+
+    file: Path
+    column: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.file) + (f", column {self.column}" if self.column else "")
+
+
+class Folder:
+    """The text of a folder. Files are read when asked for, and once."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InputError where there is no such folder."""
+        if not path.is_dir():
+            raise InputError(f"data folder {path} is not there")
+        self.path = path
+        self.name = str(path)
+        self.identity = str(path.resolve())
+        self._lines: dict[Path, list[str]] = {}
+        self._tables: dict[Path, dict[str, list[str]]] = {}
+
+    def pairs(self, split: str) -> list[str]:
+        """Directions that the files of a split can serve, sorted."""
+        return sorted(self._places(split))
+
+    def read(self, split: str, pair: str) -> Columns:
+        """All lines of a direction, empty ones included.
+
+        Raises InputError for a pair that is not there, files of unequal length and all that
+        `read_lines` and `read_tsv` do.
+        """
+        split_pair(pair)
+        places = self._places(split)
+        if pair not in places:
+            raise InputError(
+                f"no {split} files for pair {pair} in {self.path}; "
+                + (f"it has {', '.join(sorted(places))}" if places else f"it has no {split} files")
+                + ("" if places else " of any pair")
+            )
+        source, target = (self._read(place) for place in places[pair])
+        if len(source) != len(target):
+            a, b = places[pair]
+            raise InputError(
+                f"{a} has {len(source)} lines but {b} has {len(target)}: "
+                "line N of one must translate line N of the other"
+            )
+        return source, target
+
+    def _read(self, place: _Place) -> list[str]:
+        if place.column is not None:
+            return self._table(place.file)[place.column]
+        if place.file not in self._lines:
+            self._lines[place.file] = read_lines(place.file)
+        return self._lines[place.file]
+
+    def _table(self, file: Path) -> dict[str, list[str]]:
+        if file not in self._tables:
+            self._tables[file] = read_tsv(file)
+        return self._tables[file]
+
+    def _places(self, split: str) -> dict[str, tuple[_Place, _Place]]:
+        """Direction -> where its two sides are; the first of a split's names that has it."""
+        found: dict[str, tuple[_Place, _Place]] = {}
+        for name in SPLITS[split]:
+            files: dict[str, Path] = {}
+            # A plain file stands before a packed one of the same name.
+            for path in sorted(self.path.glob(f"{name}.*"), key=lambda p: p.suffix == ".gz"):
+                if path.is_file():
+                    files.setdefault(plain_name(path), path)
+            own: list[dict[str, _Place]] = []
+            shared: list[dict[str, _Place]] = []
+            alone: dict[str, _Place] = {}
+            for file, path in sorted(files.items()):
+                parts = file.split(".")[1:]
+                if is_tsv(path):
+                    shared.append({x: _Place(path, x) for x in self._table(path)})
+                elif len(parts) == 1 and CODE.fullmatch(parts[0]):
+                    alone[parts[0]] = _Place(path)
+                elif len(parts) == 2:
+                    a, dash, b = parts[0].partition("-")
+                    other = files.get(f"{name}.{a}-{b}.{b}")
+                    codes = dash and a != b and CODE.fullmatch(a) and CODE.fullmatch(b)
+                    if codes and parts[1] == a and other is not None:
+                        own.append({a: _Place(path), b: _Place(other)})
+            for group in own:  # files named after this very direction stand before all others
+                a, b = group
+                found.setdefault(f"{a}-{b}", (group[a], group[b]))
+            for group in [*own, *shared, alone]:
+                for a, b in itertools.permutations(group, 2):
+                    found.setdefault(f"{a}-{b}", (group[a], group[b]))
+        return found
+
+
+def read_pairs(folder: Path, split: str, pairs: tuple[str, ...]) -> Pairs:
+    """Sentences of each direction: pair -> (source lines, target lines), equally long.
+
+    split: "train", "valid" or "test". Lines where either side is empty are left out.
+    Raises InputError for a folder or pair that is not there, files of unequal length and invalid
+    UTF-8, naming files, counts and lines; and where a direction has no sentence.
+    """
+    text = Folder(folder)
+    return {pair: without_empty(*text.read(split, pair), f"{folder}, {pair}") for pair in pairs}
+
+
+def available_pairs(folder: Path, split: str) -> list[str]:
+    """Directions that the folder's files of one split can serve, sorted."""
+    return Folder(folder).pairs(split)
+
+
+def without_empty(source: list[str], target: list[str], name: str) -> Columns:
+    """The lines where neither side is empty; raises InputError where none is left."""
+    kept = [(s, t) for s, t in zip(source, target, strict=True) if s and t]
+    if not kept:
+        raise InputError(f"{name}: it holds no sentence pair")
+    return [s for s, _ in kept], [t for _, t in kept]

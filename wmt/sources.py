@@ -1,0 +1,215 @@
+"""Where parallel text comes from: any mix of sources, each named by one word on the command line.
+
+| name | what |
+|---|---|
+| `FOLDER` | Moses-style, multi-parallel or tab-separated files, see `taskmoe.wmt.folders` |
+| `FILE.tsv` | one tab-separated file; training text unless its name begins with a split, `test.` |
+| `hf:NAME/CONFIG` | a Hugging Face dataset, or a local one: `hf:FOLDER` |
+| `sacrebleu:NAME` | a test set of sacreBLEU's, `sacrebleu:wmt14` or `sacrebleu:wmt14/full` |
+| `cldr` | the embedded corpus, see `taskmoe.wmt.cldr` |
+
+Files may be gzipped. After a file or a test set, `@train`, `@valid` or `@test` says which split it
+is to serve: `sacrebleu:wmt13@valid`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from taskmoe.wmt import cldr
+from taskmoe.wmt.config import split_pair
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.folders import SPLITS, Columns, Folder, Pairs, without_empty
+from taskmoe.wmt.remote import HuggingFace, SacreBleu
+from taskmoe.wmt.textfiles import is_tsv, plain_name, read_tsv
+
+
+class Source(Protocol):
+    """Parallel text by split ("train", "valid", "test") and direction.
+
+    name: as it was asked for. identity: the same from any working directory.
+    """
+
+    @property
+    def name(self) -> str:
+        """As it was asked for."""
+
+    @property
+    def identity(self) -> str:
+        """The same from any working directory."""
+
+    def pairs(self, split: str) -> list[str]:
+        """Directions that it has text of in a split, sorted."""
+
+    def read(self, split: str, pair: str) -> Columns:
+        """All lines of a direction, equally many, empty ones included."""
+
+
+class TsvFile:
+    """One tab-separated file, which serves one split."""
+
+    def __init__(self, path: Path, split: str | None = None) -> None:
+        """split: the one to serve; None goes by the name's beginning, else it is "train"."""
+        if not path.is_file():
+            raise InputError(f"data file {path} is not there")
+        begins = plain_name(path).split(".")[0]
+        named = next((s for s, names in SPLITS.items() if begins in names), "train")
+        self.name, self.identity = str(path), str(path.resolve())
+        self._path, self._split = path, split or named
+        self._columns: dict[str, list[str]] | None = None
+
+    def pairs(self, split: str) -> list[str]:
+        """Directions between its columns, sorted; none for a split that it does not serve."""
+        if split != self._split:
+            return []
+        return sorted(f"{a}-{b}" for a in self._read() for b in self._read() if a != b)
+
+    def read(self, split: str, pair: str) -> Columns:
+        """The two columns of a direction; raises InputError where it has none."""
+        if pair not in self.pairs(split):
+            raise InputError(f"{self.name} has no {split} columns of pair {pair}")
+        source, target = split_pair(pair)
+        return self._read()[source], self._read()[target]
+
+    def _read(self) -> dict[str, list[str]]:
+        if self._columns is None:
+            self._columns = read_tsv(self._path)
+        return self._columns
+
+
+def cache_folder(path: Path | None = None) -> Path:
+    """Where what can be made again is kept: `path`, else `taskmoe` in the user's cache folder.
+
+    That is $XDG_CACHE_HOME, by default ~/.cache.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return path or Path(home).expanduser() / "taskmoe"
+
+
+def open_source(
+    name: str,
+    *,
+    limit: int | None = None,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Source:
+    """The source of a name; see this module's table.
+
+    limit: sentence pairs to read of a direction at most, where reading more costs a download.
+    cache: see `cache_folder`. progress: told of (done, total) while the embedded corpus is written.
+    Raises InputError for a name that is none of these, or a folder or file that is not there.
+    """
+    word, at, split = name.rpartition("@")
+    if not at or split not in SPLITS:
+        word, split = name, ""
+    kind, colon, rest = word.partition(":")
+    if kind == "sacrebleu" and colon:
+        return SacreBleu(rest, split or None)
+    if is_tsv(Path(word)) and not Path(word).is_dir():
+        return TsvFile(Path(word), split or None)
+    if split:
+        raise InputError(f"{name}: only a .tsv file or sacrebleu: test set takes @{split}")
+    if kind == "hf" and colon:
+        return HuggingFace(rest, limit)
+    if name == "cldr":
+        return _Cldr(cache_folder(cache), progress)
+    return Folder(Path(name))
+
+
+def open_sources(
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Source]:
+    """Several sources; raises InputError as `open_source` does, and for one named twice."""
+    found = [open_source(name, limit=limit, cache=cache, progress=progress) for name in names]
+    for i, source in enumerate(found):
+        if source.identity in [other.identity for other in found[:i]]:
+            raise InputError(f"{source.name} is named twice")
+    return found
+
+
+def all_pairs(sources: Sequence[Source], split: str) -> list[str]:
+    """Directions that any of the sources has text of in a split, sorted."""
+    return sorted({pair for source in sources for pair in source.pairs(split)})
+
+
+def read_all(
+    sources: Sequence[Source], split: str, pairs: Sequence[str], limit: int | None = None
+) -> Pairs:
+    """Each direction's lines, one source after the other, empty lines included.
+
+    limit: sentence pairs of a direction to take of each source at most.
+    Raises InputError for a direction that no source has, and all that reading does.
+    """
+    out: Pairs = {}
+    for pair in pairs:
+        split_pair(pair)
+        holders = [source for source in sources if pair in source.pairs(split)]
+        if not holders:
+            known = all_pairs(sources, split)
+            raise InputError(
+                f"no {split} files for pair {pair} in {names_of(sources)}; "
+                + (f"there is {', '.join(known)}" if known else f"there is no {split} text at all")
+            )
+        out[pair] = ([], [])
+        for holder in holders:
+            for side, lines in zip(out[pair], holder.read(split, pair), strict=True):
+                side.extend(lines[:limit])
+    return out
+
+
+def read_held_out(sources: Sequence[Source], languages: set[str]) -> dict[str, set[str]]:
+    """Language -> every line of validation and test text, of directions between these languages."""
+    held: dict[str, set[str]] = {language: set() for language in languages}
+    for source in sources:
+        for split in ("valid", "test"):
+            for pair in source.pairs(split):
+                if languages.issuperset(split_pair(pair)):
+                    for language, lines in zip(
+                        split_pair(pair), source.read(split, pair), strict=True
+                    ):
+                        held[language].update(lines)
+    return held
+
+
+def read_split(
+    sources: Sequence[Source], split: str, pairs: Sequence[str], limit: int | None = None
+) -> Pairs:
+    """As `read_all`, without the lines where either side is empty: text to score."""
+    text = read_all(sources, split, pairs, limit)
+    return {p: without_empty(*sides, f"{names_of(sources)}, {p}") for p, sides in text.items()}
+
+
+def names_of(sources: Sequence[Source]) -> str:
+    """Their names in one line."""
+    return " + ".join(source.name for source in sources)
+
+
+class _Cldr:
+    """The embedded corpus, written into the cache when it is first read."""
+
+    name = identity = "cldr"
+
+    def __init__(self, cache: Path, progress: Callable[[int, int], None] | None) -> None:
+        self._config = cldr.CldrConfig()
+        self._cache, self._progress = cache, progress
+        self._folder: Folder | None = None
+
+    def pairs(self, split: str) -> list[str]:
+        return sorted(cldr.PAIRS)
+
+    def read(self, split: str, pair: str) -> Columns:
+        if self._folder is None:
+            path = self._cache / f"cldr-{cldr.fingerprint(self._config)}"
+            try:
+                cldr.write_corpus(path, self._config, progress=self._progress)
+            except ValueError as error:  # the folder holds something else
+                raise InputError(str(error)) from None
+            self._folder = Folder(path)
+        return self._folder.read(split, pair)
