@@ -162,7 +162,12 @@ class TrainConfig(_Json):
 
     batch_tokens: source plus target positions of one step's batch, padding included.
     buckets: padded sentence lengths in tokens; longer sentences are left out (and counted).
+    row_multiple: every batch has a multiple of so many sentences, for processes to share evenly.
     temperature: T of p ~ size^(1/T) over directions (the paper: 5).
+    max_sentences: of each direction and source, the first so many; None is all.
+    max_characters, max_ratio, deduplicate, drop_held_out: what training text is left out, see
+      `taskmoe.wmt.cleaning`.
+    vocab_sentences: sentences that the vocabulary is trained on, drawn as directions are.
     schedule: "inverse_sqrt" after `warmup_steps` (the paper), or "cosine" down to 0 at `steps`.
     optimizer: "adafactor" (the paper) or "adamw". learning_rate: its peak, after warm-up.
     clip_norm: largest global gradient norm.
@@ -171,7 +176,14 @@ class TrainConfig(_Json):
     steps: int = 1000
     batch_tokens: int = 8192
     buckets: tuple[int, ...] = (16, 32, 64, 128)
+    row_multiple: int = 1
     temperature: float = 5.0
+    max_sentences: int | None = None
+    max_characters: int = 1000
+    max_ratio: float = 3.0
+    deduplicate: bool = True
+    drop_held_out: bool = True
+    vocab_sentences: int = 200_000
     optimizer: Literal["adafactor", "adamw"] = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 200
@@ -185,19 +197,27 @@ class TrainConfig(_Json):
 
     def __post_init__(self) -> None:
         self.check_types()
-        for name in ("batch_tokens", "checkpoint_every", "keep_checkpoints", "warmup_steps"):
-            if getattr(self, name) < 1:
+        counts = ("row_multiple", "max_characters", "max_sentences", "vocab_sentences")
+        steps = ("batch_tokens", "checkpoint_every", "keep_checkpoints", "warmup_steps")
+        for name in (*steps, *counts):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.steps < 0:
             raise ValueError(f"steps must be at least 0, got {self.steps}")
         rising = sorted(set(self.buckets)) == list(self.buckets)
         if not self.buckets or not rising or self.buckets[0] < 1:
             raise ValueError(f"buckets must be rising lengths, got {self.buckets}")
-        if 2 * self.buckets[-1] > self.batch_tokens:
+        least = 2 * self.buckets[-1] * self.row_multiple
+        if least > self.batch_tokens:
+            rows = (
+                "one pair" if self.row_multiple == 1 else f"row_multiple={self.row_multiple} pairs"
+            )
             raise ValueError(
-                f"batch_tokens must hold one pair of the longest bucket, {2 * self.buckets[-1]}, "
+                f"batch_tokens must hold {rows} of the longest bucket, {least}, "
                 f"got {self.batch_tokens}"
             )
+        if self.max_ratio < 1:
+            raise ValueError(f"max_ratio must be at least 1, got {self.max_ratio}")
         for name in ("temperature", "learning_rate", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

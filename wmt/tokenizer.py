@@ -69,15 +69,19 @@ def train_tokenizer(
     """Train a unigram vocabulary on text sampled with p ~ size^(1/T) over languages.
 
     texts: language -> sentences. vocab_size: pieces, byte pieces and language tokens included; a
-    text too poor for so many gets fewer. sentences: how many are drawn for training.
+    text too poor for so many gets fewer. sentences: how many are drawn for training, at most as
+    many as there are; a language that has fewer than its share is gone through again.
+    Raises InputError where the size does not fit the text.
     """
     rng = np.random.default_rng(seed)
-    weight = np.array([len(lines) for lines in texts.values()], float) ** (1 / temperature)
-    quota = np.ceil(weight / weight.sum() * sentences).astype(int)
+    size = np.array([len(lines) for lines in texts.values()])
+    weight = np.where(size > 0, size, 1.0) ** (1 / temperature) * (size > 0)
+    drawn = min(sentences, int(size.sum()))
+    quota = np.ceil(weight / max(weight.sum(), 1e-300) * drawn - 1e-9).astype(int)
 
     def draw() -> Iterable[str]:
         for lines, n in zip(texts.values(), quota, strict=True):
-            chosen = rng.permutation(len(lines))[:n]
+            chosen = np.resize(rng.permutation(len(lines)), n)
             yield from (lines[i] for i in chosen)
 
     model = io.BytesIO()
