@@ -8,6 +8,7 @@ CORE = ["jax>=0.10,<0.12", "jaxlib>=0.10,<0.12", "numpy>=2.0,<3"]
 WMT = [
     "absl-py>=2.1,<3",
     "babel>=2.16,<3",
+    "grain>=0.2.12,<0.3",
     "num2words>=0.5.13,<0.6",
     "optax>=0.2.5,<0.3",
     "orbax-checkpoint>=0.11.30,<0.13",
@@ -16,9 +17,11 @@ WMT = [
     "safetensors>=0.5,<0.9",
     "sentencepiece>=0.2.1,<0.3",
 ]
+HF = ["datasets>=4.0,<6"]
 BENCH = [*WMT, "matplotlib>=3.9,<4", "pytest>=8.3,<10", "pytest-benchmark>=5.1,<6"]
 DEV = [
     *BENCH,
+    *HF,
     "beartype>=0.20,<0.24",
     "equinox>=0.11,<0.14",
     "flax>=0.10,<0.13",
@@ -46,6 +49,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "wmt": WMT,
+        "hf": [*WMT, *HF],
         "bench": BENCH,
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "dev": DEV,

@@ -1,96 +1,26 @@
-"""Parallel text: reading folders, encoding, and batches that are a pure function of the step.
-
-A folder holds, for a split such as "train", either pair files `train.en-de.en` + `train.en-de.de`
-(Moses style, the pair named either way round) or multi-parallel files `train.en`, `train.de`, ...
-whose line N are all translations of each other. UTF-8, one sentence a line.
-"""
+"""Encoded training text, and batches that are a pure function of the step."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from taskmoe.wmt.config import TrainConfig, split_pair
 from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.folders import Pairs as Pairs
+from taskmoe.wmt.folders import available_pairs as available_pairs
+from taskmoe.wmt.folders import read_pairs as read_pairs
+from taskmoe.wmt.pipeline import BatchIterator
+from taskmoe.wmt.sampling import Schedule
 from taskmoe.wmt.tokenizer import BOS, PAD, Tokenizer
 
-SPLITS = {"train": ("train",), "valid": ("valid", "val", "dev"), "test": ("test",)}
-Pairs = dict[str, tuple[list[str], list[str]]]
-
-
-def read_pairs(folder: Path, split: str, pairs: tuple[str, ...]) -> Pairs:
-    """Sentences of each direction: pair -> (source lines, target lines), equally long.
-
-    split: "train", "valid" or "test". Lines where either side is empty are left out.
-    Raises InputError for a folder or pair that is not there, files of unequal length and invalid
-    UTF-8, naming files, counts and lines.
-    """
-    if not folder.is_dir():
-        raise InputError(f"data folder {folder} is not there")
-    cache: dict[Path, list[str]] = {}
-    out: Pairs = {}
-    for pair in pairs:
-        files = _find(folder, split, pair)
-        for file in files:
-            if file not in cache:
-                cache[file] = _read_lines(file)
-        source, target = (cache[file] for file in files)
-        if len(source) != len(target):
-            raise InputError(
-                f"{files[0]} has {len(source)} lines but {files[1]} has {len(target)}: "
-                "line N of one must translate line N of the other"
-            )
-        kept = [(s, t) for s, t in zip(source, target, strict=True) if s and t]
-        if not kept:
-            raise InputError(f"{files[0]} and {files[1]} hold no sentence pair")
-        out[pair] = ([s for s, _ in kept], [t for _, t in kept])
-    return out
-
-
-def available_pairs(folder: Path, split: str) -> list[str]:
-    """Directions that the folder's files of one split can serve, sorted."""
-    found: set[str] = set()
-    for name in SPLITS[split]:
-        alone = [p.suffix[1:] for p in folder.glob(f"{name}.*") if p.name.count(".") == 1]
-        found.update(f"{a}-{b}" for a in alone for b in alone if a != b)
-        for path in folder.glob(f"{name}.*-*.*"):
-            a, _, b = path.name.split(".")[1].partition("-")
-            if (folder / f"{name}.{a}-{b}.{a}").is_file() and path.suffix == f".{b}":
-                found.update((f"{a}-{b}", f"{b}-{a}"))
-    return sorted(found)
-
-
-def _find(folder: Path, split: str, pair: str) -> tuple[Path, Path]:
-    source, target = split_pair(pair)
-    for name in SPLITS[split]:
-        for stem in (f"{name}.{source}-{target}", f"{name}.{target}-{source}", name):
-            files = folder / f"{stem}.{source}", folder / f"{stem}.{target}"
-            if all(f.is_file() for f in files):
-                return files
-    known = available_pairs(folder, split)
-    raise InputError(
-        f"no {split} files for pair {pair} in {folder}; "
-        + (f"it has {', '.join(known)}" if known else f"it has no {split} files of any pair")
-    )
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: not valid UTF-8 ({error.reason})") from None
-    lines = text.split("\n")  # not splitlines: U+2028 and the like are part of a sentence
-    if lines[-1] == "":
-        lines.pop()
-    return [line.strip() for line in lines]
+_CHUNK = 10_000  # lines that are lists of Python integers at a time
 
 
 class Batch(NamedTuple):
@@ -115,10 +45,14 @@ class _Ragged:
     length: np.ndarray
 
     @classmethod
-    def of(cls, sequences: list[list[int]]) -> _Ragged:
-        length = np.array([len(s) for s in sequences], np.int64)
-        flat = np.fromiter((t for s in sequences for t in s), np.int32, int(length.sum()))
-        return cls(flat, np.cumsum(length) - length, length)
+    def of(cls, sequences: Iterator[list[int]]) -> _Ragged:
+        flat, length = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        while chunk := list(itertools.islice(sequences, _CHUNK)):
+            length.append(np.array([len(s) for s in chunk], np.int64))
+            tokens = itertools.chain.from_iterable(chunk)
+            flat.append(np.fromiter(tokens, np.int32, int(length[-1].sum())))
+        lengths = np.concatenate(length)
+        return cls(np.concatenate(flat), np.cumsum(lengths) - lengths, lengths)
 
     def padded(self, index: np.ndarray, width: int) -> np.ndarray:
         """[len(index), width] i32, PAD where a sequence has ended."""
@@ -131,59 +65,70 @@ class _Ragged:
 class TrainingData:
     """Encoded training text of several directions, and the batch of any step.
 
-    A batch is drawn from `(seed, step)` alone: first a length bucket, then for each row a direction
-    with p ~ size^(1/T) (Kudugunta et al. 2021, section 4), then a sentence of that bucket, so a run
-    that is resumed at a step sees the batches that an unbroken one would.
+    A batch depends on the seed and the step alone, so a run that is resumed at a step sees the
+    batches that an unbroken one would: first a length bucket, then for its rows directions in
+    proportion to p ~ size^(1/T) (Kudugunta et al. 2021, section 4), then sentences of that bucket,
+    each once an epoch. See `taskmoe.wmt.sampling`.
     """
 
     def __init__(self, pairs: Pairs, tokenizer: Tokenizer, config: TrainConfig) -> None:
+        """Raises InputError where every sentence is longer than the longest bucket."""
         self.config = config
         self.sizes = {pair: len(lines) for pair, (lines, _) in pairs.items()}
         self.too_long = dict.fromkeys(pairs, 0)
-        sources: list[list[int]] = []
-        targets: list[list[int]] = []
+
+        def encoded(side: int) -> Iterator[list[int]]:
+            for pair, columns in pairs.items():
+                language = split_pair(pair)[1]
+                for at in range(0, len(columns[side]), _CHUNK):
+                    lines = columns[side][at : at + _CHUNK]
+                    yield from (
+                        tokenizer.encode_target(lines)
+                        if side
+                        else tokenizer.encode_source(lines, language)
+                    )
+
+        self._source, self._target = _Ragged.of(encoded(0)), _Ragged.of(encoded(1))
+        longest = np.maximum(self._source.length, self._target.length)
+        bucket = np.searchsorted(config.buckets, longest)
         self._members: list[list[np.ndarray]] = [[] for _ in config.buckets]  # [bucket][pair]
-        for pair, (source_lines, target_lines) in pairs.items():
-            target_language = split_pair(pair)[1]
-            source = tokenizer.encode_source(source_lines, target_language)
-            target = tokenizer.encode_target(target_lines)
-            length = np.array([max(len(s), len(t)) for s, t in zip(source, target, strict=True)])
-            bucket = np.searchsorted(config.buckets, length)
-            for b in range(len(config.buckets)):
-                self._members[b].append(np.flatnonzero(bucket == b) + len(sources))
-            self.too_long[pair] = int((bucket == len(config.buckets)).sum())
-            sources += source
-            targets += target
-        self._source = _Ragged.of(sources)
-        self._target = _Ragged.of(targets)
-        held = np.array([[len(m) for m in row] for row in self._members], float)  # [bucket, pair]
+        start = 0
+        for pair, size in self.sizes.items():
+            own = bucket[start : start + size]
+            for b, members in enumerate(self._members):
+                members.append(np.flatnonzero(own == b) + start)
+            self.too_long[pair] = int((own == len(config.buckets)).sum())
+            start += size
+        held = np.array([[len(m) for m in row] for row in self._members])
         if not held.sum():
             raise InputError(
                 f"every sentence is longer than the longest bucket, {config.buckets[-1]} tokens"
             )
-        # Probability of a direction is spread over its sentences, then gathered by bucket.
-        total = held.sum(axis=0)
-        wanted = np.where(total > 0, total, 1.0) ** (1 / config.temperature) * (total > 0)
-        mass = held * (wanted / wanted.sum() / np.maximum(total, 1))
-        self._pair_given_bucket = mass / np.maximum(mass.sum(axis=1, keepdims=True), 1e-300)
-        rows = np.array([self.batch_rows(length) for length in config.buckets])
-        steps = mass.sum(axis=1) / rows
-        self._bucket = steps / steps.sum()
+        rows = [self.batch_rows(length) for length in config.buckets]
+        self._schedule = Schedule(held, rows, config.temperature, config.seed)
 
     def batch_rows(self, length: int) -> int:
-        """Sentences in a batch of a bucket: `batch_tokens` source plus target positions."""
-        return self.config.batch_tokens // (2 * length)
+        """Sentences in a batch of a bucket: `batch_tokens` source plus target positions.
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, the same whenever it is asked for."""
-        rng = np.random.default_rng((self.config.seed, step))
-        bucket = rng.choice(len(self._bucket), p=self._bucket)
-        length = self.config.buckets[bucket]
-        members = self._members[bucket]
-        pair = rng.choice(len(members), self.batch_rows(length), p=self._pair_given_bucket[bucket])
-        draw = rng.random(len(pair))
+        Rounded down to a multiple of `row_multiple`.
+        """
+        multiple = self.config.row_multiple
+        return self.config.batch_tokens // (2 * length) // multiple * multiple
+
+    def batch(self, step: int, shard: tuple[int, int] = (0, 1)) -> Batch:
+        """The batch of a step, the same whenever it is asked for.
+
+        shard: (i, n) is the i-th of n equal parts of the batch's rows, in their order.
+        Raises InputError where the rows cannot be shared evenly.
+        """
+        self.check_shard(shard)
+        draw = self._schedule.draw(step)
+        length, members = self.config.buckets[draw.bucket], self._members[draw.bucket]
+        share = len(draw.pair) // shard[1]
+        rows = slice(shard[0] * share, (shard[0] + 1) * share)
+        pair = draw.pair[rows]
         index = np.array(
-            [members[p][int(u * len(members[p]))] for p, u in zip(pair, draw, strict=True)]
+            [members[p][i] for p, i in zip(pair, draw.sentence[rows], strict=True)], np.int64
         )
         target_out = self._target.padded(index, length)
         target_in = np.concatenate([np.full((len(pair), 1), BOS), target_out[:, :-1]], axis=1)
@@ -193,3 +138,33 @@ class TrainingData:
             target_out,
             pair.astype(np.int32),
         )
+
+    def check_shard(self, shard: tuple[int, int]) -> None:
+        """Raise InputError unless batches of every bucket can be shared evenly."""
+        index, count = shard
+        if not 0 <= index < count:
+            raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}")
+        for length in self.config.buckets:
+            if self.batch_rows(length) % count:
+                raise InputError(
+                    f"a batch of bucket {length} has {self.batch_rows(length)} sentences, which "
+                    f"{count} processes cannot share evenly; set row_multiple={count}"
+                )
+
+    def iterator(self, start_step: int = 0, shard: tuple[int, int] = (0, 1)) -> BatchIterator:
+        """The batches from a step on, made ahead in the background; see `BatchIterator`.
+
+        Raises InputError where the rows cannot be shared evenly.
+        """
+        self.check_shard(shard)
+        make = functools.partial(self.batch, shard=shard)
+        return BatchIterator(make, start_step, self.fingerprint)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all encoded text in its order: batches of a step are equal where it is."""
+        digest = hashlib.sha256(repr(list(self.sizes.items())).encode())
+        for side in (self._source, self._target):
+            digest.update(side.length.tobytes())
+            digest.update(side.flat.tobytes())
+        return digest.hexdigest()[:32]

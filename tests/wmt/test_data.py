@@ -64,7 +64,7 @@ def test_invalid_utf8_is_named_with_file_and_line(tmp_path: Path) -> None:
 
 def test_files_without_a_sentence_pair(tmp_path: Path) -> None:
     write(tmp_path, train_en="\na\n", train_de="x\n\n")
-    with pytest.raises(InputError, match="hold no sentence pair"):
+    with pytest.raises(InputError, match="it holds no sentence pair"):
         read_pairs(tmp_path, "train", ("en-de",))
 
 

@@ -1,0 +1,77 @@
+"""Batches one after the other, made ahead in the background by grain, with a state to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Self
+
+import grain
+
+from taskmoe.wmt.errors import InputError
+
+if TYPE_CHECKING:
+    from taskmoe.wmt.data import Batch
+
+_AHEAD = 4  # batches that wait for the training step
+
+
+class _Steps:
+    """The batches of a run as grain's random-access source: element i is the batch of step i."""
+
+    def __init__(self, make: Callable[[int], Batch]) -> None:
+        self._make = make
+
+    def __len__(self) -> int:
+        return 1 << 62  # a run has no end of its own
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._make(step)
+
+
+class BatchIterator(Iterator["Batch"]):
+    """The batches of steps `start_step`, `start_step + 1`, ...; a thread makes a few ahead.
+
+    `get_state` goes into a checkpoint and `set_state` brings the iterator back to it; batches that
+    were made ahead but not handed out are not lost. Close it, or use it in a with-statement.
+    """
+
+    def __init__(
+        self, make: Callable[[int], Batch], start_step: int = 0, fingerprint: str = ""
+    ) -> None:
+        """make: step -> batch, a pure function. fingerprint: of the text that it draws on."""
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
+        self._grain: Any = iter(grain.MapDataset.source(_Steps(make)).to_iter_dataset(options))
+        self._fingerprint = fingerprint
+        self._grain.set_state({"next_index": start_step})
+
+    def __next__(self) -> Batch:
+        batch: Batch = next(self._grain)
+        return batch
+
+    @property
+    def step(self) -> int:
+        """The step whose batch comes next."""
+        return int(self._grain.get_state()["next_index"])
+
+    def get_state(self) -> dict[str, Any]:
+        """grain's state and the text's fingerprint, for JSON."""
+        return {**self._grain.get_state(), "text": self._fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where a `get_state` was; raises InputError if it was on another text."""
+        if state.get("text") != self._fingerprint:
+            raise InputError(
+                "the training text is another than when the checkpoint was written; "
+                "bring the text back or begin in another work directory"
+            )
+        self._grain.set_state({name: x for name, x in state.items() if name != "text"})
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._grain.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
