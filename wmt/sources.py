@@ -154,7 +154,7 @@ def read_all(
         if not holders:
             known = all_pairs(sources, split)
             raise InputError(
-                f"no {split} files for pair {pair} in {names_of(sources)}; "
+                f"no {split} text for pair {pair} in {names_of(sources)}; "
                 + (f"there is {', '.join(known)}" if known else f"there is no {split} text at all")
             )
         out[pair] = ([], [])

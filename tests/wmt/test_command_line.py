@@ -125,7 +125,7 @@ WRONG: list[tuple[Any, str]] = [
     (no_folder, "data folder .* is not there"),
     (unequal, r"train\.en has 200 lines but .*train\.de has 201"),
     (invalid, r"train\.fr, line 201: not valid UTF-8"),
-    (lambda _: ["--pairs", "en-xx"], "no train files for pair en-xx"),
+    (lambda _: ["--pairs", "en-xx"], "no train text for pair en-xx"),
     (lambda _: ["--pairs", "ende"], "pair must be two different language codes"),
     (lambda _: ["--pairs", "en-de,en-de"], "names a direction twice"),
     (lambda _: ["--config", "huge"], "invalid choice: 'huge'"),
@@ -173,7 +173,7 @@ def test_a_model_that_does_not_fit(
         (["translate", "--model", small, "--input", f"{tmp_path}/no"], "/no: No such file"),
         (["translate", "--model", f"{tmp_path}/no"], "/no is no model folder: it has no config"),
         (["evaluate", "--model", full, "--data", f"{tmp_path}/no"], "data folder"),
-        (["evaluate", "--model", full, "--data", str(data), "--split", "test"], "no test files"),
+        (["evaluate", "--model", full, "--data", str(data), "--split", "test"], "no test text"),
         (["extract", "--model", full, "--task", "xx", "--out", f"{tmp_path}/x"], "not the model's"),
         (["extract", "--model", full, "--task", "de", "--out", small], "already holds something"),
     ]

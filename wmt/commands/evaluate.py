@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.table import Table
 
 from taskmoe.wmt.command_line import write_text
-from taskmoe.wmt.commands.shared import add_data, add_decoding, decoding, find_data, load, out
-from taskmoe.wmt.data import read_pairs
+from taskmoe.wmt.commands.shared import add_decoding, decoding, load, out
+from taskmoe.wmt.commands.text import add_data, text_to_score
 from taskmoe.wmt.progress import bar
 from taskmoe.wmt.scoring import Score, averages, score
 from taskmoe.wmt.translation import translate
@@ -20,15 +20,14 @@ from taskmoe.wmt.translation import translate
 def run(a: argparse.Namespace) -> None:
     """Translate a split and print BLEU for each direction with sacreBLEU's signature."""
     model = load(a.model)
-    folder, pairs = find_data(a, a.split, model)
-    text = read_pairs(folder, a.split, pairs)
+    text, title = text_to_score(a, a.split, model)
     if a.limit is not None:
         text = {p: (s[: a.limit], t[: a.limit]) for p, (s, t) in text.items()}
     requests = [(pair, line) for pair, (source, _) in text.items() for line in source]
     with bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
         found = iter(translate(model, requests, decoding(a), progress))
     scores: dict[str, Score] = {}
-    table = Table("direction", "BLEU", "sentences", title=f"{a.model} on {folder}, {a.split}")
+    table = Table("direction", "BLEU", "sentences", title=f"{a.model} on {title}, {a.split}")
     for pair, (_, references) in text.items():
         scores[pair] = score(pair, [next(found) for _ in references], references)
         table.add_row(pair, f"{scores[pair].bleu:.2f}", str(scores[pair].sentences))

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from taskmoe.wmt import cldr
 from taskmoe.wmt.config import split_pair
-from taskmoe.wmt.data import available_pairs
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import Model, load_model
-from taskmoe.wmt.progress import bar
 from taskmoe.wmt.translation import Decoding
 
 out = Console(soft_wrap=True, highlight=False)
-
-
-def add_data(p: argparse.ArgumentParser) -> None:
-    """Arguments that name parallel text."""
-    p.add_argument("--data", required=True, help="folder of parallel text, or cldr (embedded)")
-    p.add_argument("--pairs", help="directions like en-de,de-en; all that there are by default")
 
 
 def add_decoding(p: argparse.ArgumentParser) -> None:
@@ -30,32 +22,6 @@ def add_decoding(p: argparse.ArgumentParser) -> None:
     p.add_argument("--beam", type=int, default=4, help="hypotheses; 1 is greedy (default 4)")
     p.add_argument("--alpha", type=float, default=0.6, help="length penalty (default 0.6)")
     p.add_argument("--batch", type=int, default=64, help="sentences at once (default 64)")
-
-
-def find_data(
-    a: argparse.Namespace, split: str, model: Model | None
-) -> tuple[Path, tuple[str, ...]]:
-    """The folder that --data names and the directions to use."""
-    if a.data == "cldr":
-        folder = (a.workdir if model is None else a.model) / "data"
-        with bar("writing the corpus", "sentences") as progress:
-            own_words(cldr.write_corpus, folder, cldr.CldrConfig(), progress=progress)
-    else:
-        folder = Path(a.data)
-    if not folder.is_dir():
-        raise InputError(f"data folder {folder} is not there")
-    known = available_pairs(folder, split)
-    if a.pairs:
-        pairs = tuple(check_pair(p) for p in a.pairs.split(","))
-        if len(set(pairs)) != len(pairs):
-            raise InputError(f"--pairs names a direction twice: {a.pairs}")
-    elif model is not None:
-        pairs = tuple(p for p in model.config.pairs if p in known) or model.config.pairs
-    else:
-        pairs = tuple(known)
-    if not pairs:
-        raise InputError(f"{folder} has no {split} files of any pair")
-    return folder, pairs
 
 
 def check_pair(pair: str) -> str:
@@ -98,3 +64,15 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+
+
+def override(item: str) -> tuple[str, Any]:
+    """FIELD=VALUE of --set as a name and a value: JSON, or a word as it is."""
+    name, equals, value = item.partition("=")
+    if not equals:
+        raise InputError(f"--set wants FIELD=VALUE, got {item!r}")
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        parsed = value
+    return name, tuple(parsed) if isinstance(parsed, list) else parsed

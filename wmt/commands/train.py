@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from rich.table import Table
-
+from taskmoe.wmt.cleaning import account_table
 from taskmoe.wmt.command_line import write_bytes
-from taskmoe.wmt.commands.shared import add_data, build, find_data, out
-from taskmoe.wmt.config import PRESETS, ModelConfig, SideRouting, TrainConfig, split_pair
-from taskmoe.wmt.data import Pairs, TrainingData, read_pairs
+from taskmoe.wmt.commands.shared import build, out, override
+from taskmoe.wmt.commands.text import add_data, make_vocabulary, training_text
+from taskmoe.wmt.config import PRESETS, ModelConfig, SideRouting, TrainConfig
+from taskmoe.wmt.data import TrainingData
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.progress import bar
-from taskmoe.wmt.tokenizer import Tokenizer, train_tokenizer
+from taskmoe.wmt.tokenizer import Tokenizer
 from taskmoe.wmt.training import Progress, check_workdir, train
 from taskmoe.wmt.transformer import param_count
 
 
 def run(a: argparse.Namespace) -> None:
     """Train a model up to --steps in all; a run that was stopped goes on where it was."""
-    folder, pairs = find_data(a, "train", None)
-    text = read_pairs(folder, "train", pairs)
     model_fields, train_fields = (dict(fields) for fields in PRESETS[a.config])
-    for name, value in map(_override, a.set):
+    for name, value in map(override, a.set):
         homes = ((ModelConfig, model_fields), (TrainConfig, train_fields))
         home = next((f for cls, f in homes if name in cls.__dataclass_fields__), None)
         if home is None or name == "pairs":
@@ -39,22 +36,20 @@ def run(a: argparse.Namespace) -> None:
         if getattr(a, name) is not None:
             train_fields[name] = getattr(a, name)
     train_config = build(TrainConfig, train_fields)
-    model_config = build(ModelConfig, {"pairs": pairs, **model_fields})
+    source = training_text(a, train_config)
+    model_config = build(ModelConfig, {"pairs": source.pairs, **model_fields})
 
-    source = str(folder.resolve())
-    begun = check_workdir(a.workdir, model_config, train_config, source)
+    begun = check_workdir(a.workdir, model_config, train_config, source.identity)
     vocabulary = a.workdir / "spm.model"
     if begun:
         tokenizer = Tokenizer.load(vocabulary)
     else:
-        tokenizer = _tokenizer(text, model_config.vocab_size, train_config)
-    data = TrainingData(text, tokenizer, train_config)
+        size = model_config.vocab_size
+        tokenizer = make_vocabulary(source.text, size, train_config, a.cache, train_config.seed)
+    data = TrainingData(source.text, tokenizer, train_config)
     if not begun:  # all input is read and fits: only now is anything written
         write_bytes(vocabulary, tokenizer.model)
-    table = Table("direction", "sentences", "too long", title=f"{folder}")
-    for pair, size in data.sizes.items():
-        table.add_row(pair, f"{size:,}", f"{data.too_long[pair]:,}")
-    out.print(table)
+    out.print(account_table(source.title, source.accounts, {"over buckets": data.too_long}))
 
     with bar("training", "steps", enabled=sys.stderr.isatty()) as progress:
 
@@ -70,7 +65,7 @@ def run(a: argparse.Namespace) -> None:
             train_config,
             data,
             tokenizer,
-            source=source,
+            source=source.identity,
             report=report,
             note=out.print,
         )
@@ -95,25 +90,3 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="override a field of ModelConfig or TrainConfig; may be given again",
     )
-
-
-def _tokenizer(text: Pairs, size: int, config: TrainConfig) -> Tokenizer:
-    """A vocabulary trained on the text of all directions, each sentence once a language."""
-    lines: dict[str, list[str]] = {}
-    for pair, sides in text.items():
-        for language, side in zip(split_pair(pair), sides, strict=True):
-            lines.setdefault(language, []).extend(side)
-    lines = {language: list(dict.fromkeys(every)) for language, every in lines.items()}
-    with out.status("training the vocabulary"):
-        return train_tokenizer(lines, size, temperature=config.temperature, seed=config.seed)
-
-
-def _override(item: str) -> tuple[str, Any]:
-    name, equals, value = item.partition("=")
-    if not equals:
-        raise InputError(f"--set wants FIELD=VALUE, got {item!r}")
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = value
-    return name, tuple(parsed) if isinstance(parsed, list) else parsed

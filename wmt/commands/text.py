@@ -1,0 +1,129 @@
+"""Parallel text as the commands' arguments name it: sources, directions, cleaning, vocabulary."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from taskmoe.wmt.cleaning import Account, clean
+from taskmoe.wmt.commands.shared import check_pair, out
+from taskmoe.wmt.config import TrainConfig, split_pair
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.folders import SPLITS, Pairs
+from taskmoe.wmt.model import Model
+from taskmoe.wmt.progress import bar
+from taskmoe.wmt.sources import (
+    Source,
+    all_pairs,
+    cache_folder,
+    names_of,
+    open_sources,
+    read_all,
+    read_held_out,
+    read_split,
+)
+from taskmoe.wmt.tokenizer import Tokenizer
+from taskmoe.wmt.vocabulary import cached_vocabulary
+
+
+def add_data(p: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Arguments that name parallel text."""
+    p.add_argument(
+        "--data",
+        required=required,
+        action="append",
+        metavar="SOURCE",
+        help="a folder of parallel text, a .tsv file, hf:NAME/CONFIG (Hugging Face), "
+        "sacrebleu:NAME (a test set), or cldr (embedded); files may be gzipped, and @valid or "
+        "@test behind a .tsv file or test set says what it serves as; may be given again",
+    )
+    p.add_argument("--pairs", help="directions like en-de,de-en; all that there are by default")
+    p.add_argument(
+        "--cache",
+        type=Path,
+        help="keeps vocabularies and the embedded corpus (default $XDG_CACHE_HOME/taskmoe)",
+    )
+
+
+class TrainingText(NamedTuple):
+    """Text of a training run: cleaned, with an account of each direction.
+
+    title: the sources' names. identity: the sources, the same from any working directory.
+    """
+
+    pairs: tuple[str, ...]
+    text: Pairs
+    accounts: dict[str, Account]
+    title: str
+    identity: str
+
+
+def training_text(a: argparse.Namespace, config: TrainConfig) -> TrainingText:
+    """Read and clean what the arguments of `add_data` name.
+
+    Raises InputError for text that is not there, wrong or nothing after cleaning, and for a source
+    that has text of none of the directions.
+    """
+    with _sources(a, config.max_sentences) as sources:
+        pairs = choose_pairs(a.pairs, sources, "train", None)
+        text = read_all(sources, "train", pairs, config.max_sentences)
+        for source in sources:
+            if not any(set(pairs).intersection(source.pairs(split)) for split in SPLITS):
+                raise InputError(f"{source.name} has no text of {', '.join(pairs)}")
+        held_out: dict[str, set[str]] = {}
+        if config.drop_held_out:
+            held_out = read_held_out(sources, {x for pair in pairs for x in split_pair(pair)})
+    cleaned, accounts = clean(text, config, held_out)
+    identity = " + ".join(source.identity for source in sources)
+    return TrainingText(pairs, cleaned, accounts, names_of(sources), identity)
+
+
+def text_to_score(a: argparse.Namespace, split: str, model: Model | None) -> tuple[Pairs, str]:
+    """(a split's text, the sources' names) of what the arguments of `add_data` name."""
+    with _sources(a, None) as sources:
+        pairs = choose_pairs(a.pairs, sources, split, model)
+        return read_split(sources, split, pairs), names_of(sources)
+
+
+def choose_pairs(
+    wanted: str | None, sources: list[Source], split: str, model: Model | None
+) -> tuple[str, ...]:
+    """The directions of --pairs; else those of the model that there are, else all there are."""
+    if wanted:
+        pairs = tuple(check_pair(p) for p in wanted.split(","))
+        if len(set(pairs)) != len(pairs):
+            raise InputError(f"--pairs names a direction twice: {wanted}")
+        return pairs
+    known = all_pairs(sources, split)
+    if not known:
+        raise InputError(f"{names_of(sources)} has no {split} text of any pair")
+    if model is None:
+        return tuple(known)
+    return tuple(p for p in model.config.pairs if p in known) or model.config.pairs
+
+
+def make_vocabulary(
+    text: Pairs, size: int, config: TrainConfig, cache: Path | None, seed: int
+) -> Tokenizer:
+    """A vocabulary trained on the text of all directions, or the one that the cache has of it."""
+    with out.status("training the vocabulary"):
+        return cached_vocabulary(
+            text,
+            size,
+            cache_folder(cache),
+            temperature=config.temperature,
+            sentences=config.vocab_sentences,
+            seed=seed,
+            note=out.print,
+        )
+
+
+@contextmanager
+def _sources(a: argparse.Namespace, limit: int | None) -> Iterator[list[Source]]:
+    """The sources of --data, with a bar while they are read."""
+    with bar("reading text", "sentences", enabled=sys.stderr.isatty()) as progress:
+        yield open_sources(a.data, limit=limit, cache=a.cache, progress=progress)
