@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from taskmoe.wmt.config import TrainConfig, split_pair
@@ -76,7 +77,7 @@ def clean(
 def length_ratio_fits(source: int, target: int, typical: float, most: float) -> bool:
     """Whether lengths in characters go together: `longer <= most * shorter + 15`.
 
-    typical: target characters per source character in the whole direction, by which the source's
+    typical: the direction's median of target characters per source character, by which the source's
     length is multiplied first; so Chinese, which needs a third of English's, is measured fairly.
     """
     shorter, longer = sorted((source * typical, float(target)))
@@ -98,8 +99,8 @@ def _clean_direction(
     short = [p for p in present if max(map(len, p)) <= config.max_characters]
     out["long"] = len(present) - len(short)
 
-    characters = [sum(len(p[side]) for p in short) for side in (0, 1)]
-    typical = characters[1] / max(characters[0], 1)
+    # The median, which a tenth of rubbish does not move.
+    typical = float(np.median([len(t) / len(s) for s, t in short])) if short else 1.0
     fitting = [
         p for p in short if length_ratio_fits(len(p[0]), len(p[1]), typical, config.max_ratio)
     ]
