@@ -34,10 +34,9 @@ def cached_vocabulary(
     Raises InputError as `train_tokenizer` does, OSError where the cache cannot be written.
     """
     lines: dict[str, list[str]] = {}
-    for pair, sides in text.items():
-        for language, side in zip(split_pair(pair), sides, strict=True):
+    for pair in sorted(text):  # so that the order of directions does not count
+        for language, side in zip(split_pair(pair), text[pair], strict=True):
             lines.setdefault(language, []).extend(side)
-    # Sorted by language, so that the order of directions does not count.
     lines = {language: list(dict.fromkeys(lines[language])) for language in sorted(lines)}
     entry = cache / f"vocabulary-{_key(lines, vocab_size, temperature, sentences, seed)}.spm"
     kept = _read(entry)
