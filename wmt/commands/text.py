@@ -60,6 +60,7 @@ class TrainingText(NamedTuple):
     accounts: dict[str, Account]
     title: str
     identity: str
+    sources: list[Source]
 
 
 def training_text(a: argparse.Namespace, config: TrainConfig) -> TrainingText:
@@ -79,7 +80,7 @@ def training_text(a: argparse.Namespace, config: TrainConfig) -> TrainingText:
             held_out = read_held_out(sources, {x for pair in pairs for x in split_pair(pair)})
     cleaned, accounts = clean(text, config, held_out)
     identity = " + ".join(source.identity for source in sources)
-    return TrainingText(pairs, cleaned, accounts, names_of(sources), identity)
+    return TrainingText(pairs, cleaned, accounts, names_of(sources), identity, sources)
 
 
 def text_to_score(a: argparse.Namespace, split: str, model: Model | None) -> tuple[Pairs, str]:

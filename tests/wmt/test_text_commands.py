@@ -1,0 +1,144 @@
+"""The commands on every kind of source and mixes of them, by their arguments."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taskmoe.tests.wmt import support
+from taskmoe.wmt.__main__ import main
+from taskmoe.wmt.data import available_pairs, read_pairs
+from taskmoe.wmt.folders import Folder
+
+datasets = pytest.importorskip("datasets")
+
+TINY = [
+    "--set", "d_model=16", "--set", "d_ff=16", "--set", "num_heads=2", "--set", "num_experts=4",
+    "--set", "encoder_layers=2", "--set", "decoder_layers=2", "--set", "vocab_size=330",
+    "--set", "buckets=[16]", "--set", "batch_tokens=128",
+]  # fmt: skip
+
+
+@pytest.fixture
+def kinds(tmp_path: Path) -> dict[str, str]:
+    """A source of every kind: kind -> its name. All but the folder have 20 pairs en-de."""
+    english, german = support.sentences("en", 20, 5), support.sentences("de", 20, 5)
+    rows = "".join(f"{a}\t{b}\n" for a, b in zip(english, german, strict=True))
+    (tmp_path / "words.en-de.tsv").write_text(rows, encoding="utf-8")
+    (tmp_path / "more.tsv.gz").write_bytes(gzip.compress(f"en\tde\n{rows}".encode()))
+    pairs = [{"translation": {"en": a, "de": b}} for a, b in zip(english, german, strict=True)]
+    datasets.Dataset.from_list(pairs).save_to_disk(tmp_path / "hub")
+    return {
+        "folder": str(support.write_folder(tmp_path / "folder")),
+        "tsv": str(tmp_path / "words.en-de.tsv"),
+        "gzip": str(tmp_path / "more.tsv.gz"),
+        "hub": f"hf:{tmp_path}/hub",
+    }
+
+
+def fails(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr."""
+    capfd.readouterr()
+    assert main(list(arguments)) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    return line
+
+
+def cells(printed: str, row: str) -> list[str]:
+    """Numbers of a table's row."""
+    (line,) = (x for x in printed.splitlines() if re.match(rf"\W*{row}\W", x))
+    return [c.strip().replace(",", "") for c in line.strip("│").split("│")][1:]
+
+
+def test_each_kind_of_source_and_all_of_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kinds: dict[str, str]
+) -> None:
+    mixes = [[kind] for kind in kinds] + [list(kinds)]
+    for i, mix in enumerate(mixes):
+        data = [x for kind in mix for x in ("--data", kinds[kind])]
+        chosen = [*data, "--pairs", "en-de,de-en"]
+        assert main(["prepare", *chosen, "--out", str(tmp_path / f"out{i}")]) == 0
+        read = sum(200 if kind == "folder" else 20 for kind in mix)
+        columns = [int(n) for n in cells(capfd.readouterr().out, "en-de")]
+        assert columns[0] == read
+        assert columns[6] == read - sum(columns[1:6]) > 0
+    assert columns[4] >= 40  # the same 20 pairs stand in three sources
+    assert columns[5] > 0
+    assert main(["train", *chosen, "--workdir", str(tmp_path / "w"), "--steps", "1", *TINY]) == 0
+    assert [int(n) for n in cells(capfd.readouterr().out, "en-de")[:7]] == columns[:7]
+    everything = [*chosen, "--set", "drop_held_out=false", "--out", str(tmp_path / "all")]
+    assert main(["prepare", *everything]) == 0
+    assert cells(capfd.readouterr().out, "en-de")[5] == "0"
+
+
+def test_prepare_writes_cleaned_text_that_reads_the_same(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kinds: dict[str, str]
+) -> None:
+    out, table = tmp_path / "out", tmp_path / "sizes.json"
+    data = ["--data", kinds["folder"], "--data", kinds["tsv"]]
+    limits = ["--set", "max_characters=20", "--json", str(table)]
+    assert main(["prepare", *data, "--out", str(out), *limits]) == 0
+    printed = capfd.readouterr().out
+    sizes = json.loads(table.read_text(encoding="utf-8"))
+    assert sizes["sources"] == [kinds["folder"], kinds["tsv"]]
+    assert sizes["train"]["en-de"]["read"] == 220
+    assert sizes["train"]["en-de"]["long"] > 0
+    assert cells(printed, "en-de")[6] == str(sizes["train"]["en-de"]["kept"])
+    assert cells(printed, "en-de")[7] == str(sizes["valid"]["en-de"]) == "12"
+    pairs = tuple(available_pairs(out, "train"))
+    assert len(pairs) == 6
+    for pair, columns in read_pairs(out, "train", pairs).items():
+        assert len(columns[0]) == sizes["train"][pair]["kept"]
+        assert max(map(len, columns[0])) <= 20
+    valid = Folder(Path(kinds["folder"])).read("valid", "fr-de")
+    assert Folder(out).read("valid", "fr-de") == valid
+    assert not (out / "train.fr-en.fr").exists()  # train.en-fr serves both directions
+
+    again = ["prepare", *data, "--out", str(out)]
+    assert "already holds something" in fails(capfd, *again)
+    assert "no field 'width' of TrainConfig" in fails(capfd, *again, "--set", "width=3")
+    assert "give one" in fails(capfd, "prepare", "--out", str(tmp_path / "x"), "--pairs", "en-de")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--data", "{tsv}", "--data", "{hub}", "--pairs", "en-fr"],
+            "no train text for pair",
+        ),
+        (
+            ["--data", "{folder}", "--data", "{tsv}", "--pairs", "en-fr"],
+            "has no text of en-fr",
+        ),
+        (["--data", "{tsv}", "--data", "{tsv}"], "is named twice"),
+        (["--data", "{tsv}@test"], "has no train text of any pair"),
+        (["--data", "sacrebleu:wmt99"], "sacrebleu knows no such test set"),
+        (["--data", "hf:{folder}/gone/de-en/x"], "hf:.*gone/de-en/x: opening it failed"),
+        (["--data", "{tsv}", "--set", "max_ratio=0.5"], "max_ratio must be at least 1, got 0.5"),
+        (["--data", "{tsv}", "--set", "max_characters=1"], "no sentence pair is left"),
+        (["--data", "{tsv}", "--set", "max_sentences=0"], "max_sentences must be at least 1"),
+        (["--data", "{tsv}", "--set", "row_multiple=9"], "batch_tokens must hold row_multiple=9"),
+    ],
+)
+def test_a_source_that_does_not_fit_is_one_line(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    kinds: dict[str, str],
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", _refuse)
+    given = [argument.format(**kinds) for argument in arguments]
+    line = fails(capfd, "train", "--workdir", str(tmp_path / "w"), *TINY, *given)
+    assert re.search(message, line), line
+    assert not (tmp_path / "w").exists()
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise ConnectionError("no network")
