@@ -78,29 +78,27 @@ def _forward_xla(
     num_rows, (num_groups, _, hidden_size) = x.shape[0], w_in.shape
     act = ACTIVATIONS[activation]
     bounds = row_tiles.group_bounds(group_sizes, group_offset, num_groups, num_rows)
-    rows = row_tiles.tile_rows(num_rows, *w_in.shape)
+    tiles = row_tiles.choose_tiles(num_rows, *w_in.shape)
     into = [w_in] if w_gate is None else [w_in, w_gate]
 
-    def per_group(group: jax.Array, state: Any) -> Any:
-        inner, outer = [row_tiles.pick(w, group) for w in into], row_tiles.pick(w_out, group)
-
-        def per_tile(tile: row_tiles.Tile, state: Any) -> Any:
-            out, kept = state
-            xs = row_tiles.take(x, tile)
-            up, *gates = (_dot(xs, w) for w in inner)
-            hidden = act(gates[0]) * up if gates else act(up)
-            out = row_tiles.put(out, tile, _dot(hidden.astype(x.dtype), outer))
-            values = zip(kept, [up, *gates], strict=False)  # kept may be empty
-            return out, [row_tiles.put(buffer, tile, value) for buffer, value in values]
-
-        return row_tiles.for_each_tile(bounds, group, num_rows, rows, per_tile, state)
+    def per_tile(group: jax.Array, tile: row_tiles.Tile, state: Any) -> tuple[Any, Any]:
+        out, kept = state
+        xs = row_tiles.take(x, tile)
+        up, *gates = (_dot(xs, row_tiles.pick(w, group)) for w in into)
+        hidden = act(gates[0]) * up if gates else act(up)
+        product = _dot(hidden.astype(x.dtype), row_tiles.pick(w_out, group))
+        values = zip(kept, [up, *gates], strict=False)  # kept may be empty
+        kept = [row_tiles.put(buffer, tile, value) for buffer, value in values]
+        return (row_tiles.put(out, tile, product), kept), ()
 
     def zeros(width: int, dtype: Any) -> jax.Array:
         return match_varying(jnp.zeros((num_rows, width), dtype), x)[0]
 
     kept = [zeros(hidden_size, accumulator(x.dtype)) for _ in into] if keep else []
     init = zeros(w_out.shape[2], x.dtype), kept
-    out, kept = row_tiles.for_each_group(bounds, per_group, init)
+    out, kept = row_tiles.for_each_tile(
+        bounds, tiles, num_rows, per_tile, lambda _, __, state: state, init
+    )
     return out, kept
 
 
@@ -152,51 +150,44 @@ def _expert_ffn_backward(
         return *expert_ffn_backward_mosaic(operands, grad, activation), None, None
     x, w_in, w_out, w_gate, group_sizes, group_offset = operands
     num_rows, num_groups = x.shape[0], w_in.shape[0]
-    acc = accumulator(x.dtype)
     act = ACTIVATIONS[activation]
     bounds = row_tiles.group_bounds(group_sizes, group_offset, num_groups, num_rows)
-
-    rows = row_tiles.tile_rows(num_rows, *w_in.shape)
+    tiles = row_tiles.choose_tiles(num_rows, *w_in.shape)
     weights = [w_in, w_out] if w_gate is None else [w_in, w_out, w_gate]
 
     def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return match_varying(jnp.zeros(shape, dtype), x)[0]
 
-    fresh = [zeros(w.shape[1:], acc) for w in weights]
-
-    def per_group(group: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+    def per_tile(group: jax.Array, tile: row_tiles.Tile, state: Any) -> tuple[Any, Any]:
         d_x, d_weights = state
         inner, outer, *gates = (row_tiles.pick(w, group) for w in weights)
+        xs, g = row_tiles.take(x, tile), row_tiles.take(grad, tile)
+        up, *pre_gate = (row_tiles.take(value, tile) for value in kept)
+        d_hidden = _dot(g, outer, 1, 1)
+        if gates:
+            hidden, pull = jax.vjp(lambda s, u: act(s) * u, pre_gate[0], up)
+            d_gate, d_up = pull(d_hidden)
+        else:
+            hidden, pull = jax.vjp(act, up)
+            (d_up,) = pull(d_hidden)
+        d_up = d_up.astype(x.dtype)
+        d_rows = _dot(d_up, inner, 1, 1)
+        products = [_dot(xs, d_up, 0, 0), _dot(hidden.astype(x.dtype), g, 0, 0)]
+        if gates:
+            d_gate = d_gate.astype(x.dtype)
+            d_rows += _dot(d_gate, gates[0], 1, 1)
+            products.append(_dot(xs, d_gate, 0, 0))
+        return (row_tiles.put(d_x, tile, d_rows), d_weights), products
 
-        def per_tile(tile: row_tiles.Tile, state: tuple[Any, ...]) -> tuple[Any, ...]:
-            d_x, (d_in, d_out, *d_gates) = state
-            xs, g = row_tiles.take(x, tile), row_tiles.take(grad, tile)
-            up, *pre_gate = (row_tiles.take(value, tile) for value in kept)
-            d_hidden = _dot(g, outer, 1, 1)
-            if gates:
-                hidden, pull = jax.vjp(lambda s, u: act(s) * u, pre_gate[0], up)
-                d_gate, d_up = pull(d_hidden)
-            else:
-                hidden, pull = jax.vjp(act, up)
-                (d_up,) = pull(d_hidden)
-            d_up = d_up.astype(x.dtype)
-            d_rows = _dot(d_up, inner, 1, 1)
-            if gates:
-                d_gate = d_gate.astype(x.dtype)
-                d_rows += _dot(d_gate, gates[0], 1, 1)
-                d_gates = [d_gates[0] + _dot(xs, d_gate, 0, 0)]
-            d_in = d_in + _dot(xs, d_up, 0, 0)
-            d_out = d_out + _dot(hidden.astype(x.dtype), g, 0, 0)
-            return row_tiles.put(d_x, tile, d_rows), [d_in, d_out, *d_gates]
-
-        d_x, sums = row_tiles.for_each_tile(bounds, group, num_rows, rows, per_tile, (d_x, fresh))
-        filled = [
-            row_tiles.put_group(d, group, total) for d, total in zip(d_weights, sums, strict=True)
-        ]
-        return d_x, filled
+    def per_group(group: jax.Array, sums: list[jax.Array], state: Any) -> Any:
+        d_x, d_weights = state
+        pairs = zip(d_weights, sums, strict=True)
+        return d_x, [row_tiles.put_group(d, group, total) for d, total in pairs]
 
     init = zeros(x.shape, x.dtype), [zeros(w.shape, w.dtype) for w in weights]
-    d_x, (d_in, d_out, *d_gates) = row_tiles.for_each_group(bounds, per_group, init)
+    d_x, (d_in, d_out, *d_gates) = row_tiles.for_each_tile(
+        bounds, tiles, num_rows, per_tile, per_group, init
+    )
     return d_x, d_in, d_out, d_gates[0] if d_gates else None, None, None
 
 

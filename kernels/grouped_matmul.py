@@ -91,25 +91,19 @@ def _gmm_xla(
     width = rhs.shape[1] if transpose_rhs else rhs.shape[2]
     contract: Any = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
     bounds = row_tiles.group_bounds(group_sizes, group_offset, rhs.shape[0], num_rows)
+    tiles = row_tiles.choose_tiles(num_rows, rhs.shape[0], lhs.shape[1], width)
 
-    rows = row_tiles.tile_rows(num_rows, rhs.shape[0], lhs.shape[1], width)
-
-    def per_group(group: jax.Array, out: jax.Array) -> jax.Array:
-        matrix = row_tiles.pick(rhs, group)
-
-        def per_tile(tile: row_tiles.Tile, out: jax.Array) -> jax.Array:
-            product = jax.lax.dot_general(
-                row_tiles.take(lhs, tile),
-                matrix,
-                contract,
-                preferred_element_type=accumulator(lhs.dtype),
-            )
-            return row_tiles.put(out, tile, product)
-
-        return row_tiles.for_each_tile(bounds, group, num_rows, rows, per_tile, out)
+    def per_tile(group: jax.Array, tile: row_tiles.Tile, out: jax.Array) -> tuple[jax.Array, Any]:
+        product = jax.lax.dot_general(
+            row_tiles.take(lhs, tile),
+            row_tiles.pick(rhs, group),
+            contract,
+            preferred_element_type=accumulator(lhs.dtype),
+        )
+        return row_tiles.put(out, tile, product), ()
 
     (out,) = match_varying(jnp.zeros((num_rows, width), out_dtype), lhs)[:1]
-    return row_tiles.for_each_group(bounds, per_group, out)
+    return row_tiles.for_each_tile(bounds, tiles, num_rows, per_tile, lambda _, __, out: out, out)
 
 
 def _tgmm_xla(
@@ -123,25 +117,22 @@ def _tgmm_xla(
     num_rows = lhs.shape[0]
     acc = accumulator(lhs.dtype)
     bounds = row_tiles.group_bounds(group_sizes, group_offset, num_groups, num_rows)
-
-    rows = row_tiles.tile_rows(num_rows, num_groups, lhs.shape[1], grad.shape[1])
+    tiles = row_tiles.choose_tiles(num_rows, num_groups, lhs.shape[1], grad.shape[1])
     zeros = jnp.zeros((num_groups, lhs.shape[1], grad.shape[1]), out_dtype)
     out, _ = match_varying(zeros, lhs)
-    total, _ = match_varying(jnp.zeros(zeros.shape[1:], acc), lhs)
 
-    def per_group(group: jax.Array, out: jax.Array) -> jax.Array:
-        def per_tile(tile: row_tiles.Tile, total: jax.Array) -> jax.Array:
-            return total + jax.lax.dot_general(
-                row_tiles.take(lhs, tile),
-                row_tiles.take(grad, tile),
-                (((0,), (0,)), ((), ())),
-                preferred_element_type=acc,
-            )
+    def per_tile(_: jax.Array, tile: row_tiles.Tile, out: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return out, jax.lax.dot_general(
+            row_tiles.take(lhs, tile),
+            row_tiles.take(grad, tile),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=acc,
+        )
 
-        summed = row_tiles.for_each_tile(bounds, group, num_rows, rows, per_tile, total)
-        return row_tiles.put_group(out, group, summed)
+    def per_group(group: jax.Array, total: jax.Array, out: jax.Array) -> jax.Array:
+        return row_tiles.put_group(out, group, total)
 
-    return row_tiles.for_each_group(bounds, per_group, out)
+    return row_tiles.for_each_tile(bounds, tiles, num_rows, per_tile, per_group, out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))

@@ -4,7 +4,8 @@ Rows are sorted by group, so a tile is a slice and its result is written back in
 gather, no padding and no work for groups without rows. Tiles start where their group starts, so
 that a tile never needs two experts; rows of other groups that a tile overhangs into are masked.
 
-Tile size: see `tile_rows`.
+Groups near the mean size go as one tile that just holds them, all others by tiles of a size that
+suits any group: see `Tiles`.
 """
 
 from __future__ import annotations
@@ -43,12 +44,28 @@ def group_bounds(
     return bounds[jnp.clip(index, 0, last)], bounds[jnp.clip(index + 1, 0, last)]
 
 
-def tile_rows(num_rows: int, num_groups: int, depth: int, width: int) -> int:
-    """Rows a tile for products with matrices of [depth, width].
+class Tiles(NamedTuple):
+    """How many rows a tile has, by size of its group; all static.
 
-    The mean group, as a power of two between 8 and 128: a tile's masked rows are wasted work, and
-    each tile reads its matrices once. A product of fewer than SPLIT_WORK multiplications
-    stays on one core, so where groups are large enough, tiles of small matrices grow up to that.
+    rows: of groups that fit no entry of `whole`, in as many tiles as it takes.
+    whole: rising sizes above `rows`; a group of more than `rows` rows that fits one is one tile.
+
+    A product of all of a group's rows with its matrix packs the matrix once, and with a choice of
+    sizes near the mean few rows are masked, which are wasted work: routers that balance their load
+    give most experts such a group.
+    """
+
+    rows: int
+    whole: tuple[int, ...] = ()
+
+
+def choose_tiles(num_rows: int, num_groups: int, depth: int, width: int) -> Tiles:
+    """Tiles for products with matrices of [depth, width].
+
+    The mean group, as a power of two between 8 and 128. Groups up to the mean, and up to an eighth
+    above it, both rounded up to 32 rows, go whole, where the mean is neither tiny nor above
+    LARGEST_WHOLE. A product of fewer than SPLIT_WORK multiplications stays on one core, so where
+    groups are large enough, tiles of small matrices grow up to that.
     """
     mean = num_rows // num_groups
     rows = 8
@@ -57,42 +74,76 @@ def tile_rows(num_rows: int, num_groups: int, depth: int, width: int) -> int:
     shared = -(-SPLIT_WORK // (depth * width) // 32) * 32
     if rows < shared <= mean:
         rows = shared
-    return min(rows, num_rows)
+    whole: tuple[int, ...] = ()
+    if 16 <= mean <= LARGEST_WHOLE:
+        whole = tuple(-(-n // 32) * 32 for n in (mean, mean + mean // 8))
+    return Tiles(min(rows, num_rows), tuple(n for n in sorted(set(whole)) if rows < n <= num_rows))
 
 
 #: Multiplications from which XLA was seen to spread one product over two cores.
 SPLIT_WORK = 3 << 22
-
-
-def for_each_group(
-    bounds: tuple[jax.Array, jax.Array], body: Callable[[jax.Array, Any], Any], init: Any
-) -> Any:
-    """Run `state = body(group, state)` over all groups that have rows, in order."""
-    held = bounds[1] > bounds[0]
-    order = jnp.argsort(~held, stable=True).astype(jnp.int32)
-    return jax.lax.fori_loop(
-        0, jnp.sum(held, dtype=jnp.int32), lambda i, state: body(order[i], state), init
-    )
+#: Rows from which a larger tile was not seen to be faster.
+LARGEST_WHOLE = 512
 
 
 def for_each_tile(
     bounds: tuple[jax.Array, jax.Array],
-    group: jax.Array,
+    tiles: Tiles,
     num_rows: int,
-    rows: int,
-    body: Callable[[Tile, Any], Any],
+    body: Callable[[jax.Array, Tile, Any], tuple[Any, Any]],
+    done: Callable[[jax.Array, Any, Any], Any],
     init: Any,
 ) -> Any:
-    """Run `state = body(tile, state)` over all tiles of one group, in order of rows."""
-    first, end = bounds[0][group], bounds[1][group]
+    """Run over all tiles of all groups that have rows.
 
-    def step(i: jax.Array, state: Any) -> Any:
-        begin = first + i * rows
+        for each group:
+            for each of its tiles, in order of rows:  state, value = body(group, tile, state)
+            state = done(group, sum of the values, state)
+
+    value: a tree of arrays, () where a group has nothing to sum. The groups' order is not promised.
+    """
+    first, end = bounds
+    sizes = end - first
+    fits = [(sizes > tiles.rows) & (sizes <= n) for n in tiles.whole]
+    fits = [f & ~g for f, g in zip(fits, [jnp.zeros_like(sizes, bool), *fits], strict=False)]
+
+    def tile_at(group: jax.Array, i: jax.Array | int, rows: int) -> Tile:
+        begin = first[group] + i * rows
         start = jnp.minimum(begin, num_rows - rows)
         row = start + jnp.arange(rows, dtype=jnp.int32)[:, None]
-        return body(Tile(start, (row >= begin) & (row < end)), state)
+        return Tile(start, (row >= begin) & (row < end[group]))
 
-    return jax.lax.fori_loop(0, (end - first + rows - 1) // rows, step, init)
+    def in_one(rows: int) -> Callable[[jax.Array, Any], Any]:
+        def per_group(group: jax.Array, state: Any) -> Any:
+            state, value = body(group, tile_at(group, 0, rows), state)
+            return done(group, value, state)
+
+        return per_group
+
+    def in_several(group: jax.Array, state: Any) -> Any:
+        # The first tile's values start the sum: nothing is filled with zeros to be added to.
+        first_of = body(group, tile_at(group, 0, tiles.rows), state)
+
+        def step(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            state, value = body(group, tile_at(group, i, tiles.rows), carry[0])
+            return state, jax.tree.map(jnp.add, carry[1], value)
+
+        count = (sizes[group] + tiles.rows - 1) // tiles.rows
+        state, value = jax.lax.fori_loop(1, count, step, first_of)
+        return done(group, value, state)
+
+    rest = (sizes > 0) & ~sum(fits, start=jnp.zeros_like(sizes, bool))
+    state = _over(rest, in_several, init)
+    for rows, chosen in zip(tiles.whole, fits, strict=True):
+        state = _over(chosen, in_one(rows), state)
+    return state
+
+
+def _over(chosen: jax.Array, body: Callable[[jax.Array, Any], Any], state: Any) -> Any:
+    """Run `state = body(group, state)` over the chosen groups, [E] bool."""
+    order = jnp.argsort(~chosen, stable=True).astype(jnp.int32)
+    count = jnp.sum(chosen, dtype=jnp.int32)
+    return jax.lax.fori_loop(0, count, lambda i, state: body(order[i], state), state)
 
 
 def take(x: jax.Array, tile: Tile) -> jax.Array:
