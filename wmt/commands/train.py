@@ -49,7 +49,7 @@ def run(a: argparse.Namespace) -> None:
     data = TrainingData(source.text, tokenizer, train_config)
     if not begun:  # all input is read and fits: only now is anything written
         write_bytes(vocabulary, tokenizer.model)
-    out.print(account_table(source.title, source.accounts, {"over buckets": data.too_long}))
+    out.print(account_table(source.title, source.accounts, {"no bucket": data.too_long}))
 
     with bar("training", "steps", enabled=sys.stderr.isatty()) as progress:
 
