@@ -11,7 +11,7 @@ import numpy as np
 
 from taskmoe.moe import MoEConfig
 
-SideRouting = Literal["dense", "token", "sentence", "target", "source", "pair"]
+SideRouting = Literal["dense", "token", "sentence", "target", "source", "pair", "static"]
 TASK_LEVELS = ("target", "source", "pair")
 
 
@@ -69,7 +69,8 @@ class ModelConfig(_Json):
     pairs: the translation directions, like "en-de"; their order is the order of task ids.
     vocab_size: of the shared SentencePiece vocabulary.
     encoder, decoder: routing of the mixture layers on each side: "dense" (no mixture), "token",
-      "sentence", or a task level: "target" language, "source" language or "pair".
+      "sentence", a task level ("target" language, "source" language or "pair"), or "static": the
+      i-th target language has experts i*top_k, i*top_k + 1, ..., modulo num_experts, for good.
     encoder_wide_d_ff, decoder_wide_d_ff: hidden width of the feed-forward layers that stand where
       the mixtures would, on a dense side. None is `top_k * d_ff`: equal compute per token with a
       mixture, and what an extracted sub-network has. The paper's dense baseline has d_ff.
@@ -126,6 +127,12 @@ class ModelConfig(_Json):
         if routing == "dense":
             return None
         by_task = routing in TASK_LEVELS
+        table = None
+        if routing == "static":
+            first = [task * self.top_k for task in range(len(self.tasks(side)))]
+            table = tuple(
+                tuple((at + j) % self.num_experts for j in range(self.top_k)) for at in first
+            )
         return MoEConfig(
             d_model=self.d_model,
             d_ff=self.d_ff,
@@ -133,13 +140,14 @@ class ModelConfig(_Json):
             top_k=self.top_k,
             routing="task" if by_task else routing,
             num_tasks=len(self.tasks(side)) if by_task else 0,
-            capacity_factor=None if by_task else self.capacity_factor,
+            table=table,
+            capacity_factor=None if by_task or table else self.capacity_factor,
         )
 
     def task_name(self, side: str, pair: str) -> str | None:
         """The task that a direction is on a side; None where that is not task-routed."""
         source, target = split_pair(pair)
-        names = {"target": target, "source": source, "pair": pair}
+        names = {"target": target, "static": target, "source": source, "pair": pair}
         return names.get(getattr(self, side))
 
     def tasks(self, side: str) -> tuple[str, ...]:
@@ -162,7 +170,8 @@ class TrainConfig(_Json):
 
     batch_tokens: source plus target positions of one step's batch, padding included.
     buckets: padded sentence lengths in tokens; longer sentences are left out (and counted).
-    row_multiple: every batch has a multiple of so many sentences, for processes to share evenly.
+    row_multiple: every part of a batch has a multiple of so many sentences, for devices to share
+      evenly.
     temperature: T of p ~ size^(1/T) over directions (the paper: 5).
     max_sentences: of each direction and source, the first so many; None is all.
     max_characters, max_ratio, deduplicate, drop_held_out: what training text is left out, see
@@ -171,6 +180,12 @@ class TrainConfig(_Json):
     schedule: "inverse_sqrt" after `warmup_steps` (the paper), or "cosine" down to 0 at `steps`.
     optimizer: "adafactor" (the paper) or "adamw". learning_rate: its peak, after warm-up.
     clip_norm: largest global gradient norm.
+    compute_dtype: of activations and of the weights as they are multiplied; the weights that the
+      optimiser keeps are float32 always, and so are norms, routing, logits and losses.
+    accumulate: parts that a batch is cut into by rows, one after the other, whose gradients are
+      added up: less memory, the same step.
+    remat: recompute each layer while gradients are taken instead of keeping its activations.
+    max_skipped: steps in a row whose gradients are not finite; each is left out, more end the run.
     """
 
     steps: int = 1000
@@ -191,13 +206,23 @@ class TrainConfig(_Json):
     label_smoothing: float = 0.1
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    accumulate: int = 1
+    remat: bool = False
+    max_skipped: int = 10
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
         self.check_types()
-        counts = ("row_multiple", "max_characters", "max_sentences", "vocab_sentences")
+        counts = (
+            "row_multiple",
+            "max_characters",
+            "max_sentences",
+            "vocab_sentences",
+            "accumulate",
+        )
         steps = ("batch_tokens", "checkpoint_every", "keep_checkpoints", "warmup_steps")
         for name in (*steps, *counts):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -207,25 +232,22 @@ class TrainConfig(_Json):
         rising = sorted(set(self.buckets)) == list(self.buckets)
         if not self.buckets or not rising or self.buckets[0] < 1:
             raise ValueError(f"buckets must be rising lengths, got {self.buckets}")
-        least = 2 * self.buckets[-1] * self.row_multiple
-        if least > self.batch_tokens:
-            rows = (
-                "one pair" if self.row_multiple == 1 else f"row_multiple={self.row_multiple} pairs"
-            )
+        rows = self.row_multiple * self.accumulate
+        if 2 * self.buckets[-1] * rows > self.batch_tokens:
+            words = "one pair" if rows == 1 else f"row_multiple={self.row_multiple} pairs"
+            words += "" if self.accumulate == 1 else f" in each of {self.accumulate} parts"
             raise ValueError(
-                f"batch_tokens must hold {rows} of the longest bucket, {least}, "
-                f"got {self.batch_tokens}"
+                f"batch_tokens must hold {words} of the longest bucket, "
+                f"{2 * self.buckets[-1] * rows}, got {self.batch_tokens}"
             )
         if self.max_ratio < 1:
             raise ValueError(f"max_ratio must be at least 1, got {self.max_ratio}")
         for name in ("temperature", "learning_rate", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.weight_decay < 0 or self.seed < 0:
-            raise ValueError(
-                "weight_decay and seed must be at least 0, "
-                f"got weight_decay={self.weight_decay}, seed={self.seed}"
-            )
+        for name in ("weight_decay", "seed", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
 

@@ -110,9 +110,9 @@ class TrainingData:
     def batch_rows(self, length: int) -> int:
         """Sentences in a batch of a bucket: `batch_tokens` source plus target positions.
 
-        Rounded down to a multiple of `row_multiple`.
+        Rounded down so that each of `accumulate` parts has a multiple of `row_multiple`.
         """
-        multiple = self.config.row_multiple
+        multiple = self.config.row_multiple * self.config.accumulate
         return self.config.batch_tokens // (2 * length) // multiple * multiple
 
     def batch(self, step: int, shard: tuple[int, int] = (0, 1)) -> Batch:

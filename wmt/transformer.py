@@ -15,6 +15,15 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from taskmoe import moe
+from taskmoe.wmt.attention import (
+    attend,
+    attend_cached,
+    by_head,
+    cross_key_value,
+    qkv,
+    query,
+    rms_norm,
+)
 from taskmoe.wmt.config import ModelConfig
 
 Params = dict[str, Any]
@@ -117,25 +126,28 @@ def encode(
     mesh: jax.sharding.Mesh | None = None,
     strategy: str = "all_to_all",
     key: jax.Array | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, list[moe.Metrics]]:
-    """Encode source ids [B, S] i32 with valid [B, S] bool; returns [B, S, D] f32 and metrics.
+    """Encode source ids [B, S] i32 with valid [B, S] bool; returns [B, S, D] and metrics.
 
+    The result has the parameters' dtype, f32 or bf16; norms and routing are f32 always.
     task: [B] i32 or scalar on a task-routed encoder, else None. mesh, strategy: as in `moe.apply`,
-    for expert parallelism. key: of dropout; None is off.
+    for expert parallelism. key: of dropout; None is off. remat: gradients recompute what a layer
+    does instead of keeping it (Chen et al. 2016, arXiv 1604.06174).
     """
     x = _embed(params["embedding"], source, jnp.arange(source.shape[1]))
     mask = valid[:, None, None, :]
-    drop = _Dropout(config.dropout, key)
-    reports: list[moe.Metrics] = []
-    for layer in params["encoder"]:
-        q, k, v = _qkv(layer["attention"], x, config)
-        x = x + drop(_attend(layer["attention"], q, k, v, mask))
-        y, report = _feed_forward(
-            layer["feed_forward"], config.moe("encoder"), x, valid, task, mesh, strategy
-        )
-        reports += report
-        x = x + drop(y)
-    return _rms_norm(x, params["encoder_norm"]), reports
+    mixture = config.moe("encoder")
+
+    def run(layer: Params, x: jax.Array, key: jax.Array | None) -> Any:
+        drop = _Dropout(config.dropout, key)
+        q, k, v = qkv(layer["attention"], x, config)
+        x = x + drop(attend(layer["attention"], q, k, v, mask))
+        y, report = _feed_forward(layer["feed_forward"], mixture, x, valid, task, mesh, strategy)
+        return x + drop(y), report
+
+    x, reports = _through(run, params["encoder"], x, key, remat)
+    return rms_norm(x, params["encoder_norm"]), reports
 
 
 def decode(
@@ -150,30 +162,46 @@ def decode(
     mesh: jax.sharding.Mesh | None = None,
     strategy: str = "all_to_all",
     key: jax.Array | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, list[moe.Metrics]]:
     """Logits [B, L, V] f32 of the next token at each position of target ids [B, L], and metrics.
 
     memory, memory_valid: from `encode`. valid: [B, L] bool, target positions that count. task,
-    mesh, strategy, key: as in `encode`, of the decoder.
+    mesh, strategy, key, remat: as in `encode`, of the decoder.
     """
     length = target.shape[1]
     x = _embed(_target_embedding(params), target, jnp.arange(length))
     causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
     cross_mask = memory_valid[:, None, None, :]
     sentence = _sentence(config, memory, memory_valid)
-    drop = _Dropout(config.dropout, key)
-    reports: list[moe.Metrics] = []
-    for layer in params["decoder"]:
-        q, k, v = _qkv(layer["attention"], x, config)
-        x = x + drop(_attend(layer["attention"], q, k, v, causal))
-        k, v = _cross_key_value(layer["cross"], memory, config)
-        x = x + drop(_attend(layer["cross"], _query(layer["cross"], x, config), k, v, cross_mask))
+    mixture = config.moe("decoder")
+
+    def run(layer: Params, x: jax.Array, key: jax.Array | None) -> Any:
+        drop = _Dropout(config.dropout, key)
+        q, k, v = qkv(layer["attention"], x, config)
+        x = x + drop(attend(layer["attention"], q, k, v, causal))
+        k, v = cross_key_value(layer["cross"], memory, config)
+        x = x + drop(attend(layer["cross"], query(layer["cross"], x, config), k, v, cross_mask))
         y, report = _feed_forward(
-            layer["feed_forward"], config.moe("decoder"), x, valid, task, mesh, strategy, sentence
+            layer["feed_forward"], mixture, x, valid, task, mesh, strategy, sentence
         )
-        reports += report
-        x = x + drop(y)
+        return x + drop(y), report
+
+    x, reports = _through(run, params["decoder"], x, key, remat)
     return _logits(params, x), reports
+
+
+def _through(
+    run: Any, layers: list[Params], x: jax.Array, key: jax.Array | None, remat: bool
+) -> tuple[jax.Array, list[moe.Metrics]]:
+    """x through all layers, `x, reports = run(layer, x, key)` each, and all their reports."""
+    if remat:
+        run = jax.checkpoint(run)
+    reports: list[moe.Metrics] = []
+    for i, layer in enumerate(layers):
+        x, report = run(layer, x, None if key is None else jax.random.fold_in(key, i))
+        reports += report
+    return x, reports
 
 
 def start_cache(
@@ -193,7 +221,7 @@ def start_cache(
     shape = (memory.shape[0] * beam, heads, length, config.d_model // heads)
     empty = tuple(jnp.zeros(shape, memory.dtype) for _ in params["decoder"])
     cross = [
-        [_by_head(x) for x in _cross_key_value(layer["cross"], memory, config)]
+        [by_head(x) for x in cross_key_value(layer["cross"], memory, config)]
         for layer in params["decoder"]
     ]
     sentence = _sentence(config, memory, memory_valid)
@@ -232,14 +260,14 @@ def decode_step(
         sentence = jnp.repeat(cache.sentence, rows // sentences, axis=0)
     keys, values = [], []
     for i, layer in enumerate(params["decoder"]):
-        q, k, v = _qkv(layer["attention"], x, config)
-        k, v = _by_head(k), _by_head(v)
+        q, k, v = qkv(layer["attention"], x, config)
+        k, v = by_head(k), by_head(v)
         keys.append(jax.lax.dynamic_update_slice_in_dim(cache.self_key[i], k, position, 2))
         values.append(jax.lax.dynamic_update_slice_in_dim(cache.self_value[i], v, position, 2))
-        x = x + _attend_cached(layer["attention"], q, keys[-1], values[-1], seen)
+        x = x + attend_cached(layer["attention"], q, keys[-1], values[-1], seen)
         # A sentence's hypotheses read the same keys: to attention they are its positions.
-        q = _query(layer["cross"], x, config).reshape(sentences, rows // sentences, *q.shape[2:])
-        y = _attend_cached(layer["cross"], q, cache.cross_key[i], cache.cross_value[i], cross_mask)
+        q = query(layer["cross"], x, config).reshape(sentences, rows // sentences, *q.shape[2:])
+        y = attend_cached(layer["cross"], q, cache.cross_key[i], cache.cross_value[i], cross_mask)
         x = x + y.reshape(x.shape)
         y, _ = _feed_forward(
             layer["feed_forward"],
@@ -269,16 +297,13 @@ class _Dropout:
         return jnp.where(keep, x / (1 - self.rate), 0)
 
 
-def _rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
-
-
 def _embed(embedding: jax.Array, ids: jax.Array, positions: jax.Array) -> jax.Array:
     """Scaled embeddings plus sinusoidal positions (Vaswani et al. 2017, 3.4, 3.5): [B, S, D]."""
     d = embedding.shape[1]
     rate = jnp.exp(jnp.arange(0, d, 2) * (-jnp.log(10000.0) / d))
     angle = positions[:, None] * rate
-    return embedding[ids] * d**0.5 + jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    wave = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    return embedding[ids] * d**0.5 + wave.astype(embedding.dtype)
 
 
 def with_softmax(params: Params) -> Params:
@@ -305,46 +330,9 @@ def _target_embedding(params: Params) -> jax.Array:
 
 
 def _logits(params: Params, x: jax.Array) -> jax.Array:
-    x = _rms_norm(x, params["decoder_norm"])
-    return x @ (params["softmax"] if "softmax" in params else params["embedding"].T)
-
-
-def _heads(x: jax.Array, config: ModelConfig) -> jax.Array:
-    return x.reshape(*x.shape[:2], config.num_heads, -1)
-
-
-def _qkv(p: Params, x: jax.Array, config: ModelConfig) -> list[jax.Array]:
-    fused = _rms_norm(x, p["norm"]) @ p["qkv"]
-    return [_heads(part, config) for part in jnp.split(fused, 3, axis=-1)]
-
-
-def _query(p: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
-    return _heads(_rms_norm(x, p["norm"]) @ p["query"], config)
-
-
-def _cross_key_value(p: Params, memory: jax.Array, config: ModelConfig) -> list[jax.Array]:
-    return [_heads(part, config) for part in jnp.split(memory @ p["kv"], 2, axis=-1)]
-
-
-def _attend(p: Params, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """q [B, T, H, D/H], k and v [B, S, H, D/H], mask broadcasting to [B, H, T, S]."""
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask)
-    return out.reshape(*q.shape[:2], -1) @ p["out"]
-
-
-def _by_head(x: jax.Array) -> jax.Array:
-    """[B, S, H, D/H] -> [B, H, S, D/H]."""
-    return jnp.swapaxes(x, 1, 2)
-
-
-def _attend_cached(
-    p: Params, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
-) -> jax.Array:
-    """As `_attend`, with k and v [B, H, S, D/H], so that no step copies a cache to transpose it."""
-    scores = jnp.einsum("bthd,bhsd->bhts", q, k) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min))
-    out = jnp.einsum("bhts,bhsd->bthd", weights, v)
-    return out.reshape(*q.shape[:2], -1) @ p["out"]
+    x = rms_norm(x, params["decoder_norm"])
+    softmax = params["softmax"] if "softmax" in params else params["embedding"].T
+    return jnp.matmul(x, softmax, preferred_element_type=jnp.float32)
 
 
 def _sentence(config: ModelConfig, memory: jax.Array, valid: jax.Array) -> jax.Array | None:
@@ -370,7 +358,7 @@ def _feed_forward(
     sentence: jax.Array | None = None,
 ) -> tuple[jax.Array, list[moe.Metrics]]:
     """The feed-forward branch, dense or mixture, and the metrics of a mixture."""
-    x = _rms_norm(x, p["norm"])
+    x = rms_norm(x, p["norm"])
     if "ffn" in p:
         return moe.ffn(p["ffn"], x), []
     assert mixture is not None  # the parameters were made by the same configuration

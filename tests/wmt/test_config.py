@@ -42,7 +42,9 @@ TRAIN_FIELDS: list[tuple[Any, str]] = [
     ({"learning_rate": -1.0}, "learning_rate must be above 0"),
     ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
     ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
-    ({"seed": -1}, "seed=-1"),
+    ({"seed": -1}, "seed must be at least 0, got -1"),
+    ({"compute_dtype": "float16"}, "compute_dtype must be one of float32, bfloat16"),
+    ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
 ]
 
 
