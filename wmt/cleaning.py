@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from taskmoe.wmt.config import TrainConfig, split_pair
@@ -124,21 +124,24 @@ def _is_in(line: str, held: set[str]) -> bool:
 
 
 def account_table(
-    title: str, accounts: Mapping[str, Account], columns: Mapping[str, Mapping[str, Any]]
+    title: str, accounts: Mapping[str, Account], columns: Mapping[str, Mapping[str, int]]
 ) -> Table:
     """A table with a row a direction and a column a reason, sums below where there are several.
 
     columns: further ones, name -> direction -> number.
     """
-    table = Table(title=title, show_footer=len(accounts) > 1)
-    table.add_column("direction", "all", no_wrap=True)
+    table = Table(title=title, show_footer=len(accounts) > 1, box=box.SIMPLE, padding=(0, 0, 0, 1))
+    names = ["direction", *accounts]
+    table.add_column("direction", "all", min_width=max(map(len, names)))
     numbers = {name: {p: a.to_dict()[name] for p, a in accounts.items()} for name in _ORDER}
-    for name, values in {**numbers, **columns}.items():
-        total = sum(values.values())
-        table.add_column(_HEADS.get(name, name), f"{total:,}", justify="right")
+    numbers |= {name: dict(values) for name, values in columns.items()}
+    for name, values in numbers.items():
+        head, total = _HEADS.get(name, name), f"{sum(values.values()):,}"
+        # A number is never cut off, however narrow the terminal.
+        width = max(len(total), *map(len, head.split()))
+        table.add_column(head, total, justify="right", min_width=width)
     for pair in accounts:
-        row = [*(n[pair] for n in numbers.values()), *(c[pair] for c in columns.values())]
-        table.add_row(pair, *(f"{value:,}" for value in row))
+        table.add_row(pair, *(f"{values[pair]:,}" for values in numbers.values()))
     return table
 
 
