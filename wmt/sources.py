@@ -83,10 +83,18 @@ class TsvFile:
 def cache_folder(path: Path | None = None) -> Path:
     """Where what can be made again is kept: `path`, else `taskmoe` in the user's cache folder.
 
-    That is $XDG_CACHE_HOME, by default ~/.cache.
+    That is $XDG_CACHE_HOME, by default ~/.cache. The folder is made where it is not there; raises
+    InputError where it cannot be.
     """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return path or Path(home).expanduser() / "taskmoe"
+    folder = path or Path(home).expanduser() / "taskmoe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cache folder {folder}: {error.strerror}; name another with --cache"
+        ) from None
+    return folder
 
 
 def open_source(
@@ -106,6 +114,8 @@ def open_source(
     if not at or split not in SPLITS:
         word, split = name, ""
     kind, colon, rest = word.partition(":")
+    if not word or (kind in ("hf", "sacrebleu") and colon and not rest):
+        raise InputError(f"{name!r} names no source")
     if kind == "sacrebleu" and colon:
         return SacreBleu(rest, split or None)
     if is_tsv(Path(word)) and not Path(word).is_dir():

@@ -1,5 +1,6 @@
 """The embedded corpus: deterministic, whole, and disjoint by content."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +108,30 @@ def test_an_interrupted_corpus_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         cldr.write_corpus(tmp_path / "c", SMALL, progress=stop)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_that_write_the_same_corpus_get_on(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+
+    def other_is_faster(done: int, total: int) -> None:
+        if done == total:
+            shutil.copytree(corpus, folder)
+
+    cldr.write_corpus(folder, SMALL, progress=other_is_faster)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in corpus.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+    def other_is_another(done: int, total: int) -> None:
+        if done == total:
+            (tmp_path / "d").mkdir()
+            (tmp_path / "d" / "corpus.json").write_text("{}")
+
+    with pytest.raises(OSError, match="not empty"):
+        cldr.write_corpus(tmp_path / "d", SMALL, progress=other_is_another)
+
+
+def test_a_corpus_is_known_by_all_that_it_is_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {cldr.fingerprint(SMALL), cldr.fingerprint(cldr.CldrConfig(61, 10, 10))}
+    assert cldr.fingerprint(SMALL) in names
+    monkeypatch.setattr(cldr.metadata, "version", lambda package: f"{package} 9")
+    assert len(names | {cldr.fingerprint(SMALL)}) == 3

@@ -302,7 +302,26 @@ def test_the_embedded_corpus_is_written_into_the_cache_once(
     assert (folder / "corpus.json").stat().st_mtime_ns == before
 
 
-# Any bytes
+# Any bytes, and any name
+
+
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.given(
+    kind=st.sampled_from(["", "hf:", "sacrebleu:", "cldr"]),
+    name=st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    end=st.sampled_from(["", ".tsv", ".tsv.gz", "@test", ".tsv@valid", "/de-en"]),
+)
+def test_any_name_is_a_source_or_one_clear_error(kind: str, name: str, end: str) -> None:
+    def refuse(*_: object, **__: object) -> Any:
+        raise ConnectionError("no network")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", refuse)
+        source = f"{kind}gone-{name}{end}" if name else f"{kind}{end}"
+        if source not in ("cldr", "/de-en"):
+            with pytest.raises(InputError):
+                open_source(source).pairs("train")
+
 
 LINES = st.lists(
     st.one_of(

@@ -12,6 +12,7 @@ import sentencepiece
 
 from taskmoe.tests.wmt import support
 from taskmoe.wmt import vocabulary
+from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.folders import Pairs
 from taskmoe.wmt.sources import cache_folder
 from taskmoe.wmt.tokenizer import Tokenizer, train_tokenizer
@@ -138,3 +139,6 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "taskmoe"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cache folder .*file: .*; name another with --cache"):
+        cache_folder(tmp_path / "file")
