@@ -288,6 +288,7 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "optimizer": "adafactor",
             "learning_rate": 0.015,  # 3.0 / sqrt(warm-up)
             "warmup_steps": 40000,
+            "vocab_sentences": 2_000_000,
             "checkpoint_every": 1000,
             "steps": 200000,
         },
@@ -307,6 +308,7 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "optimizer": "adafactor",
             "learning_rate": 0.015,  # 3.0 / sqrt(warm-up)
             "warmup_steps": 40000,
+            "vocab_sentences": 2_000_000,
             "checkpoint_every": 1000,
             "steps": 200000,
         },
