@@ -1,4 +1,4 @@
-"""Command line: `python -m taskmoe.bench demo | ops | exchange | task | tpu | report`.
+"""Command line: `python -m taskmoe.bench demo | ops | exchange | task | tpu | check | report`.
 
 Each takes --json FILE and --help.
 """
@@ -20,6 +20,7 @@ COMMANDS = {
     "exchange": "taskmoe.bench.exchange",
     "task": "taskmoe.bench.task_path",
     "tpu": "taskmoe.bench.tpu_lab",
+    "check": "taskmoe.bench.check",
     "report": "taskmoe.bench.report",
 }
 

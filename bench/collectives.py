@@ -10,6 +10,7 @@ device arrives and ends when the data are there, so its time has two parts:
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections import defaultdict
@@ -29,6 +30,13 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 
+#: Bytes of an element of what may travel.
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+_COLLECTIVE = re.compile(
+    rf"= (?P<result>.+?) (?P<kind>{'|'.join(COLLECTIVES)})(?P<form>-start|-done|)\("
+)
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+
 
 def count_collectives(hlo: str) -> dict[str, int]:
     """Instructions of each kind of collective in an optimised HLO text; those that occur only.
@@ -41,6 +49,26 @@ def count_collectives(hlo: str) -> dict[str, int]:
         if found:
             counts[kind] = len(found)
     return counts
+
+
+def collective_bytes(hlo: str) -> dict[str, int]:
+    """Bytes of what each kind of collective returns on one device, those that occur only.
+
+    Of an asynchronous pair, what its end returns. Raises ValueError for an element of unknown
+    width, so that none is counted as nothing.
+    """
+    found: dict[str, int] = {}
+    for line in hlo.splitlines():
+        match = _COLLECTIVE.search(line)
+        if match is None or match["form"] == "-start":
+            continue
+        size = 0
+        for dtype, shape in _ARRAY.findall(match["result"]):
+            if dtype not in WIDTHS:
+                raise ValueError(f"element of unknown width in a collective: {line.strip()[:200]}")
+            size += WIDTHS[dtype] * math.prod(int(n) for n in shape.split(",") if n)
+        found[match["kind"]] = found.get(match["kind"], 0) + size
+    return found
 
 
 class Communication(NamedTuple):

@@ -15,13 +15,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
 from taskmoe.bench import machine
 from taskmoe.bench.collectives import count_collectives, profile_communication
 from taskmoe.bench.exchange import DONE
+from taskmoe.bench.serving import place
 from taskmoe.bench.timing import alternate
 from taskmoe.moe.exchange import EXPERT_AXIS, Peers, rows_sent
 from taskmoe.wmt.command_line import write_text
@@ -61,16 +62,6 @@ def main() -> None:
                 print(f"{DONE}{len(result['shapes'])}", flush=True)
     if process == 0:
         write_text(Path(spec["results"]), json.dumps(result))
-
-
-def place(mesh: Mesh, tree: Any, spec: Any) -> Any:
-    """Arrays that every process holds whole, laid out over all of them."""
-
-    def one(leaf: Any, s: P) -> jax.Array:
-        leaf = np.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, s), lambda i: leaf[i])
-
-    return jax.tree.map(one, tree, spec)
 
 
 def measure_layer(

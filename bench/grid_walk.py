@@ -28,12 +28,14 @@ from taskmoe.kernels import tiling
 class KernelCall:
     """One recorded call: its name, what it declares to cost, and HBM bytes of its operands.
 
+    steps: of its grid
     walked_bytes: bytes of all operands that travel in blocks
     copies_by_hand: whether it also has operands in HBM that it copies from itself
     """
 
     name: str
     cost: pl.CostEstimate | None
+    steps: int
     walked_bytes: int
     copies_by_hand: bool
 
@@ -106,7 +108,8 @@ def _record(
     ]
     # The compiler names a kernel without a name after the function that it was called in.
     name = options.get("name") or getattr(kernel, "__qualname__", "kernel").split(".")[0]
-    return KernelCall(name, options.get("cost_estimate"), sum(walked), any(by_hand))
+    steps = math.prod(int(size) for size in grid)
+    return KernelCall(name, options.get("cost_estimate"), steps, sum(walked), any(by_hand))
 
 
 def walk_bytes(block: pl.BlockSpec, array: Any, grid: Sequence[int], scalars: Sequence[Any]) -> int:

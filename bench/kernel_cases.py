@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import combine, dispatch, expert_ffn, gmm, tgmm, top_k_gating
+from taskmoe.kernels.tiling import Tiling
 
 #: Chip -> topology that the compiler knows and the version that Pallas knows its limits by.
 CHIPS = {
@@ -33,6 +34,7 @@ CHIPS = {
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 DIRECTIONS = ("forward", "backward")
 OPS = ("top_k_gating", "dispatch", "combine", "gmm", "tgmm", "expert_ffn", "expert_ffn_gated")
+TILED = ("gmm", "tgmm", "expert_ffn", "expert_ffn_gated")
 #: Who else has which op.
 OTHERS = {"megablox": ("gmm", "tgmm"), "tokamax": ("gmm",)}
 MEGABLOX = "jax.experimental.pallas.ops.tpu.megablox.gmm"
@@ -58,7 +60,11 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One line of the table: an op by its name, whose it is, and what it is compiled for."""
+    """One line of the table: an op by its name, whose it is, and what it is compiled for.
+
+    tiling: blocks of m, k and n in place of those that the op chooses; our gmm, tgmm and expert_ffn
+    take them.
+    """
 
     op: str
     by: str
@@ -66,6 +72,7 @@ class Case:
     chip: str
     dtype: str
     shape: str
+    tiling: tuple[int, int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,16 +152,19 @@ def program(case: Case) -> Program:
     if case.by != "taskmoe":
         return Program(*_of_others(case, x, up, wide, sizes))
     mosaic: Any = {"implementation": "mosaic"}
+    if case.tiling is not None and case.op not in TILED:
+        raise ValueError(f"{case.op} takes no tiling; {', '.join(TILED)} do")
+    tiled = mosaic | ({} if case.tiling is None else {"tiling": Tiling(*case.tiling)})
 
     def gating(logits: Any) -> Any:
         found = top_k_gating(logits, k, **mosaic)
         return found.weights, found.mean_probs, found.z_loss
 
     def ffn(x: Any, w_in: Any, w_out: Any, sizes: Any) -> Any:
-        return expert_ffn(x, w_in, w_out, sizes, activation="relu", **mosaic)
+        return expert_ffn(x, w_in, w_out, sizes, activation="relu", **tiled)
 
     def gated(x: Any, w_in: Any, w_out: Any, w_gate: Any, sizes: Any) -> Any:
-        return expert_ffn(x, w_in, w_out, sizes, activation="silu", w_gate=w_gate, **mosaic)
+        return expert_ffn(x, w_in, w_out, sizes, activation="silu", w_gate=w_gate, **tiled)
 
     programs: dict[str, tuple[Any, list[Any], int]] = {
         "top_k_gating": (gating, [array((t, e), dtype)], 1),
@@ -164,8 +174,8 @@ def program(case: Case) -> Program:
             [x, array((t, k), jnp.float32), rows],
             2,
         ),
-        "gmm": (functools.partial(gmm, **mosaic), [x, up, sizes], 2),
-        "tgmm": (functools.partial(tgmm, **mosaic), [x, wide, sizes], 2),
+        "gmm": (functools.partial(gmm, **tiled), [x, up, sizes], 2),
+        "tgmm": (functools.partial(tgmm, **tiled), [x, wide, sizes], 2),
         "expert_ffn": (ffn, [x, up, down, sizes], 3),
         "expert_ffn_gated": (gated, [x, up, down, up, sizes], 4),
     }

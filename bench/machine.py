@@ -27,6 +27,19 @@ def describe() -> dict[str, str]:
     return facts | {"commit": _commit() or "of no checkout"}
 
 
+def cpu_details() -> str:
+    """What tells CPUs of one name apart: family, model, stepping, cache and cores."""
+    wanted = ("cpu family", "model", "stepping", "cache size")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    except OSError:
+        lines = []
+    pairs = [line.split(":", 1) for line in lines if ":" in line]
+    told = {name.strip(): value.strip() for name, value in pairs}
+    words = [f"{name} {told[name]}" for name in wanted if name in told]
+    return ", ".join([*words, f"{_cores()} cores"])
+
+
 def _cores() -> int:
     """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):

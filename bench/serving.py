@@ -41,14 +41,21 @@ AXIS = "expert"
 class Served:
     """A compiled decoding program with its inputs in place.
 
-    run: starts it and returns the last logits. tokens: decoded by one run, all devices together.
-    collectives: kind -> instructions in the compiled program. params_per_device: scalars held.
+    run: starts it and returns the tokens [batch, positions]. tokens: decoded by one run, all
+    devices together. hlo: the optimised program. params_per_device: scalars held.
+    bytes_per_device: of arguments and temporaries, as XLA counts them; 0 where it does not.
     """
 
     run: Callable[[], Any]
     tokens: int
-    collectives: dict[str, int]
+    hlo: str
     params_per_device: int
+    bytes_per_device: int
+
+    @property
+    def collectives(self) -> dict[str, int]:
+        """Kind -> instructions in the optimised program."""
+        return count_collectives(self.hlo)
 
 
 def device_mesh(devices: int) -> Mesh:
@@ -59,49 +66,106 @@ def device_mesh(devices: int) -> Mesh:
     return Mesh(np.array(present[:devices]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def expert_parallel(params: Params, config: ModelConfig, batch: int, mesh: Mesh) -> Served:
-    """Decoding of `batch` sequences with the decoder's experts spread over the mesh."""
+def expert_parallel(
+    params: Params,
+    config: ModelConfig,
+    batch: int,
+    mesh: Mesh,
+    strategy: str = "all_to_all",
+    positions: int = POSITIONS,
+) -> Served:
+    """Decoding of `batch` sequences with the decoder's experts spread over the mesh.
+
+    strategy: as in `moe.apply`; with "kept" nothing travels and results are wrong.
+    """
 
     def program(params: Params, memory: jax.Array, token: jax.Array) -> jax.Array:
-        return _decode(params, config, memory, token, mesh)
+        return decode(params, config, memory, token, positions, mesh=mesh, strategy=strategy)[0]
 
-    specs = _expert_specs(params)
-    return _serve(program, params, specs, config, batch, mesh)
+    specs = expert_specs(params)
+    return _serve(program, params, specs, config, batch, mesh, positions)
 
 
-def sub_networks(models: Sequence[Params], config: ModelConfig, batch: int, mesh: Mesh) -> Served:
+def sub_networks(
+    models: Sequence[Params],
+    config: ModelConfig,
+    batch: int,
+    mesh: Mesh,
+    positions: int = POSITIONS,
+) -> Served:
     """Decoding of `batch` sequences in all, each device with its own sub-network of `models`.
 
-    config: of a sub-network, whose feed-forward layers are all dense.
+    config: of a sub-network, whose feed-forward layers are all dense. A dense model is served so
+    too, as one replica a device.
     """
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *models)
 
     def local(params: Params, memory: jax.Array, token: jax.Array) -> jax.Array:
         own = jax.tree.map(lambda leaf: leaf[0], params)
-        return _decode(own, config, memory, token, None)
+        return decode(own, config, memory, token, positions)[0]
 
-    program = jax.shard_map(local, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
+    # An empty cache is the same on every device, a filled one is not: without the check of that.
+    program = jax.shard_map(local, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False)
     specs = jax.tree.map(lambda _: P(AXIS), stacked)
-    return _serve(program, stacked, specs, config, batch, mesh)
+    return _serve(program, stacked, specs, config, batch, mesh, positions)
 
 
-def _decode(
-    params: Params, config: ModelConfig, memory: jax.Array, token: jax.Array, mesh: Mesh | None
-) -> jax.Array:
+def decode(
+    params: Params,
+    config: ModelConfig,
+    memory: jax.Array,
+    token: jax.Array,
+    positions: int,
+    task: jax.Array | None = None,
+    *,
+    mesh: Mesh | None = None,
+    strategy: str = "all_to_all",
+    keep_logits: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Greedy decoding without early exit: tokens [B, positions], and logits [B, positions, V].
+
+    memory: [B, S, D], the encoder's output, all of it valid. token: [B] i32, where to begin.
+    keep_logits: return them; else None.
+    """
     params = with_softmax(params)
     valid = jnp.ones(memory.shape[:2], bool)
-    cache = start_cache(params, config, memory, valid, POSITIONS)
+    cache = start_cache(params, config, memory, valid, positions)
 
-    def step(position: jax.Array, state: Any) -> Any:
-        token, cache, _ = state
-        logits, cache = decode_step(params, config, cache, valid, token, position, None, mesh=mesh)
-        return most_likely(logits), cache, logits
+    def step(state: Any, position: jax.Array) -> Any:
+        token, cache = state
+        logits, cache = decode_step(
+            params, config, cache, valid, token, position, task, mesh=mesh, strategy=strategy
+        )
+        chosen = most_likely(logits)
+        return (chosen, cache), (chosen, logits if keep_logits else None)
 
-    first = step(jnp.int32(0), (token, cache, None))
-    return jax.lax.fori_loop(1, POSITIONS, step, first)[2]
+    _, (tokens, logits) = jax.lax.scan(step, (token, cache), jnp.arange(positions))
+    return tokens.T, None if logits is None else logits.swapaxes(0, 1)
 
 
-def _expert_specs(params: Params) -> Any:
+def place(mesh: Mesh, tree: Any, spec: Any) -> Any:
+    """Arrays that every process holds whole, laid out over all devices of the mesh.
+
+    spec: one `PartitionSpec` for all leaves, or a tree of them.
+    """
+
+    def one(leaf: Any, s: P) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, s), lambda i: leaf[i])
+
+    if isinstance(spec, P):
+        return jax.tree.map(lambda leaf: one(leaf, spec), tree)
+    return jax.tree.map(one, tree, spec)
+
+
+def inputs(config: ModelConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """A batch to decode: what an encoder might give [B, S, D] f32, and first tokens [B] i32."""
+    rng = np.random.default_rng(0)
+    memory = rng.standard_normal((batch, SOURCE_LENGTH, config.d_model)).astype(np.float32)
+    return memory, np.full((batch,), BOS, np.int32)
+
+
+def expert_specs(params: Params) -> Any:
     """Experts over the mesh, everything else on every device."""
 
     def specs(tree: Any) -> Any:
@@ -124,29 +188,21 @@ def _serve(
     config: ModelConfig,
     batch: int,
     mesh: Mesh,
+    positions: int,
 ) -> Served:
-    rng = np.random.default_rng(0)
-    memory = rng.standard_normal((batch, SOURCE_LENGTH, config.d_model)).astype(np.float32)
-    token = np.full((batch,), BOS, np.int32)
-
-    def place(tree: Any, spec: Any) -> Any:
-        put = jax.tree.map(
-            lambda leaf, s: jax.device_put(leaf, NamedSharding(mesh, s)),
-            tree,
-            spec,
-            is_leaf=lambda leaf: isinstance(leaf, P),
-        )
-        return put
-
-    params = place(params, specs)
-    inputs = [place(memory, P(AXIS)), place(token, P(AXIS))]
-    compiled = jax.jit(program).lower(params, *inputs).compile()
+    params = place(mesh, params, specs)
+    arguments = place(mesh, inputs(config, batch), P(AXIS))
+    compiled = jax.jit(program).lower(params, *arguments).compile()
     held = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(params)]
+    memory: Any = compiled.memory_analysis()
     return Served(
-        run=lambda: compiled(params, *inputs),
-        tokens=batch * POSITIONS,
-        collectives=count_collectives(compiled.as_text() or ""),
+        run=lambda: compiled(params, *arguments),
+        tokens=batch * positions,
+        hlo=compiled.as_text() or "",
         params_per_device=sum(held),
+        bytes_per_device=0
+        if memory is None
+        else memory.argument_size_in_bytes + memory.temp_size_in_bytes,
     )
 
 
@@ -174,6 +230,7 @@ def measure(
                 "tokens_per_s_p90": float(np.quantile(speeds, 0.9)),
                 "collectives": s.collectives,
                 "params_per_device": s.params_per_device,
+                "bytes_per_device": s.bytes_per_device,
                 "step_ms": told.step_ms / POSITIONS,
                 "transfer_share": told.transfer_share,
                 "waiting_share": told.waiting_share,

@@ -69,7 +69,7 @@ def model(
 
     A kernel takes as long as the larger of its bytes at the HBM's bandwidth and its declared FLOPs
     at the bf16 peak times the share of MXU slots that its main loop fills. The roofline is the same
-    with the least bytes and every slot filled.
+    with the least bytes and every slot filled. bundles_run: main loops times steps of the grid.
     """
     info = kernel_cases.chip_info(chip)
     filled = {kernel["kernel"]: kernel["filled"]["MXU"] for kernel in kernels}
@@ -82,7 +82,9 @@ def model(
         work = 0.0 if call.cost is None or not share else call.cost.flops / (peak * share)
         return max(call.moved_bytes / bandwidth, work)
 
+    bundles = {kernel["kernel"]: kernel["main_bundles"] for kernel in kernels}
     return {
+        "bundles_run": sum(call.steps * bundles.get(call.name, 0) for call in calls),
         "moved_bytes": sum(call.moved_bytes for call in calls),
         "floor_bytes": floor,
         "flops": flops,
@@ -132,7 +134,8 @@ def main() -> int:
     dumps = Path(sys.argv[1])
     meshes: dict[str, Mesh] = {}
     for line in sys.stdin:
-        case = Case(**json.loads(line))
+        fields = json.loads(line)
+        case = Case(**fields | {"tiling": fields["tiling"] and tuple(fields["tiling"])})
         if case.chip not in meshes:
             meshes[case.chip] = chip_mesh(case.chip)
         result = compile_case(case, meshes[case.chip], dumps)

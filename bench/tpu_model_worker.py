@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
-from taskmoe.bench.collectives import count_collectives
+from taskmoe.bench.collectives import WIDTHS, count_collectives
 from taskmoe.wmt import cldr, subnetwork, transformer
 from taskmoe.wmt.config import PRESETS, ModelConfig
 from taskmoe.wmt.transformer import Params, Tasks
@@ -42,8 +42,6 @@ DATA, EXPERT = 2, 32
 CORES = {"dense": 1, "token-MoE": DATA * EXPERT, "sub-network": 1}
 #: Slices of 64 cores; of v3 it is the blog's.
 SLICES = {"v3": "v3:4x8", "v5e": "v5e:8x8", "v6e": "v6e:8x8"}
-#: Bytes of an element of what may travel.
-_WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
 @functools.cache
@@ -187,13 +185,13 @@ def exchange_bytes(hlo: str) -> int:
         result = re.search(r"= (\S+) all-to-all\(", line)
         array = re.fullmatch(r"(\w+)\[([\d,]*)\](?:\{.*\})?", result[1]) if result else None
         group = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line)
-        if array is None or group is None or array[1] not in _WIDTHS:
+        if array is None or group is None or array[1] not in WIDTHS:
             raise ValueError(f"all-to-all of an unknown form: {line.strip()[:200]}")
         peers = int(group[2]) if group[2] else group[1].count(",") + 1
         elements = math.prod(int(size) for size in array[2].split(",") if size)
         if elements % peers:
             raise ValueError(f"all-to-all that {peers} peers do not divide: {line.strip()[:200]}")
-        sent += elements // peers * (peers - 1) * _WIDTHS[array[1]]
+        sent += elements // peers * (peers - 1) * WIDTHS[array[1]]
     return sent
 
 
