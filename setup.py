@@ -18,10 +18,12 @@ WMT = [
     "sentencepiece>=0.2.1,<0.3",
 ]
 HF = ["datasets>=4.0,<6"]
+TENSORBOARD = ["tensorboardX>=2.6.2,<3"]
 BENCH = [*WMT, "matplotlib>=3.9,<4", "pytest>=8.3,<10", "pytest-benchmark>=5.1,<6"]
 DEV = [
     *BENCH,
     *HF,
+    *TENSORBOARD,
     "beartype>=0.20,<0.24",
     "equinox>=0.11,<0.14",
     "flax>=0.10,<0.13",
@@ -50,6 +52,7 @@ setup(
     extras_require={
         "wmt": WMT,
         "hf": [*WMT, *HF],
+        "tensorboard": [*WMT, *TENSORBOARD],
         "bench": BENCH,
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "dev": DEV,

@@ -30,6 +30,7 @@ def three(tmp_path: Path) -> Iterator[Checkpoints]:
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
     for step in (1, 2, 3):
         checkpoints.save(step, state(step))
+    checkpoints.wait()
     yield checkpoints
     checkpoints.close()
 
@@ -45,6 +46,7 @@ def assert_restores(checkpoints: Checkpoints, step: int, notes: int) -> list[str
 def test_the_newest_is_restored_and_only_some_are_kept(three: Checkpoints) -> None:
     assert_restores(three, 3, notes=0)
     three.save(4, state(4))
+    three.wait()
     assert three.steps() == [2, 3, 4]
     assert_restores(three, 4, notes=0)
     names = sorted(path.name for path in three.folder.iterdir())
@@ -63,6 +65,7 @@ def test_truncating_any_file_falls_back_and_says_so(three: Checkpoints) -> None:
     assert count > 3
     for i in range(count):  # names of the parts are other ones each time
         three.save(3, state(3))
+        three.wait()
         path = sorted(path for path in newest.rglob("*") if path.is_file())[i]
         file = path.relative_to(newest)
         size = path.stat().st_size
@@ -130,5 +133,5 @@ def test_a_writer_killed_at_any_moment_leaves_an_intact_checkpoint(tmp_path: Pat
     checkpoints = Checkpoints(tmp_path, keep=2)
     step, restored, _ = checkpoints.restore({"w": np.zeros((400, 1000), np.float32)})
     checkpoints.close()
-    assert step in (finished, finished + 1)
+    assert step in (finished - 1, finished, finished + 1)  # writing goes on behind `save`
     np.testing.assert_array_equal(restored["w"], np.full((400, 1000), step))

@@ -18,7 +18,11 @@ from taskmoe.tests.wmt import support
 from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.data import TrainingData
 from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.training import Progress, check_workdir, claim_workdir, cross_entropy, train
+from taskmoe.wmt.model import load_model
+from taskmoe.wmt.step import cross_entropy
+from taskmoe.wmt.training import Progress, train
+from taskmoe.wmt.validation import Validation
+from taskmoe.wmt.workdir import check_workdir, claim_workdir
 
 MODEL = support.model_config(encoder="token", decoder="target", dropout=0.1)
 
@@ -91,7 +95,10 @@ def test_training_learns_and_goes_on_bit_for_bit_where_it_was_killed(tmp_path: P
 
 @pytest.mark.parametrize(
     ("every", "message"),
-    [(20, "at step 20 the loss is nan; there is no"), (1, "at step 1 a parameter is not finite")],
+    [
+        (20, "at step 20 19 steps in a row had a loss or gradients that are not finite; there is"),
+        (1, "at step 1 a parameter is not finite"),
+    ],
 )
 def test_a_run_that_is_not_finite_stops(tmp_path: Path, every: int, message: str) -> None:
     """The first step's loss is finite, its update is not."""
@@ -103,6 +110,33 @@ def test_a_run_that_is_not_finite_stops(tmp_path: Path, every: int, message: str
         run(tmp_path, config, plain)
     assert not list((tmp_path / "checkpoints").iterdir())
     assert not (tmp_path / "model").exists()
+
+
+def test_scores_keep_the_best_model_and_end_the_run(tmp_path: Path) -> None:
+    config = support.train_config(steps=40, checkpoint_every=4)
+    seen = iter([1.0, 3.0, 2.0, 3.0, 9.0])
+    notes: list[str] = []
+    validation = Validation(lambda _: next(seen), every=4, patience=2)
+    run(tmp_path, config, validation=validation, note=notes.append)
+    assert "ended at step 16: no gain in 2 scores; the best, 3.00, was at step 8" in notes[-1]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores == {"4": 1.0, "8": 3.0, "12": 2.0, "16": 3.0}
+    best, last = (load_model(tmp_path / name) for name in ("best", "model"))
+    assert differs(best.params, last.params)
+    # It stays over, and with more patience it goes on.
+    run(tmp_path, config, validation=validation, note=notes.append)
+    assert "ended at step 16" in notes[-1]
+    run(tmp_path, dataclasses.replace(config, steps=20), validation=Validation(lambda _: 9.0, 4, 3))
+    assert not differs(load_model(tmp_path / "best").params, load_model(tmp_path / "model").params)
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
+    config = support.train_config(steps=4)
+    run(tmp_path, config, tensorboard=True)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    data = events.read_bytes()
+    for name in (b"loss", b"tokens_per_s", b"entropy", b"dropped", b"load/layer1/expert3"):
+        assert name in data
 
 
 def test_a_work_directory_serves_one_configuration(tmp_path: Path) -> None:

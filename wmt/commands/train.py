@@ -5,23 +5,88 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import jax
+
+from taskmoe.wmt import parallel
 from taskmoe.wmt.cleaning import account_table
 from taskmoe.wmt.command_line import write_bytes
 from taskmoe.wmt.commands.shared import build, out, override
-from taskmoe.wmt.commands.text import add_data, make_vocabulary, training_text
+from taskmoe.wmt.commands.text import TrainingText, add_data, make_vocabulary, training_text
 from taskmoe.wmt.config import PRESETS, ModelConfig, SideRouting, TrainConfig
 from taskmoe.wmt.data import TrainingData
 from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.model import Model
 from taskmoe.wmt.progress import bar
+from taskmoe.wmt.scoring import averages, score
+from taskmoe.wmt.sources import read_split
 from taskmoe.wmt.tokenizer import Tokenizer
-from taskmoe.wmt.training import Progress, check_workdir, train
+from taskmoe.wmt.training import Progress, train
 from taskmoe.wmt.transformer import param_count
+from taskmoe.wmt.translation import Decoding, translate
+from taskmoe.wmt.validation import Validation
+from taskmoe.wmt.workdir import check_workdir
 
 
 def run(a: argparse.Namespace) -> None:
     """Train a model up to --steps in all; a run that was stopped goes on where it was."""
+    if a.distributed or a.coordinator is not None or a.num_processes or a.process_id is not None:
+        parallel.join(a.coordinator, a.num_processes, a.process_id)
+    mesh = parallel.make_mesh(a.data_parallel, a.expert_parallel)
+    out.quiet = not parallel.is_writer()
+    model_fields, train_fields = configure(a)
+    train_config = build(TrainConfig, train_fields)
+    source = training_text(a, train_config)
+    model_config = build(ModelConfig, {"pairs": source.pairs, **model_fields})
+    validation = _validation(a, source)
+
+    begun = check_workdir(a.workdir, model_config, train_config, source.identity)
+    vocabulary = a.workdir / "spm.model"
+    parallel.wait_for_all("work directory was looked at")
+    if not begun and parallel.is_writer():  # all input is read and fits before anything is written
+        size = model_config.vocab_size
+        tokenizer = make_vocabulary(source.text, size, train_config, a.cache, train_config.seed)
+        data = TrainingData(source.text, tokenizer, train_config)
+        write_bytes(vocabulary, tokenizer.model)
+    parallel.wait_for_all("vocabulary is there")
+    if begun or not parallel.is_writer():
+        tokenizer = Tokenizer.load(vocabulary)
+        data = TrainingData(source.text, tokenizer, train_config)
+    out.print(account_table(source.title, source.accounts, {"over buckets": data.too_long}))
+    if mesh is not None:
+        out.print(
+            f"{mesh.size} devices in {jax.process_count()} processes: "
+            f"data {mesh.shape['data']} x expert {mesh.shape['expert']}"
+        )
+
+    with bar("training", "steps", enabled=sys.stderr.isatty() and not out.quiet) as progress:
+
+        def report(p: Progress) -> None:
+            progress(p.step, p.steps)
+            router = f"  busiest expert {p.busiest:.2f}x" if p.busiest else ""
+            router += f"  {p.skipped} steps left out" if p.skipped else ""
+            speed = f"{p.tokens_per_s:,.0f} tokens/s"
+            out.print(f"step {p.step}/{p.steps}  loss {p.loss:.3f}  {speed}{router}")
+
+        model = train(
+            a.workdir,
+            model_config,
+            train_config,
+            data,
+            tokenizer,
+            source=source.identity,
+            mesh=mesh,
+            validation=validation,
+            tensorboard=a.tensorboard,
+            report=report,
+            note=out.print,
+        )
+    out.print(f"{param_count(model.params):,} parameters in {a.workdir / 'model'}")
+
+
+def configure(a: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of ModelConfig and TrainConfig that the arguments of `add_configuration` say."""
     model_fields, train_fields = (dict(fields) for fields in PRESETS[a.config])
     for name, value in map(override, a.set):
         homes = ((ModelConfig, model_fields), (TrainConfig, train_fields))
@@ -35,48 +100,83 @@ def run(a: argparse.Namespace) -> None:
     for name in ("steps", "seed"):
         if getattr(a, name) is not None:
             train_fields[name] = getattr(a, name)
-    train_config = build(TrainConfig, train_fields)
-    source = training_text(a, train_config)
-    model_config = build(ModelConfig, {"pairs": source.pairs, **model_fields})
+    return model_fields, train_fields
 
-    begun = check_workdir(a.workdir, model_config, train_config, source.identity)
-    vocabulary = a.workdir / "spm.model"
-    if begun:
-        tokenizer = Tokenizer.load(vocabulary)
-    else:
-        size = model_config.vocab_size
-        tokenizer = make_vocabulary(source.text, size, train_config, a.cache, train_config.seed)
-    data = TrainingData(source.text, tokenizer, train_config)
-    if not begun:  # all input is read and fits: only now is anything written
-        write_bytes(vocabulary, tokenizer.model)
-    out.print(account_table(source.title, source.accounts, {"no bucket": data.too_long}))
 
-    with bar("training", "steps", enabled=sys.stderr.isatty()) as progress:
+def _validation(a: argparse.Namespace, source: TrainingText) -> Validation | None:
+    """How --validate-every says that the run is scored: greedy BLEU on the sources' valid text."""
+    if a.validate_every is None:
+        if a.patience is not None:
+            raise InputError("--patience needs --validate-every")
+        return None
+    for name in ("validate_every", "validate_sentences", "patience"):
+        value = getattr(a, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    text = read_split(source.sources, "valid", source.pairs)
+    n = a.validate_sentences
+    text = {pair: (lines[:n], references[:n]) for pair, (lines, references) in text.items()}
+    requests = [(pair, line) for pair, (lines, _) in text.items() for line in lines]
 
-        def report(p: Progress) -> None:
-            progress(p.step, p.steps)
-            router = f"  busiest expert {p.busiest:.2f}x" if p.busiest else ""
-            speed = f"{p.tokens_per_s:,.0f} tokens/s"
-            out.print(f"step {p.step}/{p.steps}  loss {p.loss:.3f}  {speed}{router}")
+    def bleu(model: Model) -> float:
+        found = iter(translate(model, requests, Decoding()))
+        scores = {
+            pair: score(pair, [next(found) for _ in references], references)
+            for pair, (_, references) in text.items()
+        }
+        return averages(scores)["all"]
 
-        model = train(
-            a.workdir,
-            model_config,
-            train_config,
-            data,
-            tokenizer,
-            source=source.identity,
-            report=report,
-            note=out.print,
-        )
-    out.print(f"{param_count(model.params):,} parameters in {a.workdir / 'model'}")
+    return Validation(bleu, a.validate_every, a.patience)
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    """The command\'s arguments."""
+    """The command's arguments."""
     add_data(p)
-    p.add_argument("--config", choices=list(PRESETS), default="tiny")
     p.add_argument("--workdir", type=Path, required=True, help="checkpoints, log and model")
+    add_configuration(p)
+    p.add_argument(
+        "--validate-every",
+        type=int,
+        metavar="STEPS",
+        help="score the model by greedy BLEU on the valid text; the best one is kept in best/",
+    )
+    p.add_argument(
+        "--validate-sentences",
+        type=int,
+        default=100,
+        metavar="N",
+        help="first sentences of each direction that are scored (default 100)",
+    )
+    p.add_argument(
+        "--patience", type=int, metavar="N", help="end after N scores in a row without a new best"
+    )
+    p.add_argument("--tensorboard", action="store_true", help="write event files too")
+    p.add_argument(
+        "--data-parallel",
+        type=int,
+        metavar="N",
+        help="devices along the mesh's data axis (default: all there are)",
+    )
+    p.add_argument(
+        "--expert-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that share the experts of a mixture (default 1)",
+    )
+    p.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the other processes of a SLURM, Kubernetes, TPU pod or Open MPI job",
+    )
+    p.add_argument("--coordinator", metavar="HOST:PORT", help="by hand: where process 0 listens")
+    p.add_argument("--num-processes", type=int, metavar="N", help="by hand: how many there are")
+    p.add_argument("--process-id", type=int, metavar="I", help="by hand: which one this is")
+
+
+def add_configuration(p: argparse.ArgumentParser) -> None:
+    """Arguments that say what is trained and how."""
+    p.add_argument("--config", choices=list(PRESETS), default="tiny")
     p.add_argument("--steps", type=int, help="optimiser steps in all, resumed ones included")
     p.add_argument("--seed", type=int)
     for side in ("encoder", "decoder"):

@@ -1,0 +1,153 @@
+"""One training step: parts, recomputation, devices and bf16 change nothing that they should not."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taskmoe.tests.wmt import support
+from taskmoe.wmt import parallel, step
+from taskmoe.wmt.config import ModelConfig, TrainConfig
+from taskmoe.wmt.data import Batch, TrainingData
+from taskmoe.wmt.errors import InputError
+
+MODEL = support.model_config(encoder="token", decoder="target")
+CONFIG = support.train_config(row_multiple=8)
+
+
+@functools.cache
+def data() -> TrainingData:
+    return TrainingData(support.text(), support.tokenizer(), CONFIG)
+
+
+def run(
+    config: TrainConfig = CONFIG,
+    model: ModelConfig = MODEL,
+    mesh: Any = None,
+    steps: int = 3,
+    spoil: tuple[int, ...] = (),
+) -> Any:
+    """State and the sums of each step; a step in `spoil` meets an infinite parameter."""
+    state = step.init_state(model, config, mesh)
+    take = step.make_train_step(model, config, mesh)
+    sums = []
+    for i in range(steps):
+        kept = jax.tree.map(np.asarray, state.params["decoder_norm"])
+        if i in spoil:
+            state.params["decoder_norm"] = jnp.full_like(state.params["decoder_norm"], jnp.inf)
+        state, got = take(state, parallel.share(data().batch(i), mesh))
+        if i in spoil:
+            state.params["decoder_norm"] = jnp.asarray(kept)
+        sums.append(jax.device_get(got))
+    return state, sums
+
+
+def assert_same(a: Any, b: Any, tolerance: float) -> None:
+    """Parameters and losses, to a tolerance relative to each array's largest entry."""
+    np.testing.assert_allclose(
+        [s["loss"] for s in a[1]], [s["loss"] for s in b[1]], rtol=max(tolerance, 1e-6)
+    )
+    for x, y in zip(*(jax.tree.leaves(s[0].params) for s in (a, b)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * float(np.abs(x).max()))
+
+
+@functools.cache
+def plain() -> Any:
+    return run()
+
+
+def test_recomputed_layers_give_the_same_step() -> None:
+    assert_same(run(dataclasses.replace(CONFIG, remat=True)), plain(), 1e-4)
+
+
+def without_balance(config: ModelConfig) -> ModelConfig:
+    """Dense sides: the load-balance loss of a whole batch is not the mean over its parts."""
+    return dataclasses.replace(config, encoder="dense", decoder="dense")
+
+
+def test_parts_of_a_batch_give_the_step_of_the_whole() -> None:
+    model = without_balance(MODEL)
+    whole = run(model=model)
+    assert_same(run(dataclasses.replace(CONFIG, accumulate=4, row_multiple=2), model), whole, 1e-3)
+    with pytest.raises(AssertionError):  # a part's tokens must count as the whole batch's
+        assert_same(run(dataclasses.replace(CONFIG, label_smoothing=0.0), model), whole, 1e-3)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (2, 4), (8, 1)])
+def test_a_mesh_takes_the_step_of_one_device(shape: tuple[int, int]) -> None:
+    mesh = parallel.make_mesh(*shape)
+    state, sums = run(mesh=mesh)
+    assert_same((state, sums), plain(), 2e-3)
+    w_in = state.params["encoder"][1]["feed_forward"]["moe"]["w_in"]
+    assert w_in.addressable_shards[0].data.shape[0] == MODEL.num_experts // shape[1]
+    moment = state.optimizer.inner_state[1][0].mu["encoder"][1]["feed_forward"]["moe"]["w_in"]
+    assert moment.sharding == w_in.sharding
+
+
+def test_bfloat16_learns_what_float32_learns_and_keeps_float32_weights() -> None:
+    state, sums = run(dataclasses.replace(CONFIG, compute_dtype="bfloat16"), steps=8)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    losses = [float(s["loss"] / s["tokens"]) for s in sums]
+    want = [float(s["loss"] / s["tokens"]) for s in run(steps=8)[1]]
+    np.testing.assert_allclose(losses, want, rtol=0.02)
+    assert losses != want
+    assert losses[-1] < losses[0]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
+    state, sums = run(steps=4, spoil=(1, 2))
+    assert [int(s["skipped"]) for s in sums] == [0, 1, 2, 2]
+    assert [int(s["skipped_in_row"]) for s in sums] == [0, 1, 2, 0]
+    assert [float(s["tokens"]) > 0 for s in sums] == [True, False, False, True]
+    assert all(np.isfinite(s["loss"]) for s in sums)
+    assert int(state.step) == 4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    unbroken, _ = run(steps=4)
+    assert any(
+        (x != y).any()
+        for x, y in zip(*map(jax.tree.leaves, (state.params, unbroken.params)), strict=True)
+    )
+
+
+def test_adafactor_takes_steps_on_a_mesh_too() -> None:
+    config = dataclasses.replace(CONFIG, optimizer="adafactor")
+    assert_same(run(config, mesh=parallel.make_mesh(4, 2)), run(config), 2e-3)
+
+
+def test_meshes_that_do_not_fit_are_named() -> None:
+    with pytest.raises(InputError, match="data=3 x expert=4 does not fit 8 devices"):
+        parallel.make_mesh(3, 4)
+    with pytest.raises(InputError, match="expert=3 must divide the number of devices, 8"):
+        parallel.make_mesh(None, 3)
+    with pytest.raises(InputError, match="at least 1, got data=0"):
+        parallel.make_mesh(0, 1)
+    mesh = parallel.make_mesh(1, 8)
+    with pytest.raises(InputError, match=r"num_experts=4 must be a multiple of .* expert=8"):
+        parallel.check_mesh(mesh, 4, [8])
+    with pytest.raises(InputError, match=r"9 sentences .* by 8 devices; set row_multiple=8"):
+        parallel.check_mesh(mesh, None, [8, 9])
+    assert parallel.make_mesh(1, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("localhost:1", 2, None), "go together, got localhost:1, 2, None"),
+        (("localhost:1", 2, 2), r"--process-id must be in \[0, 2\), got 2"),
+    ],
+)
+def test_processes_that_cannot_join_are_told_why(given: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parallel.join(*given)
+
+
+def test_a_batch_on_a_mesh_is_the_batch() -> None:
+    batch = data().batch(0)
+    shared = parallel.share(batch, parallel.make_mesh(4, 2))
+    assert isinstance(shared, Batch)
+    jax.tree.map(np.testing.assert_array_equal, parallel.to_host(shared), batch)
+    assert len(shared.source.sharding.device_set) == 8  # type: ignore[attr-defined]

@@ -1,0 +1,132 @@
+"""Training on several devices and processes: a mesh of data x expert, and who holds what on it.
+
+Every device has its own sentences. Expert weights lie over the axis "expert", all else is held
+everywhere; XLA adds the gradients up. Process 0 alone writes files, into a folder that all see.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from taskmoe.moe.expert_parallel import SHARDED
+from taskmoe.wmt.data import Batch
+from taskmoe.wmt.errors import InputError
+
+AXES = ("data", "expert")
+
+
+def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Join the other processes of a run; call it before any device is used.
+
+    All None: JAX finds them by itself on a cluster that it knows (SLURM, Kubernetes, TPU pods, Open
+    MPI). Raises InputError where they cannot be found or joined.
+    """
+    given = (coordinator, num_processes, process_id)
+    if None in given and any(part is not None for part in given):
+        raise InputError(
+            "--coordinator, --num-processes and --process-id go together, got "
+            f"{coordinator}, {num_processes}, {process_id}"
+        )
+    if process_id is not None and not 0 <= process_id < (num_processes or 0):
+        raise InputError(f"--process-id must be in [0, {num_processes}), got {process_id}")
+    try:
+        jax.distributed.initialize(*given)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"cannot join the other processes: {error}") from None
+
+
+def make_mesh(data: int | None = None, expert: int = 1) -> Mesh | None:
+    """A mesh of data x expert over all devices of all processes; None where that is one device.
+
+    data: None is as many as there are. Raises InputError where the sizes do not fit the devices; a
+    single process may leave devices unused.
+    """
+    devices = jax.devices()
+    if expert < 1 or (data is not None and data < 1):
+        raise InputError(f"mesh sizes must be at least 1, got data={data}, expert={expert}")
+    if data is None:
+        data, left = divmod(len(devices), expert)
+        if left or not data:
+            raise InputError(f"expert={expert} must divide the number of devices, {len(devices)}")
+    size = data * expert
+    if size > len(devices) or (size < len(devices) and jax.process_count() > 1):
+        raise InputError(
+            f"a mesh of data={data} x expert={expert} does not fit {len(devices)} devices"
+        )
+    if size == 1:
+        return None
+    return Mesh(np.array(devices[:size]).reshape(data, expert), AXES)
+
+
+def check_mesh(mesh: Mesh | None, num_experts: int | None, rows: list[int]) -> None:
+    """Raise InputError where experts, or the sentences of a part of a batch, do not divide."""
+    if mesh is None:
+        return
+    if num_experts is not None and num_experts % mesh.shape["expert"]:
+        raise InputError(
+            f"num_experts={num_experts} must be a multiple of the mesh's expert="
+            f"{mesh.shape['expert']}"
+        )
+    for count in rows:
+        if count % mesh.size:
+            raise InputError(
+                f"{count} sentences cannot be shared evenly by {mesh.size} devices; "
+                f"set row_multiple={mesh.size}"
+            )
+
+
+def shardings(tree: Any, num_experts: int, mesh: Mesh | None) -> Any:
+    """Where each leaf of a training state (arrays or shapes) lies; None without a mesh."""
+    if mesh is None:
+        return None
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        names = [getattr(key, "key", None) for key in path]
+        of_expert = "moe" in names and any(name in SHARDED for name in names)
+        split = of_expert and leaf.ndim > 0 and leaf.shape[0] == num_experts
+        return NamedSharding(mesh, P("expert") if split else P())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def share(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A batch on the mesh, from each process's part of its rows."""
+    if mesh is None:
+        return batch
+    by_row = NamedSharding(mesh, P(AXES))
+    return Batch(*(jax.make_array_from_process_local_data(by_row, part) for part in batch))
+
+
+def to_host(tree: Any) -> Any:
+    """A tree of arrays as NumPy arrays, whole, on every process."""
+
+    def whole(leaf: jax.Array) -> Any:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+def is_writer() -> bool:
+    """Whether this process writes files and prints."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Wait until every process is here; what: a name of the place, for error messages."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def agree(value: int) -> int:
+    """Process 0's value, on every process."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

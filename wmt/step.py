@@ -1,0 +1,212 @@
+"""One step of training: the loss, its gradients, and what the optimiser does with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from taskmoe import moe
+from taskmoe.wmt import parallel
+from taskmoe.wmt.config import ModelConfig, TrainConfig
+from taskmoe.wmt.data import Batch
+from taskmoe.wmt.tokenizer import PAD
+from taskmoe.wmt.transformer import Params, decode, encode, init
+
+Sums = dict[str, jax.Array]
+#: The loop ends a run long before the optimiser would take a step that is not finite.
+_NEVER = 1 << 30
+
+
+class State(NamedTuple):
+    """What a checkpoint holds. step: [] i32, steps taken, those left out included."""
+
+    params: Params
+    optimizer: optax.ApplyIfFiniteState
+    step: jax.Array
+
+
+@functools.cache
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Adafactor or AdamW with clipping, linear warm-up and the configured decay.
+
+    A step whose gradients are not all finite changes nothing and is counted.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+
+    def inverse_sqrt(step: Any) -> Any:
+        step = jnp.maximum(step + 1, 1)
+        return peak * jnp.minimum(step / warmup, jnp.sqrt(warmup / step))
+
+    rate = (
+        inverse_sqrt
+        if config.schedule == "inverse_sqrt"
+        else optax.warmup_cosine_decay_schedule(
+            0.0, peak, min(warmup, config.steps), max(config.steps, warmup + 1)
+        )
+    )
+    if config.optimizer == "adafactor":
+        rule = optax.adafactor(
+            rate,
+            momentum=0.9,
+            multiply_by_parameter_scale=True,
+            weight_decay_rate=config.weight_decay or None,
+        )
+    else:
+        rule = optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=config.weight_decay)
+    clipped = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+    made: optax.GradientTransformation = optax.apply_if_finite(clipped, _NEVER)
+    return made
+
+
+def init_state(
+    config: ModelConfig, train_config: TrainConfig, mesh: Mesh | None, params: Params | None = None
+) -> State:
+    """The state before the first step; params: to begin with, else fresh ones from the seed."""
+    optimizer = make_optimizer(train_config)
+
+    def make(key: jax.Array, params: Params | None) -> State:
+        params = init(key, config) if params is None else params
+        return State(params, optimizer.init(params), jnp.int32(0))
+
+    key = jax.random.key(train_config.seed)
+    places = parallel.shardings(jax.eval_shape(make, key, params), config.num_experts, mesh)
+    state: State = jax.jit(make, out_shardings=places)(key, params)
+    return state
+
+
+@functools.cache  # runs of one configuration in one process compile once
+def make_train_step(
+    model_config: ModelConfig, config: TrainConfig, mesh: Mesh | None = None
+) -> Callable[[State, Batch], tuple[State, Sums]]:
+    """A compiled step: (state, batch) -> (new state, sums); the old state is given up.
+
+    sums: loss, in nats, over so many target tokens, both 0 where the step was left out; positions,
+      source and target tokens; dropped, busiest and entropy [] f32, see `Progress`; load
+      [layers, E] f32; skipped and skipped_in_row [] i32, steps left out so far.
+    """
+    tables = [model_config.task_table(side) for side in ("encoder", "decoder")]
+    optimizer = make_optimizer(config)
+
+    def objective(
+        params: Params, batch: Any, total: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Sums]:
+        """A part's share of the batch's loss; total: the batch's target tokens."""
+        encoder, decoder = (None if t is None else jnp.asarray(t)[batch.pair] for t in tables)
+        valid, wanted = batch.source != PAD, batch.target_out != PAD
+        keys = jax.random.split(key)
+        options: Any = {"mesh": mesh, "remat": config.remat}
+        if config.compute_dtype == "bfloat16":
+            params = _in_bfloat16(params)
+        memory, first = encode(
+            params, model_config, batch.source, valid, encoder, key=keys[0], **options
+        )
+        logits, second = decode(
+            params, model_config, memory, valid, batch.target_in, wanted, decoder, key=keys[1],
+            **options,
+        )  # fmt: skip
+        smoothed, plain = cross_entropy(logits, batch.target_out, config.label_smoothing)
+        count = wanted.sum()
+        auxiliary = sum((r.aux_loss for r in first + second), start=jnp.float32(0))
+        loss = smoothed * (count / total) + auxiliary / config.accumulate
+        return loss, {
+            "loss": plain * count,
+            "tokens": count,
+            "positions": valid.sum() + count,
+            **_router(first + second),
+        }
+
+    gradients = jax.value_and_grad(objective, has_aux=True)
+
+    def step(state: State, batch: Any) -> tuple[State, Sums]:
+        total = jnp.maximum((batch.target_out != PAD).sum(), 1).astype(jnp.float32)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if config.accumulate == 1:
+            (loss, sums), grads = gradients(state.params, batch, total, key)
+        else:
+            (loss, sums), grads = _accumulated(
+                lambda part, i: gradients(state.params, part, total, jax.random.fold_in(key, i)),
+                batch,
+                config.accumulate,
+            )
+        finite = jnp.isfinite(loss)
+        grads = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        taken = optimizer_state.last_finite
+        sums |= {name: jnp.where(taken, sums[name], 0) for name in ("loss", "tokens")}
+        sums["skipped"] = optimizer_state.total_notfinite
+        sums["skipped_in_row"] = optimizer_state.notfinite_count
+        return State(params, optimizer_state, state.step + 1), sums
+
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    shapes = jax.eval_shape(lambda: init_state(model_config, config, None))
+    places = parallel.shardings(shapes, model_config.num_experts, mesh)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+
+
+def cross_entropy(
+    logits: jax.Array, target: jax.Array, smoothing: float
+) -> tuple[jax.Array, jax.Array]:
+    """Mean loss over positions that are not padding: (label-smoothed, plain), nats, f32.
+
+    logits: [B, L, V] f32; target: [B, L] i32. With smoothing e the wanted distribution is
+    `(1 - e)` on the target and `e / V` everywhere (Szegedy et al. 2016, section 7).
+    """
+    valid = target != PAD
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    count = jnp.maximum(valid.sum(), 1)
+    plain = jnp.sum(jnp.where(valid, log_total - chosen, 0)) / count
+    uniform = jnp.sum(jnp.where(valid, log_total - logits.mean(axis=-1), 0)) / count
+    return (1 - smoothing) * plain + smoothing * uniform, plain
+
+
+def _in_bfloat16(params: Params) -> Params:
+    """Matrices as bf16; what gates and norms are made of stays f32 (ST-MoE, section 3)."""
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        routes = getattr(path[-1], "key", None) in ("gate", "task_embedding")
+        return leaf if routes or leaf.ndim < 2 else leaf.astype(jnp.bfloat16)
+
+    cast_tree: Params = jax.tree_util.tree_map_with_path(cast, params)
+    return cast_tree
+
+
+def _accumulated(
+    run: Callable[[Any, jax.Array], Any], batch: Any, parts: int
+) -> tuple[tuple[jax.Array, Sums], Params]:
+    """Losses, sums and gradients of all parts, added up; sums of the routers are means."""
+    # Part i takes rows i, i + parts, ...: each device's rows stay on it.
+    cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    first = run(jax.tree.map(lambda x: x[0], cut), jnp.int32(0))
+
+    def add(total: Any, item: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, run(*item)), None
+
+    rest = jax.tree.map(lambda x: x[1:], cut)
+    ((loss, sums), grads), _ = jax.lax.scan(add, first, (rest, jnp.arange(1, parts)))
+    added = ("loss", "tokens", "positions")
+    means = {name: value / parts for name, value in sums.items() if name not in added}
+    return (loss, sums | means), grads
+
+
+def _router(reports: list[moe.Metrics]) -> Sums:
+    """What the mixtures report: means over layers, the busiest expert of all, and every load."""
+    if not reports:
+        zero = jnp.float32(0)
+        return {"dropped": zero, "busiest": zero, "entropy": zero, "load": jnp.zeros((0, 0))}
+    load = jnp.stack([r.load for r in reports])
+    return {
+        "dropped": jnp.stack([r.dropped for r in reports]).mean(),
+        "busiest": load.max() * load.shape[1],
+        "entropy": jnp.stack([r.entropy for r in reports]).mean(),
+        "load": load,
+    }

@@ -1,0 +1,67 @@
+"""Scores of a run while it trains: the best model is kept, and a run that no longer gains ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from taskmoe.wmt.command_line import write_text
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.model import Model, save_model
+
+
+class Validation(NamedTuple):
+    """How a run is scored.
+
+    score: model -> BLEU, or any number of which more is better. every: steps between scores; the
+    last step is scored too. patience: scores in a row without a new best after which the run ends,
+    None for never.
+    """
+
+    score: Callable[[Model], float]
+    every: int
+    patience: int | None = None
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether a step is scored."""
+        return step % self.every == 0 or step == steps
+
+
+class History:
+    """The scores of a work directory, in `scores.json`, and its best model, in `best`."""
+
+    def __init__(self, workdir: Path, step: int) -> None:
+        """Scores up to a step that the run goes on from; later ones will be taken anew.
+
+        Raises InputError where the file is damaged.
+        """
+        self._workdir = workdir
+        self._path = workdir / "scores.json"
+        self.scores: dict[int, float] = {}
+        if self._path.is_file():
+            try:
+                found = json.loads(self._path.read_text(encoding="utf-8"))
+                found = {int(at): float(score) for at, score in found.items()}
+            except (ValueError, TypeError, AttributeError) as error:
+                raise InputError(f"{self._path} is damaged: {error}") from None
+            self.scores = {at: score for at, score in found.items() if at <= step}
+
+    def add(self, step: int, score: float, model: Model) -> bool:
+        """Note a score, keep the model if it is the best; returns whether it is."""
+        best = not self.scores or score > max(self.scores.values())
+        if best:  # before the score: a run killed in between scores this step again
+            save_model(model, self._workdir / "best", replace=True)
+        self.scores[step] = score
+        write_text(self._path, json.dumps(self.scores, indent=2) + "\n")
+        return best
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """Step and score of the best, the first of equals; (0, -inf) where there is none."""
+        return max(self.scores.items(), key=lambda item: item[1], default=(0, float("-inf")))
+
+    def without_gain(self) -> int:
+        """Scores since the best."""
+        return sum(step > self.best[0] for step in self.scores)
