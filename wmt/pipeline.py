@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import grain
+import numpy as np
 
 from taskmoe.wmt.errors import InputError
 
@@ -38,7 +39,7 @@ class BatchIterator(Iterator["Batch"]):
     def __init__(
         self, make: Callable[[int], Batch], start_step: int = 0, fingerprint: str = ""
     ) -> None:
-        """make: step -> batch, a pure function. fingerprint: of the text that it draws on."""
+        """make: step -> batch, a pure function. fingerprint: of its text, hexadecimal."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
         self._grain: Any = iter(grain.MapDataset.source(_Steps(make)).to_iter_dataset(options))
         self._fingerprint = fingerprint
@@ -53,18 +54,22 @@ class BatchIterator(Iterator["Batch"]):
         """The step whose batch comes next."""
         return int(self._grain.get_state()["next_index"])
 
-    def get_state(self) -> dict[str, Any]:
-        """grain's state and the text's fingerprint, for JSON."""
-        return {**self._grain.get_state(), "text": self._fingerprint}
+    def get_state(self) -> dict[str, np.ndarray]:
+        """grain's state and the text's fingerprint: arrays, as a checkpoint holds them.
 
-    def set_state(self, state: dict[str, Any]) -> None:
+        next_index: [] i64, the step whose batch comes next. text: [16] u8.
+        """
+        text = np.frombuffer(bytes.fromhex(self._fingerprint), np.uint8)
+        return {"next_index": np.array(self.step, np.int64), "text": text}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Go on where a `get_state` was; raises InputError if it was on another text."""
-        if state.get("text") != self._fingerprint:
+        if not np.array_equal(state["text"], self.get_state()["text"]):
             raise InputError(
                 "the training text is another than when the checkpoint was written; "
                 "bring the text back or begin in another work directory"
             )
-        self._grain.set_state({name: x for name, x in state.items() if name != "text"})
+        self._grain.set_state({"next_index": int(state["next_index"])})
 
     def close(self) -> None:
         """Stop the thread."""

@@ -90,17 +90,18 @@ def train(
     parallel.wait_for_all("work directory")
     model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
     state = init_state(model_config, config, mesh, params)
+    shard = (jax.process_index(), jax.process_count())
+    batches = data.iterator(0, shard)
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
     try:
-        step, state, problems = checkpoints.restore(state)
+        step, (state, place), problems = checkpoints.restore((state, batches.get_state()))
+        batches.set_state(place)
         for problem in problems:
             note(f"{problem}; " + (f"using the one of step {step}" if step else "starting anew"))
         if step:
             note(f"resuming at step {step} of {config.steps}")
         train_step = make_train_step(model_config, config, mesh)
         history = History(workdir, step)
-        shard = (jax.process_index(), jax.process_count())
-        batches = data.iterator(step, shard)
         with batches, Logs(workdir, tensorboard) as logs:
             pending: list[Sums] = []
             since = time.perf_counter()
@@ -128,7 +129,7 @@ def train(
                         over = _is_over(validation, history)
                     over = bool(parallel.agree(int(over)))
                 if save or over:
-                    checkpoints.save(step, state)
+                    checkpoints.save(step, (state, batches.get_state()))
                 pending, since = [], time.perf_counter()
             if over:
                 note(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import hypothesis
@@ -251,7 +250,7 @@ def test_a_run_that_is_resumed_at_any_step_sees_the_same_batches(
     with training.iterator(0, (shard, 2)) as first:
         for _ in range(stop):
             next(first)
-        state = json.loads(json.dumps(first.get_state()))
+        state = first.get_state()
         expected = [next(first) for _ in range(more)]
     assert first.step == stop + more
     with data(buckets=(8, 16)).iterator(0, (shard, 2)) as second:

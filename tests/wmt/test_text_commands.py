@@ -18,8 +18,9 @@ datasets = pytest.importorskip("datasets")
 TINY = [
     "--set", "d_model=16", "--set", "d_ff=16", "--set", "num_heads=2", "--set", "num_experts=4",
     "--set", "encoder_layers=2", "--set", "decoder_layers=2", "--set", "vocab_size=330",
-    "--set", "buckets=[16]", "--set", "batch_tokens=128",
+    "--set", "buckets=[16]", "--set", "batch_tokens=256",
 ]  # fmt: skip
+ALONE = [*TINY, "--data-parallel", "1"]  # one device compiles faster
 
 
 @pytest.fixture
@@ -67,8 +68,13 @@ def test_each_kind_of_source_and_all_of_them(
         assert columns[6] == read - sum(columns[1:6]) > 0
     assert columns[4] >= 40  # the same 20 pairs stand in three sources
     assert columns[5] > 0
-    assert main(["train", *chosen, "--workdir", str(tmp_path / "w"), "--steps", "1", *TINY]) == 0
+    assert main(["train", *chosen, "--workdir", str(tmp_path / "w"), "--steps", "1", *ALONE]) == 0
     assert [int(n) for n in cells(capfd.readouterr().out, "en-de")[:7]] == columns[:7]
+    # The checkpoint knows the text that it was trained on.
+    with (tmp_path / "words.en-de.tsv").open("a") as file:
+        file.write("six six six six\tsechs sechs sechs sechs\n")
+    again = ["train", *chosen, "--workdir", str(tmp_path / "w"), "--steps", "2", *ALONE]
+    assert "the training text is another than when" in fails(capfd, *again)
     everything = [*chosen, "--set", "drop_held_out=false", "--out", str(tmp_path / "all")]
     assert main(["prepare", *everything]) == 0
     assert cells(capfd.readouterr().out, "en-de")[5] == "0"
