@@ -42,27 +42,54 @@ def search(
     alpha: float = 0.6,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
+    """Translate padded source ids [B, S] i32: the best hypothesis of `search_n_best`.
+
+    Returns ids [B, max_length] i32 (PAD after `</s>`) and scores [B] f32.
+    """
+    ids, scores = search_n_best(
+        params, config, source, tasks, max_length=max_length, beam=beam, alpha=alpha, mesh=mesh
+    )
+    return ids[:, 0], scores[:, 0]
+
+
+def search_n_best(
+    params: Params,
+    config: ModelConfig,
+    source: jax.Array,
+    tasks: Tasks,
+    *,
+    max_length: int,
+    beam: int = 1,
+    alpha: float = 0.6,
+    n_best: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Translate padded source ids [B, S] i32.
 
     max_length: target positions at most, `</s>` included (static). beam: hypotheses; 1 is greedy.
-    alpha: strength of the length penalty. mesh: as in `moe.apply`, for expert parallelism.
-    tasks: scalar tasks run as their sub-network.
-    Returns ids [B, max_length] i32 (PAD after `</s>`) and scores [B] f32 (log probability, with a
-    beam divided by the length penalty). A row of only padding ends at once.
-    Raises ValueError where beam or max_length is below 1 or alpha below 0.
+    alpha: strength of the length penalty. n_best: hypotheses to return, from 1 to beam.
+    mesh: as in `moe.apply`, for expert parallelism. tasks: scalar tasks run as their sub-network.
+    Returns ids [B, n_best, max_length] i32 (PAD after `</s>`), best first, and scores [B, n_best]
+    f32 (log probability, with a beam divided by the length penalty). A row of only padding ends at
+    once. Where fewer hypotheses ended in time the rest are empty, with a score below -1e8.
+    Raises ValueError where beam or max_length is below 1, alpha below 0 or n_best out of range.
     """
     if beam < 1 or max_length < 1 or alpha < 0:
         raise ValueError(
             "beam and max_length must be at least 1 and alpha at least 0, "
             f"got beam={beam}, max_length={max_length}, alpha={alpha}"
         )
+    if not 1 <= n_best <= beam:
+        raise ValueError(f"n_best must be in [1, beam={beam}], got n_best={n_best}")
     params, config, tasks = one_task(params, config, tasks)
     params = with_softmax(params)
     valid = source != PAD
     memory, _ = encode(params, config, source, valid, tasks.encoder, mesh=mesh)
     if beam == 1:
-        return _greedy(params, config, memory, valid, tasks.decoder, max_length, mesh)
-    return _beam(params, config, memory, valid, tasks.decoder, max_length, beam, alpha, mesh)
+        ids, score = _greedy(params, config, memory, valid, tasks.decoder, max_length, mesh)
+        return ids[:, None], score[:, None]
+    ends = beam, alpha, n_best
+    return _beam(params, config, memory, valid, tasks.decoder, max_length, ends, mesh)
 
 
 class _Greedy(NamedTuple):
@@ -127,10 +154,10 @@ def _beam(
     valid: jax.Array,
     task: ArrayLike | None,
     max_length: int,
-    beam: int,
-    alpha: float,
+    ends: tuple[int, float, int],
     mesh: jax.sharding.Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:
+    beam, alpha, n_best = ends
     batch = memory.shape[0]
     wide = functools.partial(jnp.repeat, repeats=beam, axis=0)
     if task is not None and jnp.ndim(task) == 1:
@@ -166,8 +193,8 @@ def _beam(
 
         live_score, best = jax.lax.top_k(jnp.where(ends, _NEVER, score), beam)
         # Scores only fall and the penalty divides by no more than this: what cannot overtake the
-        # best ended hypothesis any more is given up.
-        hopeless = live_score / penalty(max_length) <= done_score[:, :1]
+        # last of the best ended hypotheses any more is given up.
+        hopeless = live_score / penalty(max_length) <= done_score[:, n_best - 1 : n_best]
         live_score = jnp.where(hopeless, _NEVER, live_score)
         live = jnp.take_along_axis(grown, best[:, :, None], axis=1)
         rows = jnp.arange(batch)[:, None] * beam + jnp.take_along_axis(origin, best, axis=1)
@@ -192,6 +219,8 @@ def _beam(
     end = jax.lax.while_loop(running, step, start)
     # A sentence none of whose hypotheses ended in time gets its best live one.
     none = end.done_score[:, :1] <= _NEVER / 2
-    ids = jnp.where(none, end.live[:, 0], end.done[:, 0])[:, 1:]
-    score = jnp.where(none, end.live_score[:, :1] / penalty(max_length), end.done_score[:, :1])
-    return ids, score[:, 0]
+    ids = end.done[:, :n_best, 1:]
+    ids = ids.at[:, 0].set(jnp.where(none, end.live[:, 0, 1:], ids[:, 0]))
+    score = end.done_score[:, :n_best]
+    late = end.live_score[:, :1] / penalty(max_length)
+    return ids, score.at[:, :1].set(jnp.where(none, late, score[:, :1]))

@@ -6,12 +6,13 @@ import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from taskmoe.wmt.config import ModelConfig, split_pair
-from taskmoe.wmt.decoding import search
+from taskmoe.wmt.decoding import search_n_best
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import Model
 from taskmoe.wmt.tokenizer import EOS, PAD
@@ -45,6 +46,13 @@ class Decoding:
             raise ValueError(f"alpha must be at least 0, got {self.alpha}")
 
 
+class Hypothesis(NamedTuple):
+    """A translation. score: log probability, with a beam divided by the length penalty."""
+
+    text: str
+    score: float
+
+
 def translate(
     model: Model,
     requests: Iterable[tuple[str, str]],
@@ -56,6 +64,23 @@ def translate(
     progress: called with (done, total) after each batch.
     Raises InputError for a direction that the model cannot translate.
     """
+    found = translate_n_best(model, requests, decoding, 1, progress)
+    return [best[0].text if best else "" for best in found]
+
+
+def translate_n_best(
+    model: Model,
+    requests: Iterable[tuple[str, str]],
+    decoding: Decoding = Decoding(),
+    n_best: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[Hypothesis]]:
+    """As `translate`, with up to n_best hypotheses a request, best first; none for an empty one.
+
+    Raises ValueError unless n_best is in [1, decoding.beam].
+    """
+    if not 1 <= n_best <= decoding.beam:
+        raise ValueError(f"n_best must be in [1, beam={decoding.beam}], got {n_best}")
     requests = list(requests)
     encoded: dict[int, list[int]] = {}
     ids = {pair: task_ids(model.config, pair) for pair in dict.fromkeys(p for p, _ in requests)}
@@ -76,7 +101,7 @@ def translate(
     if not any(config.tasks(side) for side in ("encoder", "decoder")):
         # Search does not look at directions then: one compilation serves every sub-network.
         config = dataclasses.replace(config, pairs=("source-target",))
-    out = [""] * len(requests)
+    out: list[list[Hypothesis]] = [[] for _ in requests]
     done = 0
     for (width, one_task), group in groups.items():
         for at in range(0, len(group), rows_a_batch):
@@ -86,7 +111,7 @@ def translate(
                 source[row, : len(encoded[i])] = encoded[i]
             rows = [ids[requests[i][0]] for i in chunk]
             rows += rows[:1] * (rows_a_batch - len(chunk))
-            found, _ = _search(
+            found, scores = _search(
                 model.params,
                 config,
                 source,
@@ -94,10 +119,18 @@ def translate(
                 decoding.max_length or 2 * width + 16,
                 decoding.beam,
                 decoding.alpha,
+                n_best,
             )
-            texts = [[int(t) for t in row if t not in (PAD, EOS)] for row in np.asarray(found)]
-            for i, text in zip(chunk, model.tokenizer.decode(texts[: len(chunk)]), strict=True):
-                out[i] = text
+            found, scores = np.asarray(found)[: len(chunk)], np.asarray(scores)[: len(chunk)]
+            rows_of_ids = [
+                [int(t) for t in row if t not in (PAD, EOS)]
+                for row in found.reshape(-1, found.shape[2])
+            ]
+            texts = iter(model.tokenizer.decode(rows_of_ids))
+            for i, row in zip(chunk, scores, strict=True):
+                best = [Hypothesis(next(texts), float(score)) for score in row]
+                # Places that no hypothesis reached in time have no score.
+                out[i] = [h for n, h in enumerate(best) if n == 0 or h.score > -1e8]
             done += len(chunk)
             if progress is not None:
                 progress(done, len(encoded))
@@ -134,7 +167,7 @@ def _tasks(rows: list[TaskIds], one_task: TaskIds | None) -> Tasks:
     return Tasks(*(None if None in side else np.array(side, np.int32) for side in sides))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(1, 4, 5, 6, 7))
 def _search(
     params: Params,
     config: ModelConfig,
@@ -143,5 +176,7 @@ def _search(
     max_length: int,
     beam: int,
     alpha: float,
+    n_best: int,
 ) -> tuple[jax.Array, jax.Array]:
-    return search(params, config, source, tasks, max_length=max_length, beam=beam, alpha=alpha)
+    options: Any = {"max_length": max_length, "beam": beam, "alpha": alpha, "n_best": n_best}
+    return search_n_best(params, config, source, tasks, **options)

@@ -11,6 +11,8 @@ from taskmoe.wmt.command_line import write_text
 from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.errors import InputError
 
+#: Sentence pairs that each direction was trained on, in a work directory.
+SIZES = "sizes.json"
 # Fields that a run may change when it goes on: they do not change what a step computes.
 _FREE = ("steps", "checkpoint_every", "keep_checkpoints", "max_skipped")
 

@@ -11,7 +11,7 @@ import pytest
 
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.config import ModelConfig
-from taskmoe.wmt.decoding import search
+from taskmoe.wmt.decoding import search, search_n_best
 from taskmoe.wmt.tokenizer import BOS, EOS, PAD
 from taskmoe.wmt.transformer import Tasks, decode, encode
 
@@ -85,6 +85,29 @@ def test_a_wide_beam_finds_the_best_of_all_outputs(seed: int, alpha: float) -> N
         assert abs(score[row] - best) < 1e-4
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_n_best_are_the_best_of_all_outputs_in_their_order(seed: int) -> None:
+    beam = VOCABULARY**3
+
+    def run(params: Any, source: Any) -> Any:
+        options: Any = {"max_length": LENGTH, "beam": beam, "n_best": 5}
+        return search_n_best(params, CONFIG, source, NO_TASKS, **options)
+
+    ids, scores = jax.jit(run)(support.params(CONFIG, seed), SOURCE)
+    assert ids.shape == (3, 5, LENGTH)
+    for row in range(3):
+        outputs, log_probs = every_output(seed, row)
+        ranked: dict[tuple[int, ...], float] = {}
+        for output, steps in zip(outputs, log_probs, strict=True):
+            if EOS in output:
+                end = int(np.argmax(output == EOS)) + 1
+                text = (*map(int, output[:end]), *[PAD] * (LENGTH - end))
+                ranked[text] = float(steps[:end].sum()) / penalty(end, 0.6)
+        want = sorted(ranked, key=lambda text: -ranked[text])[:5]
+        assert [tuple(map(int, found)) for found in ids[row]] == want
+        np.testing.assert_allclose(scores[row], [ranked[text] for text in want], atol=1e-4)
+
+
 def test_the_length_penalty_changes_what_is_best() -> None:
     """Else the test above would not notice a wrong penalty."""
     best = [[exhaustive(seed, row, a) for a in (0.0, 2.0)] for seed in range(3) for row in range(3)]
@@ -152,7 +175,9 @@ def test_scalar_tasks_run_as_their_sub_network() -> None:
     assert np.abs(other[1] - scalar[1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("wrong", [{"beam": 0}, {"max_length": 0}, {"alpha": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"beam": 0}, {"max_length": 0}, {"alpha": -1.0}, {"n_best": 2}, {"n_best": 0}]
+)
 def test_what_does_not_fit_is_named(wrong: Any) -> None:
     with pytest.raises(ValueError, match=f"got .*{next(iter(wrong))}={next(iter(wrong.values()))}"):
-        search({}, CONFIG, jnp.asarray(SOURCE), NO_TASKS, **({"max_length": 4} | wrong))
+        search_n_best({}, CONFIG, jnp.asarray(SOURCE), NO_TASKS, **({"max_length": 4} | wrong))

@@ -12,44 +12,97 @@ from rich.table import Table
 from taskmoe.wmt.command_line import write_text
 from taskmoe.wmt.commands.shared import add_decoding, decoding, load, out
 from taskmoe.wmt.commands.text import add_data, text_to_score
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.folders import Pairs
+from taskmoe.wmt.model import Model
 from taskmoe.wmt.progress import bar
-from taskmoe.wmt.scoring import Score, averages, score
+from taskmoe.wmt.scoring import Comparison, averages, compare, score
 from taskmoe.wmt.translation import translate
+from taskmoe.wmt.workdir import SIZES
 
 
 def run(a: argparse.Namespace) -> None:
-    """Translate a split and print BLEU for each direction with sacreBLEU's signature."""
+    """Translate a split and print BLEU and chrF of each direction with sacreBLEU's signatures."""
     model = load(a.model)
+    other = None if a.against is None else load(a.against)
     text, title = text_to_score(a, a.split, model)
     if a.limit is not None:
         text = {p: (s[: a.limit], t[: a.limit]) for p, (s, t) in text.items()}
-    requests = [(pair, line) for pair, (source, _) in text.items() for line in source]
-    with bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
-        found = iter(translate(model, requests, decoding(a), progress))
-    scores: dict[str, Score] = {}
-    table = Table("direction", "BLEU", "sentences", title=f"{a.model} on {title}, {a.split}")
-    for pair, (_, references) in text.items():
-        scores[pair] = score(pair, [next(found) for _ in references], references)
-        table.add_row(pair, f"{scores[pair].bleu:.2f}", str(scores[pair].sentences))
-    for name, value in averages(scores).items():
-        table.add_row(f"average {name}", f"{value:.2f}", "")
+    ours = _translations(a, model, text)
+    scores = {pair: score(pair, ours[pair], text[pair][1]) for pair in text}
+    columns = ["direction", "BLEU", "chrF", "sentences"]
+    comparisons: dict[str, Comparison] = {}
+    if other is not None:
+        theirs = _translations(a, other, text)
+        with out.status("drawing bootstrap samples"):
+            comparisons = {p: compare(p, ours[p], theirs[p], text[p][1]) for p in text}
+        columns += ["BLEU of the other", "p"]
+    table = Table(*columns, title=f"{a.model} on {title}, {a.split}")
+    for pair, found in scores.items():
+        row = [pair, f"{found.bleu:.2f}", f"{found.chrf:.2f}", str(found.sentences)]
+        if pair in comparisons:
+            row += [f"{comparisons[pair].other:.2f}", f"{comparisons[pair].p:.4f}"]
+        table.add_row(*row)
+    means = averages(
+        scores,
+        trained=model.config.pairs,
+        sizes=_sizes(a.model),
+        high_resource=a.high_resource,
+    )
+    for name, value in means.items():
+        table.add_row(f"average {name}", f"{value:.2f}")
     out.print(table)
-    for signature in sorted({s.signature for s in scores.values()}):
+    signatures = {x for s in scores.values() for x in (s.signature, s.chrf_signature)}
+    for signature in sorted(signatures):
         out.print(f"signature: {signature}")
+    if comparisons:
+        out.print(f"p: paired bootstrap, 1000 samples, against {a.against}")
     if a.json is not None:
         result = {
             "model": str(a.model),
             "scores": {p: s._asdict() for p, s in scores.items()},
-            "averages": averages(scores),
+            "averages": means,
+            "against": {p: c._asdict() for p, c in comparisons.items()},
         }
         write_text(a.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
+def _translations(a: argparse.Namespace, model: Model, text: Pairs) -> dict[str, list[str]]:
+    requests = [(pair, line) for pair, (source, _) in text.items() for line in source]
+    with bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
+        found = iter(translate(model, requests, decoding(a), progress))
+    return {pair: [next(found) for _ in source] for pair, (source, _) in text.items()}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Sentence pairs of each direction that a work directory was trained on; {} if unknown."""
+    for path in (folder / SIZES, folder.parent / SIZES):
+        if path.is_file():
+            try:
+                return {str(pair): int(n) for pair, n in json.loads(path.read_text()).items()}
+            except (ValueError, TypeError, AttributeError) as error:
+                raise InputError(f"{path} is damaged: {error}") from None
+    return {}
+
+
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    """The command\'s arguments."""
+    """The command's arguments."""
     p.add_argument("--model", type=Path, required=True, help="model folder or work directory")
     add_data(p)
     p.add_argument("--split", choices=("valid", "test", "train"), default="valid")
     p.add_argument("--limit", type=int, help="first sentences of each direction only")
+    p.add_argument(
+        "--against",
+        type=Path,
+        metavar="MODEL",
+        help="a second model, compared with the first by paired bootstrap",
+    )
+    p.add_argument(
+        "--high-resource",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="directions trained on so many sentence pairs are high-resource (default 1000000)",
+    )
     add_decoding(p)
     p.add_argument("--json", type=Path, help="write the scores here too")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +12,7 @@ import jax
 
 from taskmoe.wmt import parallel
 from taskmoe.wmt.cleaning import account_table
-from taskmoe.wmt.command_line import write_bytes
+from taskmoe.wmt.command_line import write_bytes, write_text
 from taskmoe.wmt.commands.shared import build, out, override
 from taskmoe.wmt.commands.text import TrainingText, add_data, make_vocabulary, training_text
 from taskmoe.wmt.config import PRESETS, ModelConfig, SideRouting, TrainConfig
@@ -26,7 +27,7 @@ from taskmoe.wmt.training import Progress, train
 from taskmoe.wmt.transformer import param_count
 from taskmoe.wmt.translation import Decoding, translate
 from taskmoe.wmt.validation import Validation
-from taskmoe.wmt.workdir import check_workdir
+from taskmoe.wmt.workdir import SIZES, check_workdir
 
 
 def run(a: argparse.Namespace) -> None:
@@ -48,12 +49,13 @@ def run(a: argparse.Namespace) -> None:
         size = model_config.vocab_size
         tokenizer = make_vocabulary(source.text, size, train_config, a.cache, train_config.seed)
         data = TrainingData(source.text, tokenizer, train_config)
+        write_text(a.workdir / SIZES, json.dumps(data.sizes, indent=2) + "\n")
         write_bytes(vocabulary, tokenizer.model)
     parallel.wait_for_all("vocabulary is there")
     if begun or not parallel.is_writer():
         tokenizer = Tokenizer.load(vocabulary)
         data = TrainingData(source.text, tokenizer, train_config)
-    out.print(account_table(source.title, source.accounts, {"over buckets": data.too_long}))
+    out.print(account_table(source.title, source.accounts, {"no bucket": data.too_long}))
     if mesh is not None:
         out.print(
             f"{mesh.size} devices in {jax.process_count()} processes: "

@@ -6,10 +6,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from taskmoe.wmt.commands.shared import add_decoding, check_pair, decoding, load, read_bytes
+from taskmoe.wmt.commands.shared import (
+    add_decoding,
+    check_pair,
+    decoding,
+    load,
+    own_words,
+    read_bytes,
+)
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.progress import bar
-from taskmoe.wmt.translation import translate
+from taskmoe.wmt.translation import translate, translate_n_best
 
 
 def run(a: argparse.Namespace) -> None:
@@ -29,8 +36,19 @@ def run(a: argparse.Namespace) -> None:
     if lines[-1] == "":
         lines.pop()
     with bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
-        found = translate(model, [(pair, line) for line in lines], decoding(a), progress)
-    sys.stdout.write("".join(f"{line}\n" for line in found))
+        requests = [(pair, line) for line in lines]
+        if a.n_best is None:
+            text = "".join(
+                f"{line}\n" for line in translate(model, requests, decoding(a), progress)
+            )
+        else:
+            found = own_words(translate_n_best, model, requests, decoding(a), a.n_best, progress)
+            text = "".join(
+                f"{i} ||| {hypothesis.text} ||| {hypothesis.score:.4f}\n"
+                for i, hypotheses in enumerate(found)
+                for hypothesis in hypotheses
+            )
+    sys.stdout.write(text)
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -38,4 +56,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", type=Path, required=True, help="model folder or work directory")
     p.add_argument("--pair", help="direction; not needed where the model knows but one")
     p.add_argument("--input", type=Path, help="file with a sentence a line; default stdin")
+    p.add_argument(
+        "--n-best",
+        type=int,
+        metavar="N",
+        help="print `line ||| translation ||| score` for the N best of the beam, lines from 0",
+    )
     add_decoding(p)
