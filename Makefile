@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format lock clean
+.PHONY: demo test check lint format lock clean
 
 demo: $(READY)
 	$(BIN)/python -m taskmoe.bench demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+check: $(READY)
+	$(BIN)/python -m taskmoe.bench check
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -164,13 +164,18 @@ def _write(path: Path, here: dict[str, str], facts: Any) -> None:
 
 def table(changes: list[Change], *, everything: bool = False) -> Table:
     """Old, new, change and verdict of what changed and of every timing."""
-    same = sum(c.verdict == "same" and c.interval is None for c in changes)
-    table = Table(
-        title="Against the baseline",
-        caption=f"{same} of {len(changes)} facts are as stored, to the last digit"
-        + ("." if everything else " (--all shows them).")
-        + " Timings: seconds a token over those of a calibration run, and the interval of 99%.",
-    )
+    static = [c for c in changes if c.fact != verdicts.TIMED_FACT]
+    said = []
+    if static:
+        same = sum(c.verdict == "same" for c in static)
+        where = "" if everything else " (--all shows them)"
+        said.append(f"{same} of {len(static)} static facts are as stored{where}.")
+    if len(static) < len(changes):
+        said.append(
+            "Timings: seconds of a run over those of a calibration run beside it, and the "
+            f"{verdicts.CONFIDENCE:.0%} interval of the change."
+        )
+    table = Table(title="Against the baseline", caption=" ".join(said))
     for heading in ("subject", "fact"):
         table.add_column(heading)
     for heading in ("old", "new", "change"):
