@@ -1,6 +1,6 @@
-"""Command line: `python -m taskmoe.bench demo | ops | exchange | task | tpu | check | report`.
+"""Command line: `python -m taskmoe.bench NAME`, each NAME with a question of its own.
 
-Each takes --json FILE and --help.
+demo, ops, exchange, decode, task, tpu, check, report; each takes --json FILE and --help.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "taskmoe.bench.demo",
     "ops": "taskmoe.bench.ops",
     "exchange": "taskmoe.bench.exchange",
+    "decode": "taskmoe.bench.decode",
     "task": "taskmoe.bench.task_path",
     "tpu": "taskmoe.bench.tpu_lab",
     "check": "taskmoe.bench.check",

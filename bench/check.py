@@ -10,16 +10,14 @@ above 8% more. Exit code 1 on a regression, with a last line that names it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.table import Table
 
-from taskmoe.bench import machine, static_facts, timed_facts, tpu_lab, verdicts
+from taskmoe.bench import machine, serving, static_facts, timed_facts, tpu_lab, verdicts
 from taskmoe.bench.console import out
 from taskmoe.bench.verdicts import Change, Interval
 from taskmoe.wmt.command_line import write_text
@@ -118,9 +116,7 @@ def _stored(
 
 
 def _static(quick: bool) -> static_facts.Facts:
-    jax.config.update("jax_platforms", "cpu")
-    with contextlib.suppress(RuntimeError):  # JAX runs already: in a test, which has its devices
-        jax.config.update("jax_num_cpu_devices", static_facts.DEVICES)
+    serving.use_host_devices(static_facts.DEVICES)
     return static_facts.collect(("v5e",) if quick else tuple(static_facts.KERNELS))
 
 

@@ -78,8 +78,7 @@ def run(a: argparse.Namespace) -> int:
     for name, most in (("steps", math.inf), ("sentences", cldr.CldrConfig().test)):
         if not 1 <= getattr(a, name) <= most:
             raise InputError(f"--{name} must be from 1 to {most}, got {getattr(a, name)}")
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", DEVICES)
+    serving.use_host_devices(DEVICES)
     began = time.perf_counter()
     work = a.out / "work"
 
@@ -277,14 +276,10 @@ def _serve(models: dict[str, Model]) -> dict[str, Any]:
     subs = [extract(task, name) for name in task.config.tasks("decoder")[:DEVICES]]
     mesh = serving.device_mesh(DEVICES)
     systems = {
-        "token-MoE, dropless": lambda batch: serving.expert_parallel(
-            token.params, token.config, batch, mesh
-        ),
-        "token-MoE, capacity 2": lambda batch: serving.expert_parallel(
-            token.params, tight, batch, mesh
-        ),
-        "task-MoE sub-networks": lambda batch: serving.sub_networks(
-            [s.params for s in subs], subs[0].config, batch, mesh
+        "token-MoE, dropless": serving.expert_parallel(token.params, token.config, mesh),
+        "token-MoE, capacity 2": serving.expert_parallel(token.params, tight, mesh),
+        "task-MoE sub-networks": serving.sub_networks(
+            [s.params for s in subs], subs[0].config, mesh
         ),
     }
     with bar("decoding", "batch sizes") as progress:

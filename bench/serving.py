@@ -9,9 +9,10 @@ and without early exit, over a fixed source length. What differs is where parame
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,20 @@ AXIS = "expert"
 
 
 @dataclasses.dataclass(frozen=True)
+class System:
+    """A model in its place: parameters (each process holds them whole), how they lie on the mesh.
+
+    program: (params, memory, token, positions, keep_logits) -> tokens and logits, as `decode`.
+    """
+
+    config: ModelConfig
+    params: Params
+    specs: Any
+    mesh: Mesh
+    program: Callable[..., tuple[jax.Array, jax.Array | None]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Served:
     """A compiled decoding program with its inputs in place.
 
@@ -52,10 +67,12 @@ class Served:
     params_per_device: int
     bytes_per_device: int
 
-    @property
-    def collectives(self) -> dict[str, int]:
-        """Kind -> instructions in the optimised program."""
-        return count_collectives(self.hlo)
+
+def use_host_devices(devices: int) -> None:
+    """Make JAX show this machine's cores as so many devices; those it already shows stay."""
+    jax.config.update("jax_platforms", "cpu")
+    with contextlib.suppress(RuntimeError):  # JAX runs already, as in a test
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def device_mesh(devices: int) -> Mesh:
@@ -67,47 +84,45 @@ def device_mesh(devices: int) -> Mesh:
 
 
 def expert_parallel(
-    params: Params,
-    config: ModelConfig,
-    batch: int,
-    mesh: Mesh,
-    strategy: str = "all_to_all",
-    positions: int = POSITIONS,
-) -> Served:
-    """Decoding of `batch` sequences with the decoder's experts spread over the mesh.
+    params: Params, config: ModelConfig, mesh: Mesh, strategy: str = "all_to_all"
+) -> System:
+    """One model whose decoder's experts are spread over the mesh, each sequence on one device.
 
     strategy: as in `moe.apply`; with "kept" nothing travels and results are wrong.
     """
 
-    def program(params: Params, memory: jax.Array, token: jax.Array) -> jax.Array:
-        return decode(params, config, memory, token, positions, mesh=mesh, strategy=strategy)[0]
+    def program(
+        params: Params, memory: jax.Array, token: jax.Array, positions: int, keep_logits: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        options: Any = {"mesh": mesh, "strategy": strategy, "keep_logits": keep_logits}
+        return decode(params, config, memory, token, positions, **options)
 
-    specs = expert_specs(params)
-    return _serve(program, params, specs, config, batch, mesh, positions)
+    return System(config, params, _expert_specs(params), mesh, program)
 
 
-def sub_networks(
-    models: Sequence[Params],
-    config: ModelConfig,
-    batch: int,
-    mesh: Mesh,
-    positions: int = POSITIONS,
-) -> Served:
-    """Decoding of `batch` sequences in all, each device with its own sub-network of `models`.
+def sub_networks(models: Sequence[Params], config: ModelConfig, mesh: Mesh) -> System:
+    """One model a device, for its own share of the sequences.
 
     config: of a sub-network, whose feed-forward layers are all dense. A dense model is served so
     too, as one replica a device.
     """
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *models)
 
-    def local(params: Params, memory: jax.Array, token: jax.Array) -> jax.Array:
-        own = jax.tree.map(lambda leaf: leaf[0], params)
-        return decode(own, config, memory, token, positions)[0]
+    def program(
+        params: Params, memory: jax.Array, token: jax.Array, positions: int, keep_logits: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        def local(params: Params, memory: jax.Array, token: jax.Array) -> Any:
+            own = jax.tree.map(lambda leaf: leaf[0], params)
+            return decode(own, config, memory, token, positions, keep_logits=keep_logits)
 
-    # An empty cache is the same on every device, a filled one is not: without the check of that.
-    program = jax.shard_map(local, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False)
-    specs = jax.tree.map(lambda _: P(AXIS), stacked)
-    return _serve(program, stacked, specs, config, batch, mesh, positions)
+        # An empty cache is the same on every device, a filled one is not: without the check of it.
+        options: Any = {"in_specs": P(AXIS), "out_specs": P(AXIS), "check_vma": False}
+        found: tuple[jax.Array, jax.Array | None] = jax.shard_map(local, mesh=mesh, **options)(
+            params, memory, token
+        )
+        return found
+
+    return System(config, stacked, jax.tree.map(lambda _: P(AXIS), stacked), mesh, program)
 
 
 def decode(
@@ -165,7 +180,7 @@ def inputs(config: ModelConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
     return memory, np.full((batch,), BOS, np.int32)
 
 
-def expert_specs(params: Params) -> Any:
+def _expert_specs(params: Params) -> Any:
     """Experts over the mesh, everything else on every device."""
 
     def specs(tree: Any) -> Any:
@@ -181,23 +196,20 @@ def expert_specs(params: Params) -> Any:
     return specs(params)
 
 
-def _serve(
-    program: Callable[..., jax.Array],
-    params: Params,
-    specs: Any,
-    config: ModelConfig,
-    batch: int,
-    mesh: Mesh,
-    positions: int,
-) -> Served:
-    params = place(mesh, params, specs)
-    arguments = place(mesh, inputs(config, batch), P(AXIS))
+def serve(system: System, batch: int) -> Served:
+    """Compile a system's decoding of a batch and put its inputs in place."""
+    params = place(system.mesh, system.params, system.specs)
+    arguments = place(system.mesh, inputs(system.config, batch), P(AXIS))
+
+    def program(params: Params, memory: jax.Array, token: jax.Array) -> jax.Array:
+        return system.program(params, memory, token, POSITIONS, False)[0]
+
     compiled = jax.jit(program).lower(params, *arguments).compile()
     held = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(params)]
     memory: Any = compiled.memory_analysis()
     return Served(
         run=lambda: compiled(params, *arguments),
-        tokens=batch * positions,
+        tokens=batch * POSITIONS,
         hlo=compiled.as_text() or "",
         params_per_device=sum(held),
         bytes_per_device=0
@@ -206,17 +218,59 @@ def _serve(
     )
 
 
-def measure(
-    systems: dict[str, Callable[[int], Served]], batch: int, *, rounds: int = 7
-) -> list[dict[str, Any]]:
+class Agreement(NamedTuple):
+    """How a system's decoding compares with the whole model's on one device.
+
+    tokens, identical: compared, and those that are the same. error: largest difference of logits,
+    relative to the largest logit, up to and with the first token of a sequence that differs.
+    """
+
+    tokens: int
+    identical: int
+    error: float
+
+
+def agreement(
+    system: System,
+    params: Params,
+    config: ModelConfig,
+    batch: int,
+    task: np.ndarray | None = None,
+) -> Agreement:
+    """Decode a batch with a system and with the whole model on one device.
+
+    params, config: of the whole model. task: [batch] i32 for a task-routed decoder. After the first
+    token that differs a sequence is another one, and no longer compared.
+    """
+    memory, token = inputs(config, batch)
+
+    def whole(params: Params, memory: Any, token: Any, task: Any) -> Any:
+        return decode(params, config, memory, token, POSITIONS, task, keep_logits=True)
+
+    def spread(params: Params, memory: Any, token: Any) -> Any:
+        return system.program(params, memory, token, POSITIONS, True)
+
+    want = jax.tree.map(np.asarray, jax.jit(whole)(params, memory, token, task))
+    placed = place(system.mesh, system.params, system.specs)
+    arguments = place(system.mesh, (memory, token), P(AXIS))
+    have = jax.tree.map(np.asarray, jax.jit(spread)(placed, *arguments))
+    same = have[0] == want[0]
+    before = np.concatenate([np.ones((batch, 1), bool), same[:, :-1]], axis=1)
+    counted = np.logical_and.accumulate(before, axis=1)
+    error = np.abs(have[1] - want[1]).max(axis=-1)[counted].max() / np.abs(want[1]).max()
+    return Agreement(same.size, int((same & counted).sum()), float(error))
+
+
+def measure(systems: dict[str, System], batch: int, *, rounds: int = 7) -> list[dict[str, Any]]:
     """Compile each system for a batch, time them in turns and profile each.
 
     Returns a JSON-ready row a system: system, batch, tokens_per_s (median) with its 10th and 90th
-    percentile, collectives, params_per_device, and the profiler's step_ms, transfer_share and
-    waiting_share.
+    percentile, seconds (of each round, a run), collectives, params_per_device, bytes_per_device,
+    and the profiler's step_ms, transfer_share and waiting_share.
     """
-    served = {name: make(batch) for name, make in systems.items()}
-    timings = alternate({name: s.run for name, s in served.items()}, rounds=rounds)
+    served = {name: serve(system, batch) for name, system in systems.items()}
+    # Where several processes take part all must make the same calls: a round is one, however short.
+    timings = alternate({name: s.run for name, s in served.items()}, rounds=rounds, min_seconds=0)
     rows = []
     for name, s in served.items():
         speeds = s.tokens / np.asarray(timings[name].seconds)
@@ -228,7 +282,8 @@ def measure(
                 "tokens_per_s": float(np.median(speeds)),
                 "tokens_per_s_p10": float(np.quantile(speeds, 0.1)),
                 "tokens_per_s_p90": float(np.quantile(speeds, 0.9)),
-                "collectives": s.collectives,
+                "seconds": timings[name].seconds,
+                "collectives": count_collectives(s.hlo),
                 "params_per_device": s.params_per_device,
                 "bytes_per_device": s.bytes_per_device,
                 "step_ms": told.step_ms / POSITIONS,

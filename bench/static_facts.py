@@ -169,13 +169,13 @@ def decoding_facts(mesh: Mesh) -> Facts:
     params, small, _ = subnetwork.one_task(params, task, tasks)
     systems = {
         "token-MoE": serving.expert_parallel(
-            transformer.init(jax.random.key(0), token), token, DEVICES, mesh
+            transformer.init(jax.random.key(0), token), token, mesh
         ),
-        "sub-networks": serving.sub_networks([params] * DEVICES, small, DEVICES, mesh),
+        "sub-networks": serving.sub_networks([params] * DEVICES, small, mesh),
     }
     return {
-        f"decoding, {name}, {DEVICES} devices": exchanged(served.hlo)
-        for name, served in systems.items()
+        f"decoding, {name}, {DEVICES} devices": exchanged(serving.serve(system, DEVICES).hlo)
+        for name, system in systems.items()
     }
 
 
