@@ -2,7 +2,8 @@
 
 Eight host devices serve each system: one dense replica a device; one task's sub-network a device;
 or one token-routed model over all of them, expert-parallel, dropless and with GShard's capacity.
-Parameters are random unless --models names trained ones. Before anything is timed, each system's
+Parameters are random unless --models names trained ones; random ones get their tokens given, drawn
+at random, so that their routers spread them. Before anything is timed, each system's
 tokens are compared with the whole model's on one device.
 """
 
@@ -15,7 +16,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib
 import numpy as np
 
@@ -26,7 +26,6 @@ from rich.table import Table
 from taskmoe.bench import machine, paper, serving
 from taskmoe.bench.console import out
 from taskmoe.bench.serving import System
-from taskmoe.wmt import transformer
 from taskmoe.wmt.command_line import write_text
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.errors import InputError
@@ -96,7 +95,7 @@ def run(a: argparse.Namespace) -> int:
         "source_length": serving.SOURCE_LENGTH,
         "rounds": 3 if a.quick else a.rounds,
         "checks": {name: check._asdict() for name, check in checks.items()},
-        "points": measure(systems, batches, 3 if a.quick else a.rounds),
+        "points": measure(systems, batches, 3 if a.quick else a.rounds, given=a.models is None),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
     if a.json is not None:
@@ -136,7 +135,7 @@ def _random() -> Models:
     for name, side in (("dense", "dense"), ("token", "token"), ("task", "target")):
         sides: Any = {"encoder": "dense", "decoder": side}
         config = ModelConfig(pairs=pairs, **sides, **MODEL)
-        found[name] = transformer.init(jax.random.key(0), config), config
+        found[name] = serving.random_model(config), config
     return found
 
 
@@ -192,13 +191,15 @@ def build(models: Models, devices: int) -> tuple[dict[str, System], dict[str, se
     return systems, checks
 
 
-def measure(systems: dict[str, System], batches: list[int], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    systems: dict[str, System], batches: list[int], rounds: int, *, given: bool
+) -> list[dict[str, Any]]:
     """A row a system and batch, as `serving.measure`."""
     points = []
     with bar("decoding", "batch sizes") as progress:
         progress(0, len(batches))
         for number, batch in enumerate(batches):
-            points += serving.measure(systems, batch, rounds=rounds)
+            points += serving.measure(systems, batch, rounds=rounds, given=given)
             progress(number + 1, len(batches))
     return points
 

@@ -1,9 +1,10 @@
-"""Expert-parallel exchange against task-routed layers: time, share in communication, bytes.
+"""Expert-parallel exchange against task-routed: time, share in communication, bytes.
 
-One Mixture-of-Experts layer, decoding-sized (a token a sequence), on N host devices, in one process
-or in several over loopback: each strategy of `taskmoe.moe`, the same with every part kept instead
-of sent, and a task's extracted sub-network on every device. Results are checked against one device
-before anything is timed; shares come from the profiler.
+One Mixture-of-Experts layer, decoding-sized (a token a sequence), and a whole decoding step, on N
+host devices, in one process or in several over loopback: each strategy of `taskmoe.moe`, the same
+with every part kept instead of sent, and a task's extracted sub-network on every device. Results
+are checked against one device before anything is timed. Shares come from the profiler, and from
+what the program takes less when it keeps what it would send.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--devices", type=int, default=8, help="host devices in all")
     p.add_argument("--processes", type=int, default=1, help="processes that share the devices")
     p.add_argument("--batches", default="64,512,4096", help="tokens in all, each a multiple of N")
+    p.add_argument("--step-batches", default="64,512", help="sequences of a whole decoding step")
     p.add_argument("--experts", default="32", help="experts, each a multiple of N")
     p.add_argument("--d-model", default="256", help="widths; hidden width is four times as much")
     p.add_argument("--rounds", type=int, default=9, help="times that each is measured")
@@ -61,7 +63,10 @@ def run(a: argparse.Namespace) -> int:
     for shape in result["shapes"]:
         out.print(_table(result, shape))
         out.print(f"{_verdict(shape)}\n")
-    wrong = [r for s in result["shapes"] for r in s["rows"] if not r["agrees"]]
+    for step in result["steps"]:
+        out.print(_step_table(result, step))
+    out.print(*findings(result), sep="\n", soft_wrap=True)
+    wrong = [r for s in result["shapes"] + result["steps"] for r in s["rows"] if not r["agrees"]]
     for row in wrong:
         out.print(f"{row['system']} differs from one device by {row['error']:.2g}: not timed")
     return 1 if wrong else 0
@@ -78,13 +83,13 @@ def _spec(a: argparse.Namespace) -> dict[str, Any]:
     if a.rounds < 1:
         raise InputError(f"--rounds must be at least 1, got {a.rounds}")
     sizes = {}
-    for name in ("batches", "experts", "d_model"):
+    for name in ("batches", "step_batches", "experts", "d_model"):
         text = getattr(a, name)
         try:
             sizes[name] = [int(n) for n in text.split(",")]
         except ValueError:
             raise InputError(f"--{name.replace('_', '-')} must be numbers like 64,512") from None
-        by = 1 if name == "d_model" else a.devices
+        by = 8 if name == "d_model" else a.devices  # four heads of an even width
         if bad := [n for n in sizes[name] if n < by or n % by]:
             raise InputError(f"--{name.replace('_', '-')} must be multiples of {by}, got {bad[0]}")
     if a.quick:
@@ -106,7 +111,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         results = Path(folder) / "results.json"
         asked = spec
         spec = {**spec, "port": _free_port(), "results": str(results), "heartbeat": HEARTBEAT_S}
-        shapes = len(spec["batches"]) * len(spec["experts"]) * len(spec["d_model"])
+        sizes = len(spec["experts"]) * len(spec["d_model"])
+        shapes = sizes * (len(spec["batches"]) + len(spec["step_batches"]))
         workers = [_start(spec, i) for i in range(spec["processes"])]
         with bar("exchange", "shapes") as progress:
             progress(0, shapes)
@@ -144,30 +150,85 @@ def _free_port() -> int:
 
 
 HEADINGS = (
-    "system",
-    "µs",
-    "p10 to p90",
-    "moving",
-    "waiting",
-    "collectives",
-    "bytes sent",
-    "error",
+    *("system", "µs", "p10 to p90", "moving", "waiting", "by copy", "alone µs", "collectives"),
+    *("bytes sent", "error"),
 )
+STEP_HEADINGS = (*HEADINGS[:6], "collectives", "error")
 
 
-def cells(r: dict[str, Any]) -> tuple[str, ...]:
-    """A row of results as words under `HEADINGS`."""
+def cells(r: dict[str, Any], headings: tuple[str, ...] = HEADINGS) -> tuple[str, ...]:
+    """A row of results as words under `HEADINGS` or `STEP_HEADINGS`."""
     if not r["agrees"]:
-        return (r["system"], *["-"] * 6, f"{r['error']:.1e}")
+        return (r["system"], *["-"] * (len(headings) - 2), f"{r['error']:.1e}")
+    words = {
+        "system": r["system"],
+        "µs": f"{r['us']:,.0f}",
+        "p10 to p90": f"{r['us_p10']:,.0f} to {r['us_p90']:,.0f}",
+        "moving": f"{r['transfer_share']:.1%}",
+        "waiting": f"{r['waiting_share']:.1%}",
+        "by copy": f"{r['copy_share']:.1%}" if "copy_share" in r else "",
+        "alone µs": f"{r['alone_us']:,.0f}" if "alone_us" in r else "",
+        "collectives": ", ".join(f"{n} {kind}" for kind, n in r["collectives"].items()) or "0",
+        "bytes sent": f"{r.get('bytes_sent', 0):,.0f}",
+        "error": "by design" if r["error"] is None else f"{r['error']:.1e}",
+    }
+    return tuple(words[heading] for heading in headings)
+
+
+def _step_table(result: dict[str, Any], step: dict[str, Any]) -> Table:
+    spec = result["spec"]
+    table = Table(
+        *STEP_HEADINGS,
+        title=f"Decoding step of {step['batch']} sequences, {step['experts']} experts, d_model "
+        f"{step['d_model']}, {spec['devices']} devices in {spec['processes']} processes (measured)",
+    )
+    for r in step["rows"]:
+        table.add_row(*cells(r, STEP_HEADINGS))
+    return table
+
+
+#: Points by which two ways to tell a share may differ and still agree.
+AGREE = 0.05
+
+
+def findings(result: dict[str, Any]) -> list[str]:
+    """How the profiler's shares and those by copy agree, and where not, why; sub-networks' zero."""
+    measured = [*result["shapes"], *result["steps"]]
+    rows = [r for m in measured for r in m["rows"] if r["agrees"]]
+    both = [r for r in rows if "copy_share" in r]
+    lines = []
+    if both:
+        apart = [r["transfer_share"] + r["waiting_share"] - r["copy_share"] for r in both]
+        near = sum(abs(d) <= AGREE for d in apart)
+        lines.append(
+            f"Shares of the exchange by the profiler and by copy lie within {AGREE * 100:.0f} "
+            f"points in {near} of {len(both)} cases; the profiler's is "
+            f"{100 * min(apart):+.0f} to {100 * max(apart):+.0f} points from the other."
+        )
+        if near < len(both):
+            lines.append(_why(result, both))
+    subs = [r for r in rows if not r["collectives"] and r["error"] is not None]
+    if subs:
+        most = max(r["transfer_share"] + r["waiting_share"] for r in subs)
+        lines.append(f"Sub-networks: 0 collectives, {most:.1%} of their time in communication.")
+    return lines
+
+
+def _why(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Where a device's time in collectives is not what leaving them out saves."""
+    devices, cores = result["spec"]["devices"], int(result["machine"]["cores"])
+    if devices <= cores:
+        return (
+            "Each device has a core of its own, but not to itself: whatever else the machine runs "
+            "holds up one device, and the others wait for it in a collective."
+        )
+    moving = [r["transfer_share"] - r["copy_share"] for r in rows]
     return (
-        r["system"],
-        f"{r['us']:,.0f}",
-        f"{r['us_p10']:,.0f} to {r['us_p90']:,.0f}",
-        f"{r['transfer_share']:.1%}",
-        f"{r['waiting_share']:.1%}",
-        ", ".join(f"{n} {kind}" for kind, n in r["collectives"].items()) or "0",
-        f"{r['bytes_sent']:,.0f}",
-        "by design" if r["error"] is None else f"{r['error']:.1e}",
+        f"{devices} devices share {cores} cores: while one computes, others stand in a collective, "
+        "which is their time in communication but nobody's work; leaving the exchange out saves "
+        "the copying and the waking alone. What the profiler calls moving, after the last device "
+        f"has arrived, is {100 * min(moving):+.0f} to {100 * max(moving):+.0f} points from the "
+        "share by copy."
     )
 
 

@@ -22,19 +22,21 @@ from taskmoe import moe
 from taskmoe.bench import machine
 from taskmoe.bench.collectives import count_collectives, profile_communication
 from taskmoe.bench.exchange import DONE
+from taskmoe.bench.exchange_step import (
+    SUB,
+    SYSTEMS,
+    add_copy_shares,
+    exchange_alone,
+    measure_step,
+    times,
+)
 from taskmoe.bench.serving import place
 from taskmoe.bench.timing import alternate
 from taskmoe.moe.exchange import EXPERT_AXIS, Peers, rows_sent
 from taskmoe.wmt.command_line import write_text
 
-#: System -> capacity factor and strategy.
-SYSTEMS: dict[str, tuple[float | None, str]] = {
-    "all_to_all, dropless": (None, "all_to_all"),
-    "all_to_all, capacity 1.25": (1.25, "all_to_all"),
-    "capacity 1.25, kept": (1.25, "kept"),
-    "ragged, dropless": (None, "ragged"),
-    "all_gather, dropless": (None, "all_gather"),
-}
+#: Begins the name of a layer's exchange that runs by itself.
+ALONE = "alone: "
 #: Largest difference from one device, relative to its largest output, in float32.
 TOLERANCE = 1e-5
 
@@ -51,7 +53,12 @@ def main() -> None:
             heartbeat_timeout_seconds=spec["heartbeat"],
         )
     mesh = Mesh(np.array(jax.devices()), (EXPERT_AXIS,), axis_types=(AxisType.Auto,))
-    result: dict[str, Any] = {"spec": spec, "machine": machine.describe(), "shapes": []}
+    result: dict[str, Any] = {
+        "spec": spec,
+        "machine": machine.describe(),
+        "shapes": [],
+        "steps": [],
+    }
     for experts in spec["experts"]:
         for d_model in spec["d_model"]:
             for tokens in spec["batches"]:
@@ -59,9 +66,20 @@ def main() -> None:
                 result["shapes"].append(
                     {"tokens": tokens, "experts": experts, "d_model": d_model, "rows": rows}
                 )
-                print(f"{DONE}{len(result['shapes'])}", flush=True)
+                tell(result)
+            for batch in spec["step_batches"]:
+                rows = measure_step(mesh, batch, experts, d_model, spec["rounds"], TOLERANCE)
+                result["steps"].append(
+                    {"batch": batch, "experts": experts, "d_model": d_model, "rows": rows}
+                )
+                tell(result)
     if process == 0:
         write_text(Path(spec["results"]), json.dumps(result))
+
+
+def tell(result: dict[str, Any]) -> None:
+    """Say how far it is, for the progress bar."""
+    print(f"{DONE}{len(result['shapes']) + len(result['steps'])}", flush=True)
 
 
 def measure_layer(
@@ -71,7 +89,8 @@ def measure_layer(
     x = np.random.default_rng(0).standard_normal((tokens, 1, d_model)).astype(np.float32)
     sharded = place(mesh, x, P(EXPERT_AXIS))
     runs: dict[str, Callable[[], Any]] = {}
-    rows = []
+    alone: dict[str, Callable[[], Any]] = {}
+    rows: list[dict[str, Any]] = []
     for name, (factor, strategy) in SYSTEMS.items():
         config = moe.MoEConfig(
             d_model,
@@ -86,17 +105,19 @@ def measure_layer(
         def run(p: Any, x: Any, config: Any = config, how: str = strategy) -> Any:
             return moe.apply(p, config, x, mesh=mesh, strategy=how)[0]
 
-        def alone(p: Any, x: Any, config: Any = config) -> Any:
+        def one_device(p: Any, x: Any, config: Any = config) -> Any:
             return moe.apply(p, config, x)[0]
 
         compiled = jax.jit(run).lower(*inputs).compile()
         error = None
         if strategy != "kept":
-            error = _difference(compiled(*inputs), np.asarray(jax.jit(alone)(params, x)))
+            error = _difference(compiled(*inputs), np.asarray(jax.jit(one_device)(params, x)))
         units = tokens // mesh.size
         sent = rows_sent(strategy, config, units, Peers(mesh.size, ragged=False))
         rows.append(_row(name, compiled, error, sent * d_model * 4))
         runs[name] = functools.partial(compiled, *inputs)
+        if strategy == "all_to_all":
+            alone[name] = exchange_alone(mesh, config, tokens)
 
     task = moe.MoEConfig(d_model, 4 * d_model, experts, routing="task", num_tasks=16)
     params = jax.tree.map(np.asarray, moe.init(jax.random.key(0), task))
@@ -105,25 +126,23 @@ def measure_layer(
     compiled = jax.jit(moe.ffn).lower(*inputs).compile()
     ids = np.full(tokens, 3, np.int32)
     whole = jax.jit(lambda p, x: moe.apply(p, task, x, task=ids)[0])(params, x)
-    name = "task-routed sub-network"
+    name = SUB
     rows.append(_row(name, compiled, _difference(compiled(*inputs), np.asarray(whole)), 0.0))
     runs[name] = functools.partial(compiled, *inputs)
 
     good = [r for r in rows if r["agrees"]]
+    timed = {r["system"]: runs[r["system"]] for r in good}
+    timed |= {f"{ALONE}{name}": run for name, run in alone.items() if name in timed}
     # All processes must make the same calls: a round is one call, however short.
-    timings = alternate(
-        {r["system"]: runs[r["system"]] for r in good}, rounds=rounds, min_seconds=0
-    )
+    timings = alternate(timed, rounds=rounds, min_seconds=0)
     for row in good:
-        seconds = np.asarray(timings[row["system"]].seconds) * 1e6
-        told = profile_communication(runs[row["system"]])
-        row |= {
-            "us": float(np.median(seconds)),
-            "us_p10": float(np.quantile(seconds, 0.1)),
-            "us_p90": float(np.quantile(seconds, 0.9)),
-            "transfer_share": told.transfer_share,
-            "waiting_share": told.waiting_share,
-        }
+        name = row["system"]
+        told = profile_communication(runs[name])
+        row |= times(timings[name].seconds)
+        row |= {"transfer_share": told.transfer_share, "waiting_share": told.waiting_share}
+        if name in alone:
+            row["alone_us"] = 1e6 * timings[f"{ALONE}{name}"].median
+    add_copy_shares(rows)
     return rows
 
 

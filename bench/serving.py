@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from taskmoe import moe
 from taskmoe.bench.collectives import count_collectives, profile_communication
 from taskmoe.bench.timing import alternate
+from taskmoe.wmt import transformer
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.tokenizer import BOS
 from taskmoe.wmt.transformer import (
@@ -139,22 +141,26 @@ def decode(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Greedy decoding without early exit: tokens [B, positions], and logits [B, positions, V].
 
-    memory: [B, S, D], the encoder's output, all of it valid. token: [B] i32, where to begin.
+    memory: [B, S, D], the encoder's output, all of it valid. token: [B] i32, where to begin; or
+    [B, positions], what stands at each position whatever was found likely before it.
     keep_logits: return them; else None.
     """
     params = with_softmax(params)
+    given = token.T if token.ndim == 2 else None
     valid = jnp.ones(memory.shape[:2], bool)
     cache = start_cache(params, config, memory, valid, positions)
 
     def step(state: Any, position: jax.Array) -> Any:
         token, cache = state
+        token = token if given is None else given[position]
         logits, cache = decode_step(
             params, config, cache, valid, token, position, task, mesh=mesh, strategy=strategy
         )
         chosen = most_likely(logits)
         return (chosen, cache), (chosen, logits if keep_logits else None)
 
-    _, (tokens, logits) = jax.lax.scan(step, (token, cache), jnp.arange(positions))
+    start = (token if given is None else given[0], cache)
+    _, (tokens, logits) = jax.lax.scan(step, start, jnp.arange(positions))
     return tokens.T, None if logits is None else logits.swapaxes(0, 1)
 
 
@@ -173,10 +179,17 @@ def place(mesh: Mesh, tree: Any, spec: Any) -> Any:
     return jax.tree.map(one, tree, spec)
 
 
-def inputs(config: ModelConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """A batch to decode: what an encoder might give [B, S, D] f32, and first tokens [B] i32."""
+def inputs(
+    config: ModelConfig, batch: int, *, given: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """A batch to decode: what an encoder might give [B, S, D] f32, and first tokens [B] i32.
+
+    given: all tokens instead, drawn at random, [B, POSITIONS], for models of `random_model`.
+    """
     rng = np.random.default_rng(0)
     memory = rng.standard_normal((batch, SOURCE_LENGTH, config.d_model)).astype(np.float32)
+    if given:
+        return memory, rng.integers(0, config.vocab_size, (batch, POSITIONS), np.int32)
     return memory, np.full((batch,), BOS, np.int32)
 
 
@@ -196,10 +209,21 @@ def _expert_specs(params: Params) -> Any:
     return specs(params)
 
 
-def serve(system: System, batch: int) -> Served:
-    """Compile a system's decoding of a batch and put its inputs in place."""
+def random_model(config: ModelConfig) -> Params:
+    """Random parameters whose routers spread tokens about as evenly as trained ones.
+
+    Fresh ones send most tokens to few experts (the busiest of 32 gets 5.5 times its share): what
+    all tokens have in common weighs too much. With larger embeddings the token itself decides; that
+    tokens differ, `inputs` sees to with given=True: greedy decoding would soon repeat one.
+    """
+    params = transformer.init(jax.random.key(0), config)
+    return params | {"embedding": 10 * params["embedding"]}
+
+
+def serve(system: System, batch: int, *, given: bool = False) -> Served:
+    """Compile a system's decoding of a batch and put its inputs in place; given: as `inputs`."""
     params = place(system.mesh, system.params, system.specs)
-    arguments = place(system.mesh, inputs(system.config, batch), P(AXIS))
+    arguments = place(system.mesh, inputs(system.config, batch, given=given), P(AXIS))
 
     def program(params: Params, memory: jax.Array, token: jax.Array) -> jax.Array:
         return system.program(params, memory, token, POSITIONS, False)[0]
@@ -240,35 +264,66 @@ def agreement(
     """Decode a batch with a system and with the whole model on one device.
 
     params, config: of the whole model. task: [batch] i32 for a task-routed decoder. After the first
-    token that differs a sequence is another one, and no longer compared.
+    token that differs a sequence is another one, and no longer compared. Of several processes each
+    compares the sequences that its devices hold.
     """
     memory, token = inputs(config, batch)
-
-    def whole(params: Params, memory: Any, token: Any, task: Any) -> Any:
-        return decode(params, config, memory, token, POSITIONS, task, keep_logits=True)
 
     def spread(params: Params, memory: Any, token: Any) -> Any:
         return system.program(params, memory, token, POSITIONS, True)
 
-    want = jax.tree.map(np.asarray, jax.jit(whole)(params, memory, token, task))
     placed = place(system.mesh, system.params, system.specs)
     arguments = place(system.mesh, (memory, token), P(AXIS))
-    have = jax.tree.map(np.asarray, jax.jit(spread)(placed, *arguments))
+    mine, have = _local_rows(jax.jit(spread)(placed, *arguments))
+    want = jax.tree.map(
+        lambda leaf: np.asarray(leaf)[mine],
+        _on_one_device(params, config, memory, token, POSITIONS, task),
+    )
     same = have[0] == want[0]
-    before = np.concatenate([np.ones((batch, 1), bool), same[:, :-1]], axis=1)
+    before = np.concatenate([np.ones((len(mine), 1), bool), same[:, :-1]], axis=1)
     counted = np.logical_and.accumulate(before, axis=1)
     error = np.abs(have[1] - want[1]).max(axis=-1)[counted].max() / np.abs(want[1]).max()
     return Agreement(same.size, int((same & counted).sum()), float(error))
 
 
-def measure(systems: dict[str, System], batch: int, *, rounds: int = 7) -> list[dict[str, Any]]:
-    """Compile each system for a batch, time them in turns and profile each.
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def _on_one_device(
+    params: Params, config: ModelConfig, memory: Any, token: Any, positions: int, task: Any
+) -> Any:
+    return decode(params, config, memory, token, positions, task, keep_logits=True)
+
+
+def _local_rows(arrays: Any) -> tuple[np.ndarray, Any]:
+    """Rows of arrays [batch, ...] that lie on this process's devices: which, and what they hold."""
+
+    def shards(array: jax.Array) -> list[Any]:
+        return sorted(array.addressable_shards, key=lambda s: s.index[0].start or 0)
+
+    def rows(array: jax.Array) -> np.ndarray:
+        if array.is_fully_addressable:
+            return np.asarray(array)
+        return np.concatenate([np.asarray(s.data) for s in shards(array)])
+
+    first = jax.tree.leaves(arrays)[0]
+    every = np.arange(first.shape[0])
+    mine = (
+        every
+        if first.is_fully_addressable
+        else np.concatenate([every[s.index[0]] for s in shards(first)])
+    )
+    return mine, jax.tree.map(rows, arrays)
+
+
+def measure(
+    systems: dict[str, System], batch: int, *, rounds: int = 7, given: bool = False
+) -> list[dict[str, Any]]:
+    """Compile each system for a batch, time them in turns and profile each; given: as `inputs`.
 
     Returns a JSON-ready row a system: system, batch, tokens_per_s (median) with its 10th and 90th
     percentile, seconds (of each round, a run), collectives, params_per_device, bytes_per_device,
     and the profiler's step_ms, transfer_share and waiting_share.
     """
-    served = {name: serve(system, batch) for name, system in systems.items()}
+    served = {name: serve(system, batch, given=given) for name, system in systems.items()}
     # Where several processes take part all must make the same calls: a round is one, however short.
     timings = alternate({name: s.run for name, s in served.items()}, rounds=rounds, min_seconds=0)
     rows = []
