@@ -13,6 +13,9 @@ from taskmoe.bench import exchange
 from taskmoe.bench.__main__ import COMMANDS, main
 from taskmoe.bench.exchange_step import add_copy_shares, times
 
+#: Without the tests' eight devices: the command asks for its own.
+QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 
 def test_a_small_exchange_agrees_with_one_device_and_a_sub_network_needs_none(
     tmp_path: Path,
@@ -24,11 +27,7 @@ def test_a_small_exchange_agrees_with_one_device_and_a_sub_network_needs_none(
         [sys.executable, "-m", "taskmoe.bench", *words, "--json", str(result)],
         capture_output=True,
         text=True,
-        # Four devices, not the tests' eight; quickly compiled code will do.
-        env=os.environ
-        | {
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        },
+        env={**os.environ, "XLA_FLAGS": QUICKLY_COMPILED},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
