@@ -79,7 +79,7 @@ def run(a: argparse.Namespace) -> int:
     if a.rounds < 1:
         raise InputError(f"--rounds must be at least 1, got {a.rounds}")
     serving.use_host_devices(a.devices)
-    models = _random() if a.models is None else _trained(a.models)
+    models = random_models() if a.models is None else _trained(a.models)
     systems, checks = build(models, a.devices)
     for name, check in checks.items():
         if not check.error <= TOLERANCE:
@@ -128,7 +128,7 @@ def _batches(a: argparse.Namespace) -> list[int]:
 Models = dict[str, tuple[Params, ModelConfig]]
 
 
-def _random() -> Models:
+def random_models() -> Models:
     """Dense, token-routed and task-routed models of equal compute a token."""
     pairs = tuple(f"en-{language}" for language in LANGUAGES)
     found = {}

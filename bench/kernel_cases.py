@@ -55,6 +55,10 @@ SHAPES = {
     "wmt": Sizes(8192, 512, 2048, 32),
     "decode": Sizes(32, 512, 2048, 32),
     "awkward": Sizes(37, 131, 261, 5, 3),
+    # Of published measurements: see tpu_published.
+    "groups-8": Sizes(8192, 4096, 14336, 8, 1),
+    "groups-128": Sizes(393216, 2048, 768, 128, 1),
+    "groups-128-long": Sizes(524288, 4096, 1536, 128, 1),
 }
 
 
@@ -136,7 +140,10 @@ def is_installed(by: str) -> bool:
 @functools.cache
 def routed(tokens: int, experts: int, top_k: int, seed: int = 0) -> tuple[int, ...]:
     """Rows of each expert when every token goes to top_k distinct experts at random."""
-    order = np.random.default_rng(seed).random((tokens, experts)).argsort(axis=1)[:, :top_k]
+    rng = np.random.default_rng(seed)
+    if top_k == 1:
+        return tuple(np.bincount(rng.integers(0, experts, tokens), minlength=experts).tolist())
+    order = rng.random((tokens, experts)).argsort(axis=1)[:, :top_k]
     return tuple(np.bincount(order.reshape(-1), minlength=experts).tolist())
 
 

@@ -4,7 +4,8 @@ Each kernel is compiled by libtpu for each chip. Bundles of the main loop, the s
 that it fills and its spills are read from the compiler's dumps, bytes are counted by walking the
 grid, and times are modelled from both: nothing is measured, and every such figure is headed so.
 jax's megablox kernels, and tokamax's where installed, stand beside ours at the same shapes.
-With --model wmt, the paper's models instead: parameters, HBM, largest batches, exchange.
+With --model wmt, the paper's models instead: parameters, HBM, largest batches, exchange. With
+--published, how far the model's times are from measurements that others published.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--kernels", action="store_true", help="compile the kernels")
     what.add_argument("--model", help="compile decoding steps of the paper's models: wmt")
+    what.add_argument(
+        "--published", action="store_true", help="the model beside published measurements"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -67,8 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.ops or arguments.dtypes or arguments.shapes:
             raise InputError("--ops, --dtypes and --shapes go with --kernels, not with --model")
         return tpu_model.run(arguments)
+    if arguments.published:
+        return _published(arguments)
     if not arguments.kernels:
-        raise InputError("say what to compile: --kernels or --model wmt")
+        raise InputError("say what to compile: --kernels, --model wmt or --published")
     quick = arguments.quick
     chips = chosen("chip", arguments.chips, CHIPS, QUICK_CHIPS if quick else CHIPS)
     ops = chosen("op", arguments.ops, OPS, OPS)
@@ -97,6 +103,28 @@ def run(arguments: argparse.Namespace) -> int:
         }
         write_text(arguments.json, json.dumps(found, indent=1) + "\n")
     return int(any("error" in row for row in rows if row["by"] == "taskmoe"))
+
+
+def _published(arguments: argparse.Namespace) -> int:
+    from taskmoe.bench import tpu_published  # which builds on this module
+
+    if arguments.ops or arguments.dtypes or arguments.shapes or arguments.chips:
+        raise InputError("--chips, --ops, --dtypes and --shapes do not go with --published")
+    need_libtpu()
+    jax.config.update("jax_platforms", "cpu")
+    rows = tpu_published.compare()
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console.print(tpu_published.table(rows))
+    if arguments.json:
+        found = {
+            "command": "tpu --published",
+            "note": "modelled beside published, nothing is measured here",
+            "source": tpu_published.SOURCE,
+            "machine": machine.describe(),
+            "rows": rows,
+        }
+        write_text(arguments.json, json.dumps(found, indent=1) + "\n")
+    return int(all("error" in row for row in rows))
 
 
 def chosen(what: str, given: str | None, known: Any, default: Any) -> list[str]:

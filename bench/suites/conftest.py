@@ -1,8 +1,12 @@
-"""Files of this folder are collected although their names start with bench_."""
+"""Files of this folder are collected although their names start with bench_; eight host devices."""
 
 from pathlib import Path
 
 import pytest
+
+from taskmoe.bench import serving
+
+serving.use_host_devices(8)
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
