@@ -175,12 +175,18 @@ def cells(r: dict[str, Any], headings: tuple[str, ...] = HEADINGS) -> tuple[str,
     return tuple(words[heading] for heading in headings)
 
 
+def devices_words(spec: dict[str, Any]) -> str:
+    """How many devices in how many processes."""
+    processes = spec["processes"]
+    return f"{spec['devices']} devices in {processes} process{'es' if processes > 1 else ''}"
+
+
 def _step_table(result: dict[str, Any], step: dict[str, Any]) -> Table:
     spec = result["spec"]
     table = Table(
         *STEP_HEADINGS,
         title=f"Decoding step of {step['batch']} sequences, {step['experts']} experts, d_model "
-        f"{step['d_model']}, {spec['devices']} devices in {spec['processes']} processes (measured)",
+        f"{step['d_model']}, {devices_words(spec)} (measured)",
     )
     for r in step["rows"]:
         table.add_row(*cells(r, STEP_HEADINGS))
@@ -205,8 +211,10 @@ def findings(result: dict[str, Any]) -> list[str]:
             f"points in {near} of {len(both)} cases; the profiler's is "
             f"{100 * min(apart):+.0f} to {100 * max(apart):+.0f} points from the other."
         )
-        if near < len(both):
-            lines.append(_why(result, both))
+        if max(apart) > AGREE:
+            lines.append(_why_more(result, both))
+        if min(apart) < -AGREE:
+            lines.append(WHY_LESS)
     subs = [r for r in rows if not r["collectives"] and r["error"] is not None]
     if subs:
         most = max(r["transfer_share"] + r["waiting_share"] for r in subs)
@@ -214,21 +222,29 @@ def findings(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _why(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Where a device's time in collectives is not what leaving them out saves."""
+#: Why leaving the exchange out may save more than its collectives take.
+WHY_LESS = (
+    "Where the share by copy is the larger: leaving the exchange out also leaves out cutting rows "
+    "into a part for each device and laying parts together again, which XLA's CPU code does around "
+    "a collective and the profiler books as ordinary instructions (alone has them too)."
+)
+
+
+def _why_more(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Why a device's time in collectives may be more than leaving them out saves."""
     devices, cores = result["spec"]["devices"], int(result["machine"]["cores"])
     if devices <= cores:
         return (
-            "Each device has a core of its own, but not to itself: whatever else the machine runs "
-            "holds up one device, and the others wait for it in a collective."
+            "Where the profiler's share is the larger: each device has a core of its own, but not "
+            "to itself; what else the machine runs holds up one device, and others wait for it."
         )
     moving = [r["transfer_share"] - r["copy_share"] for r in rows]
     return (
-        f"{devices} devices share {cores} cores: while one computes, others stand in a collective, "
-        "which is their time in communication but nobody's work; leaving the exchange out saves "
-        "the copying and the waking alone. What the profiler calls moving, after the last device "
-        f"has arrived, is {100 * min(moving):+.0f} to {100 * max(moving):+.0f} points from the "
-        "share by copy."
+        f"Where the profiler's share is the larger: {devices} devices share {cores} cores; while "
+        "one computes, others stand in a collective, which is their time in communication but "
+        "nobody's work, and leaving the exchange out does not save it. What the profiler calls "
+        f"moving, after the last device has arrived, is {100 * min(moving):+.0f} to "
+        f"{100 * max(moving):+.0f} points from the share by copy."
     )
 
 
@@ -237,7 +253,7 @@ def _table(result: dict[str, Any], shape: dict[str, Any]) -> Table:
     table = Table(
         *HEADINGS,
         title=f"{shape['tokens']} tokens, {shape['experts']} experts, d_model {shape['d_model']}, "
-        f"{spec['devices']} devices in {spec['processes']} processes (measured)",
+        f"{devices_words(spec)} (measured)",
     )
     for r in shape["rows"]:
         table.add_row(*cells(r))
@@ -280,8 +296,38 @@ def chart(result: dict[str, Any]) -> Any:
     left.set_ylim(bottom=-2)
     right.legend(frameon=False, fontsize=8)
     spec = result["spec"]
-    figure.suptitle(
-        f"{first[0]} experts, d_model {first[1]}, {spec['devices']} devices in "
-        f"{spec['processes']} processes"
-    )
+    figure.suptitle(f"{first[0]} experts, d_model {first[1]}, {devices_words(spec)}")
+    return figure
+
+
+def share_chart(results: list[dict[str, Any]]) -> Any:
+    """Shares of the exchange by devices, the ways to tell them side by side, at one batch."""
+    batches = [{m["batch"] for m in result["steps"]} for result in results]
+    batch = max(set.intersection(*batches))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for axis, (name, title) in zip(
+        axes,
+        (
+            ("all_to_all, dropless", "all_to_all, dropless"),
+            ("all_to_all, capacity 1.25", "capacity 1.25"),
+        ),
+        strict=True,
+    ):
+        for place, result in enumerate(results):
+            step = next(m for m in result["steps"] if m["batch"] == batch)
+            row = next(r for r in step["rows"] if r["system"] == name)
+            first = place == 0 and axis is axes[0]
+            moving, waiting = 100 * row["transfer_share"], 100 * row["waiting_share"]
+            for at, height, bottom, colour, label in (
+                (place - 0.2, moving, 0, "#4c72b0", "moving, by the profiler"),
+                (place - 0.2, waiting, moving, "#a6bddb", "waiting, by the profiler"),
+                (place + 0.2, 100 * row["copy_share"], 0, "#dd8452", "saved when parts are kept"),
+            ):
+                axis.bar(at, height, 0.36, bottom, color=colour, label=label if first else None)
+        axis.set_xticks(range(len(results)), [devices_words(r["spec"]) for r in results])
+        axis.set_title(title)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(f"% of a decoding step of {batch} sequences")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  frameon=False)  # fmt: skip
     return figure

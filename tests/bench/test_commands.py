@@ -76,7 +76,8 @@ def test_shares_of_the_exchange_two_ways_and_why_they_differ() -> None:
     assert len(said(0.05, 8)) == 1
     assert "within 5 points in 0 of 1 cases" in said(0.3, 8)[0]
     assert "8 devices share 2 cores" in said(0.3, 8)[1]
-    assert "Each device has a core of its own" in said(0.3, 2)[1]
+    assert "each device has a core of its own" in said(0.3, 2)[1]
+    assert exchange.WHY_LESS in said(-0.1, 2)
 
 
 @pytest.mark.parametrize(

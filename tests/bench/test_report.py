@@ -1,6 +1,7 @@
 """Sections are filled from JSON, twice alike; the demo's report and charts from its JSON."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,12 @@ import pytest
 
 from taskmoe.bench import demo_report, report
 from taskmoe.bench.__main__ import main
+from taskmoe.bench.report_sections import SECTIONS
+from taskmoe.bench.stored import RESULTS
 from taskmoe.bench.tables import markdown, paragraph
 from taskmoe.wmt.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def demo_result() -> dict[str, Any]:
@@ -81,8 +86,8 @@ def test_another_result_gives_another_report() -> None:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    (tmp_path / report.RESULTS).mkdir(parents=True)
-    (tmp_path / report.RESULTS / "demo.json").write_text(json.dumps(demo_result()))
+    (tmp_path / RESULTS).mkdir(parents=True)
+    (tmp_path / RESULTS / "demo.json").write_text(json.dumps(demo_result()))
     (tmp_path / "README.md").write_text(
         "before\n<!-- begin demo -->\nstale words\n<!-- end demo -->\nafter\n"
     )
@@ -111,12 +116,27 @@ def test_what_cannot_be_filled_in_is_one_line(
     ):
         with pytest.raises(InputError, match=message):
             report.fill(text, project)
-    (project / report.RESULTS / "demo.json").write_text("{")
+    (project / RESULTS / "demo.json").write_text("{")
     assert main(["report", "--root", str(project)]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "demo.json is damaged" in said
     assert main(["report", "--root", str(project / "nowhere")]) == 2
+
+
+def test_the_project_says_what_its_stored_results_say(tmp_path: Path) -> None:
+    (tmp_path / RESULTS).mkdir(parents=True)
+    for path in (ROOT / RESULTS).glob("*.json"):
+        (tmp_path / RESULTS / path.name).write_bytes(path.read_bytes())
+    for name in report.FILES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        filled, sections = report.fill(text, tmp_path)
+        assert filled == text, f"{name}: run python -m taskmoe.bench report"
+        for picture in re.findall(r"\]\((bench/results/[\w-]+\.png)\)", filled):
+            assert (tmp_path / picture).is_file()
+            assert (ROOT / picture).is_file()
+        if name == "BENCHMARKS.md":
+            assert set(sections) == set(SECTIONS)
 
 
 def test_tables_and_paragraphs() -> None:

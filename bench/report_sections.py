@@ -1,0 +1,223 @@
+"""Sections of BENCHMARKS.md and README.md that tell of measurements, each from its stored JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from taskmoe.bench import decode, demo_report, exchange, paper, report_tpu
+from taskmoe.bench.stored import RESULTS, load, provenance
+from taskmoe.bench.tables import markdown, paragraph
+
+
+def _demo(root: Path) -> str:
+    command = "python -m taskmoe.bench demo --json bench/results/demo.json"
+    result = load(root, "demo.json", command)
+    demo_report.draw_charts(result, root / RESULTS)
+    train = result["training"]
+    intro = paragraph(
+        f"Measured by {provenance(command, result['machine'])}",
+        f"Three models of equal compute per token, {train['steps']} steps each on",
+        f"{len(result['corpus']['train'])} directions of the embedded corpus;",
+        f"{result['seconds']:.0f} s in all.",
+    )
+    return f"""{intro}
+
+{markdown(demo_report.HEADINGS, demo_report.claims(result))}
+
+![BLEU by model](bench/results/bleu.png)
+
+![Where the step's time goes](bench/results/step_time.png)
+
+![Tokens per second over batch size](bench/results/throughput.png)
+
+{demo_report.caveat(result)}"""
+
+
+def _task(root: Path) -> str:
+    command = "python -m taskmoe.bench task --json bench/results/task.json"
+    result = load(root, "task.json", command)
+    rows = [
+        (
+            r["direction"],
+            r["system"],
+            f"{r['ms']:.1f}",
+            f"{r['ms_p10']:.1f} to {r['ms_p90']:.1f}",
+            f"{r['ratio']:.3f} ({r['ratio_p10']:.3f} to {r['ratio_p90']:.3f})",
+            str(r["collectives"]),
+        )
+        for r in result["rows"]
+    ]
+    headings = ("direction", "system", "ms", "p10 to p90", "ratio to dense", "collectives")
+    meaning = paragraph(
+        "A batch of one task runs as one dense layer, so routing by task costs what no routing",
+        "costs. Backward, the whole layer also fills a gradient for every expert; an extracted",
+        "sub-network has no such experts.",
+    )
+    intro = paragraph(f"Measured by {provenance(command, result['machine'])}")
+    return f"{intro}\n\n{markdown(headings, rows)}\n\n{meaning}"
+
+
+def _exchange(root: Path) -> str:
+    parts = []
+    results: list[dict[str, Any]] = []
+    for name, options in (
+        ("exchange-1", "--processes 1"),
+        ("exchange-2", "--processes 2"),
+        ("exchange-own", "--devices 2 --batches 512 --step-batches 512"),
+    ):
+        command = f"python -m taskmoe.bench exchange {options} --json {RESULTS}/{name}.json"
+        result = load(root, f"{name}.json", command)
+        results.append(result)
+        picture = ""
+        if len(result["shapes"]) > 1:
+            figure = exchange.chart(result)
+            figure.savefig(root / RESULTS / f"{name}.png", dpi=110)
+            plt.close(figure)
+            picture = f"![Share of time in collectives](bench/results/{name}.png)\n\n"
+        spec = result["spec"]
+        where = exchange.devices_words(spec)
+        rows = [
+            (f"{shape['tokens']:,}", *exchange.cells(r))
+            for shape in result["shapes"]
+            for r in shape["rows"]
+        ]
+        steps = [
+            (f"{step['batch']:,}", *exchange.cells(r, exchange.STEP_HEADINGS))
+            for step in result["steps"]
+            for r in step["rows"]
+        ]
+        first = result["shapes"][0]
+        intro = paragraph(
+            f"Measured by {provenance(command, result['machine'])} {where}, {first['experts']}",
+            f"experts, d_model {first['d_model']}, float32, {spec['rounds']} rounds in turns. One",
+            "layer, a token a sequence:",
+        )
+        second = paragraph(
+            "A whole decoding step (decoder of two layers, one of them a mixture, softmax over",
+            "1,000 words):",
+        )
+        tables = (
+            markdown(("tokens", *exchange.HEADINGS), rows),
+            markdown(("sequences", *exchange.STEP_HEADINGS), steps),
+        )
+        said = paragraph(*exchange.findings(result))
+        parts.append(f"{intro}\n\n{picture}\n\n{tables[0]}\n\n{second}\n\n{tables[1]}\n\n{said}")
+    meaning = paragraph(
+        "Moving and waiting are shares of the time that devices spend in collectives, by the",
+        "profiler; by copy is the share of time that the same program saves when it keeps every",
+        "part instead of sending it (kept), and alone is a layer's all-to-alls with nothing",
+        "between them. A sub-network exchanges nothing, however many devices and processes there",
+        "are.",
+    )
+    figure = exchange.share_chart([results[-1], *results[:-1]])
+    figure.savefig(root / RESULTS / "exchange-share.png", dpi=110)
+    plt.close(figure)
+    picture = "![Share of the exchange, told in two ways](bench/results/exchange-share.png)"
+    return "\n\n".join([*parts, picture, meaning])
+
+
+def _decode(root: Path) -> str:
+    command = f"python -m taskmoe.bench decode --json {RESULTS}/decode.json"
+    result = load(root, "decode.json", command)
+    figure = decode.chart(result)
+    figure.savefig(root / RESULTS / "decode.png", dpi=110)
+    plt.close(figure)
+    model = result["model"]
+    intro = paragraph(
+        f"Measured by {provenance(command, result['machine'])} {result['devices']} devices,",
+        f"decoder of {model['decoder_layers']} layers (every other one a mixture), d_model",
+        f"{model['d_model']}, {model['num_experts']} experts of width {model['d_ff']}, softmax",
+        f"over {model['vocab_size']:,} words, {result['source_length']} source positions,",
+        f"{result['positions']} tokens a sequence, {result['rounds']} rounds in turns;",
+        "random parameters and tokens." if not result["trained"] else "trained parameters.",
+    )
+    rows = [decode.cells(r) for r in result["points"]]
+    best = decode.peaks(result)
+    peaks = [
+        (
+            name,
+            f"{r['tokens_per_s']:,.0f}",
+            f"{r['batch']:,}",
+            f"{best[decode.TASK]['tokens_per_s'] / r['tokens_per_s']:.2f}",
+        )
+        for name, r in best.items()
+    ]
+    ratio = best[decode.TASK]["tokens_per_s"] / best[decode.DROPLESS]["tokens_per_s"]
+    meaning = paragraph(
+        f"At its best a sub-network a device decodes {ratio:.2f} times as fast as the dropless",
+        f"token-routed model on the same devices (the paper: {paper.THROUGHPUT_RATIO}, on TPU v3);",
+        "dense replicas do the same work as sub-networks and stand beside them. Devices here are",
+        f"threads that share {result['machine']['cores']} cores, so an exchange costs waking and",
+        "waiting but no network.",
+    )
+    found = markdown(decode.HEADINGS, rows)
+    second = markdown(("system", "peak tokens/s", "at batch", "sub-networks over it"), peaks)
+    lines = paragraph(*(f"{line.rstrip('.')}." for line in decode.verdict(result)[1:]))
+    return (
+        f"{intro}\n\n![Throughput over batch](bench/results/decode.png)\n\n{found}\n\n{second}"
+        f"\n\n{lines}\n\n{meaning}"
+    )
+
+
+def _ops(root: Path) -> str:
+    command = "python -m taskmoe.bench ops --quick --json bench/results/ops.json"
+    result = load(root, "ops.json", command)
+    ceilings = result["ceilings"]
+    rows = []
+    for r in result["lines"]:
+        faster = r.get("ours_times_as_fast")
+        rows.append(
+            (
+                r["op"],
+                r["direction"],
+                f"{r['tokens']:,}",
+                str(r["experts"]),
+                r["way"],
+                f"{r['median_us']:,.0f}",
+                f"{r['p10_us']:,.0f} to {r['p90_us']:,.0f}",
+                f"{r['share_of_matmul']:.0%}",
+                f"{r['share_of_copy']:.0%}",
+                f"{faster['median']:.2f} ({faster['p10']:.2f} to {faster['p90']:.2f})"
+                if faster
+                else "",
+            )
+        )
+    headings = (
+        *("op", "direction", "rows", "experts", "way", "µs", "p10 to p90"),
+        *("of matmul", "of copy", "ours is so many times as fast"),
+    )
+    intro = paragraph(
+        f"Measured by {provenance(command, result['machine'])} {result['dtype']}, d_model 512,",
+        "d_ff 2048; ways of one op run in turns, after their results were compared. Ceilings",
+        f"measured in the same run: {ceilings['flops_per_s'] / 1e9:.0f} GFLOP/s in a large matmul,",
+        f"{ceilings['bytes_per_s'] / 1e9:.1f} GB/s in a copy.",
+    )
+    dense, hot = _times_as_fast(result, "ragged_dot"), _times_as_fast(result, "one-hot einsum")
+    meaning = paragraph(
+        "On a CPU lax.ragged_dot computes every group densely, so the grouped products here are",
+        f"{min(dense):.1f} to {max(dense):.1f} times as fast, more with more experts. Rows that",
+        f"move by index instead of through one-hot products are {min(hot):.0f} to {max(hot):.0f}",
+        "times as fast, which is most of what the whole layer gains over GShard's.",
+    )
+    return f"{intro}\n\n{markdown(headings, rows)}\n\n{meaning}"
+
+
+def _times_as_fast(result: dict[str, Any], way: str) -> list[float]:
+    """How many times as fast as this baseline ours is, a figure a line of it."""
+    return [r["ours_times_as_fast"]["median"] for r in result["lines"] if r["way"].endswith(way)]
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    "demo": _demo,
+    "task": _task,
+    "exchange": _exchange,
+    "decode": _decode,
+    "ops": _ops,
+    "kernels": report_tpu.kernels,
+    "published": report_tpu.published,
+    "model": report_tpu.model,
+}
