@@ -80,6 +80,8 @@ def run(a: argparse.Namespace) -> int:
         out.print(f"baseline {a.baseline} rewritten: {len(moved)} of {len(changes)} facts changed")
         return 0
     failed = [change for change in changes if change.fails]
+    if failed:
+        out.print("Where that is meant: python -m taskmoe.bench check --update, and commit it.")
     out.print(last_line(changes, failed), soft_wrap=True)
     return int(bool(failed))
 
