@@ -8,6 +8,7 @@ CORE = ["jax>=0.10,<0.12", "jaxlib>=0.10,<0.12", "numpy>=2.0,<3"]
 WMT = [
     "absl-py>=2.1,<3",
     "babel>=2.16,<3",
+    "flatbuffers>=24.3,<26",  # jax.export writes with it
     "grain>=0.2.12,<0.3",
     "num2words>=0.5.13,<0.6",
     "optax>=0.2.5,<0.3",

@@ -1,4 +1,4 @@
-"""Command line: `python -m taskmoe.wmt prepare | train | evaluate | translate | extract`."""
+"""Command line: `python -m taskmoe.wmt COMMAND`; each has --help."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import sys
 from types import ModuleType
 
 from taskmoe.wmt.command_line import Parser
-from taskmoe.wmt.commands import evaluate, extract, prepare, train, translate
+from taskmoe.wmt.commands import (
+    distill,
+    evaluate,
+    export,
+    extract,
+    prepare,
+    prune,
+    train,
+    translate,
+)
 from taskmoe.wmt.devices import use_present_devices
 from taskmoe.wmt.errors import InputError
 
@@ -16,6 +25,9 @@ COMMANDS: dict[str, ModuleType] = {
     "evaluate": evaluate,
     "translate": translate,
     "extract": extract,
+    "prune": prune,
+    "distill": distill,
+    "export": export,
 }
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -31,11 +32,13 @@ class Model:
     tokenizer: Tokenizer
 
 
-def save_model(model: Model, folder: Path, *, replace: bool = False) -> None:
+def save_model(
+    model: Model, folder: Path, *, replace: bool = False, more: Mapping[str, bytes] | None = None
+) -> None:
     """Write a model folder: beside it first, then renamed, so that it is whole or not there.
 
     replace: an older model in that folder gives way; without it InputError is raised where the
-    folder already holds something.
+    folder already holds something. more: other files to lie in the folder.
     """
     if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} already holds something; name a new folder")
@@ -45,6 +48,8 @@ def save_model(model: Model, folder: Path, *, replace: bool = False) -> None:
         (beside / CONFIG).write_text(model.config.to_json() + "\n", encoding="utf-8")
         (beside / VOCABULARY).write_bytes(model.tokenizer.model)
         save_file({k: np.asarray(v) for k, v in flatten(model.params).items()}, beside / PARAMS)
+        for name, data in (more or {}).items():
+            (beside / name).write_bytes(data)
         beside.chmod(0o755)
         if replace and folder.exists():
             old = folder.with_name(f".{folder.name}.old")

@@ -201,3 +201,55 @@ def test_as_a_command_of_the_shell(tmp_path: Path) -> None:
     assert run.stdout == ""
     (line,) = run.stderr.splitlines()
     assert line.startswith("python -m taskmoe.wmt train: error: data folder")
+
+
+def test_extract_several_prune_distill_export(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, full = support.write_folder(tmp_path / "data"), tmp_path / "full"
+    save_model(support.model(), full)
+    several = ["extract", "--model", str(full), "--task", "de", "--task", "fr", "--out"]
+    assert main([*several, str(tmp_path / "cut")]) == 0
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["de", "fr"]
+    exported = ["export", "--model", str(tmp_path / "cut" / "de"), "--length", "16"]
+    assert main([*exported, "--beam", "1", "--out", str(tmp_path / "served")]) == 0
+    assert (tmp_path / "served" / "translate.stablehlo").is_file()
+
+    token = tmp_path / "token"
+    save_model(support.model(encoder="token", decoder="token"), token)
+    given = ["--data", str(data), "--pairs", "en-de"]
+    pruned = ["prune", "--model", str(token), *given, "--limit", "20", "--keep"]
+    assert main([*pruned, "3", "--out", str(tmp_path / "pruned")]) == 0
+    assert "3 of 4 experts" in capfd.readouterr().out
+    assert load_model(tmp_path / "pruned").config.pairs == ("en-de",)
+
+    student = ["distill", "--teacher", str(token), *given, *TINY[10:], "--steps", "3"]
+    student += [
+        "--beam",
+        "1",
+        "--set",
+        "max_sentences=20",
+        "--set",
+        "buckets=[200]",
+        "--workdir",
+        str(tmp_path / "student"),
+    ]
+    kept = tmp_path / "gain.json"
+    more = ["--baseline", str(tmp_path / "cut" / "de"), "--limit", "4", "--json", str(kept)]
+    assert main([*student, *more]) == 0
+    printed = capfd.readouterr().out
+    assert "of them from the teacher's" in printed
+    assert "of the teacher's gain over the baseline" in printed
+    assert json.loads(kept.read_text())["task_moe"] is None
+    assert load_model(tmp_path / "student" / "model").config.encoder == "dense"
+
+    for wrong, message in (
+        ([*several[:-1], "--task", "de", "--out", str(tmp_path / "x")], "names a task twice"),
+        ([*pruned, "9", "--out", str(tmp_path / "x")], "keep must be in [2, 4], got 9"),
+        ([*exported[:2], str(full), "--out", str(tmp_path / "x")], "extract a task first"),
+        ([*student, "--task-model", str(full)], "--task-model needs --baseline"),
+        ([*student, "--set", "d_ff=9"], "the student has the teacher's sizes"),
+    ):
+        assert main(wrong) == 2
+        assert message in one_line(capfd)
+        assert not (tmp_path / "x").exists()

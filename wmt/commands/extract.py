@@ -6,25 +6,38 @@ import argparse
 from pathlib import Path
 
 from taskmoe.wmt.commands.shared import load, out
+from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import save_model
 from taskmoe.wmt.subnetwork import extract
 from taskmoe.wmt.transformer import param_count
 
 
 def run(a: argparse.Namespace) -> None:
-    """Cut one task's sub-network out of a model into a model folder of its own."""
+    """Cut tasks' sub-networks out of a model, each into a model folder of its own."""
     model = load(a.model)
-    small = extract(model, a.task)
-    save_model(small, a.out)
-    before, after = param_count(model.params), param_count(small.params)
-    out.print(
-        f"{a.out}: task {a.task}, directions {', '.join(small.config.pairs)}; "
-        f"{after:,} of {before:,} parameters"
-    )
+    if len(set(a.task)) != len(a.task):
+        raise InputError(f"--task names a task twice: {', '.join(a.task)}")
+    # All are cut before any is written: a wrong name leaves nothing behind.
+    small = {task: extract(model, task) for task in a.task}
+    before = param_count(model.params)
+    for task, network in small.items():
+        folder = a.out if len(small) == 1 else a.out / task
+        save_model(network, folder)
+        out.print(
+            f"{folder}: task {task}, directions {', '.join(network.config.pairs)}; "
+            f"{param_count(network.params):,} of {before:,} parameters"
+        )
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    """The command\'s arguments."""
+    """The command's arguments."""
     p.add_argument("--model", type=Path, required=True, help="model folder or work directory")
-    p.add_argument("--task", required=True, help="a task of the model such as de, or en-de")
-    p.add_argument("--out", type=Path, required=True, help="new model folder")
+    p.add_argument(
+        "--task",
+        required=True,
+        action="append",
+        help="a task of the model such as de, or en-de; may be given again",
+    )
+    p.add_argument(
+        "--out", type=Path, required=True, help="new model folder; of several tasks a folder each"
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,15 +64,7 @@ def run(a: argparse.Namespace) -> None:
             f"data {mesh.shape['data']} x expert {mesh.shape['expert']}"
         )
 
-    with bar("training", "steps", enabled=sys.stderr.isatty() and not out.quiet) as progress:
-
-        def report(p: Progress) -> None:
-            progress(p.step, p.steps)
-            router = f"  busiest expert {p.busiest:.2f}x" if p.busiest else ""
-            router += f"  {p.skipped} steps left out" if p.skipped else ""
-            speed = f"{p.tokens_per_s:,.0f} tokens/s"
-            out.print(f"step {p.step}/{p.steps}  loss {p.loss:.3f}  {speed}{router}")
-
+    with report_to("training") as report:
         model = train(
             a.workdir,
             model_config,
@@ -87,22 +81,44 @@ def run(a: argparse.Namespace) -> None:
     out.print(f"{param_count(model.params):,} parameters in {a.workdir / 'model'}")
 
 
+@contextlib.contextmanager
+def report_to(title: str) -> Iterator[Callable[[Progress], None]]:
+    """A bar and lines for what training reports."""
+    with bar(title, "steps", enabled=sys.stderr.isatty() and not out.quiet) as progress:
+
+        def report(p: Progress) -> None:
+            progress(p.step, p.steps)
+            router = f"  busiest expert {p.busiest:.2f}x" if p.busiest else ""
+            router += f"  {p.skipped} steps left out" if p.skipped else ""
+            speed = f"{p.tokens_per_s:,.0f} tokens/s"
+            out.print(f"step {p.step}/{p.steps}  loss {p.loss:.3f}  {speed}{router}")
+
+        yield report
+
+
 def configure(a: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of ModelConfig and TrainConfig that the arguments of `add_configuration` say."""
-    model_fields, train_fields = (dict(fields) for fields in PRESETS[a.config])
+    model_fields = dict(PRESETS[a.config][0])
     for name, value in map(override, a.set):
-        homes = ((ModelConfig, model_fields), (TrainConfig, train_fields))
-        home = next((f for cls, f in homes if name in cls.__dataclass_fields__), None)
-        if home is None or name == "pairs":
+        if name in ModelConfig.__dataclass_fields__ and name != "pairs":
+            model_fields[name] = value
+        elif name not in TrainConfig.__dataclass_fields__:
             raise InputError(f"--set: no field {name!r} of ModelConfig or TrainConfig to set")
-        home[name] = value
     for name in ("encoder", "decoder"):
         if getattr(a, name) is not None:
             model_fields[name] = getattr(a, name)
+    return model_fields, configure_training(a)
+
+
+def configure_training(a: argparse.Namespace) -> dict[str, Any]:
+    """Fields of TrainConfig that the arguments of `add_configuration` say."""
+    fields = dict(PRESETS[a.config][1])
+    known = TrainConfig.__dataclass_fields__
+    fields |= {name: value for name, value in map(override, a.set) if name in known}
     for name in ("steps", "seed"):
         if getattr(a, name) is not None:
-            train_fields[name] = getattr(a, name)
-    return model_fields, train_fields
+            fields[name] = getattr(a, name)
+    return fields
 
 
 def _validation(a: argparse.Namespace, source: TrainingText) -> Validation | None:
@@ -176,12 +192,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--process-id", type=int, metavar="I", help="by hand: which one this is")
 
 
-def add_configuration(p: argparse.ArgumentParser) -> None:
-    """Arguments that say what is trained and how."""
+def add_configuration(p: argparse.ArgumentParser, *, routing: bool = True) -> None:
+    """Arguments that say what is trained and how; without routing only how."""
     p.add_argument("--config", choices=list(PRESETS), default="tiny")
     p.add_argument("--steps", type=int, help="optimiser steps in all, resumed ones included")
     p.add_argument("--seed", type=int)
-    for side in ("encoder", "decoder"):
+    for side in ("encoder", "decoder") if routing else ():
         p.add_argument(
             f"--{side}", choices=get_args(SideRouting), help="routing; target by default"
         )

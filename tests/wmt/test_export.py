@@ -1,0 +1,72 @@
+"""An exported model translates in a process that knows nothing of this library."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from taskmoe.tests.wmt import support
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.export import export
+from taskmoe.wmt.model import load_model
+from taskmoe.wmt.subnetwork import extract
+from taskmoe.wmt.translation import Decoding, translate
+
+FULL = support.model(tie_embeddings=False)
+
+#: What README.md shows, for a folder and sentences from the command line.
+CLEAN = """
+import json, sys
+from pathlib import Path
+import jax, numpy as np, sentencepiece
+from safetensors.numpy import load_file
+
+folder, language, lines = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+about = json.loads((folder / "export.json").read_text())
+weights = load_file(folder / "params.safetensors")
+parameters = [weights[name] for name in about["parameters"]]
+spm = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
+program = jax.export.deserialize(bytearray((folder / "translate.stablehlo").read_bytes()))
+
+source = np.full((about["batch"], about["length"]), about["pad"], np.int32)
+for row, line in enumerate(lines):
+    ids = [spm.piece_to_id(f"<2{language}>"), *spm.encode(line), about["end"]]
+    source[row, : len(ids)] = ids
+found = np.asarray(program.call(parameters, source))[: len(lines)]
+special = (about["pad"], about["end"])
+print(json.dumps([spm.decode([int(i) for i in row if i not in special]) for row in found]))
+assert not any(name.startswith("taskmoe") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("beam", [1, 2])
+def test_a_clean_process_translates_identically(tmp_path: Path, beam: int) -> None:
+    small = extract(FULL, "de")
+    size = export(small, tmp_path / "m", batch=8, length=16, max_length=12, beam=beam)
+    assert size == (tmp_path / "m" / "translate.stablehlo").stat().st_size
+    lines = support.sentences("en", 6, seed=3)
+    command = [sys.executable, "-c", CLEAN, str(tmp_path / "m"), "de", *lines]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    requests = [("en-de", line) for line in lines]
+    want = translate(small, requests, Decoding(beam=beam, max_length=12))
+    assert json.loads(done.stdout) == want
+    assert len(set(want)) > 2
+    # The folder is a model folder too, for those who have the library.
+    loaded = load_model(tmp_path / "m")
+    assert translate(loaded, requests, Decoding(beam=beam, max_length=12)) == want
+    other = translate(extract(FULL, "fr"), [("en-fr", x) for x in lines], Decoding(beam=beam))
+    assert other != want
+
+
+def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
+    small = extract(FULL, "de")
+    with pytest.raises(InputError, match="extract a task first"):
+        export(FULL, tmp_path / "m")
+    with pytest.raises(InputError, match="batch must be at least 1, got 0"):
+        export(small, tmp_path / "m", batch=0)
+    with pytest.raises(InputError, match="platforms must be of cpu, tpu, cuda, rocm, got 'abacus'"):
+        export(small, tmp_path / "m", platforms=("abacus",))
+    assert not (tmp_path / "m").exists()

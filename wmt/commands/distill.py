@@ -1,0 +1,116 @@
+"""`distill`: a dense student that learns what a teacher would write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from taskmoe.wmt.command_line import write_text
+from taskmoe.wmt.commands.shared import add_decoding, build, decoding, load, out, override
+from taskmoe.wmt.commands.text import add_data, text_to_score, training_text
+from taskmoe.wmt.commands.train import add_configuration, configure_training, report_to
+from taskmoe.wmt.config import ModelConfig, TrainConfig
+from taskmoe.wmt.data import TrainingData
+from taskmoe.wmt.distillation import gain_kept, student_config, student_params, teacher_text
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.model import Model
+from taskmoe.wmt.progress import bar
+from taskmoe.wmt.scoring import score
+from taskmoe.wmt.training import train
+from taskmoe.wmt.transformer import param_count
+from taskmoe.wmt.translation import translate
+from taskmoe.wmt.workdir import check_workdir
+
+
+def run(a: argparse.Namespace) -> None:
+    """Train a dense student on a teacher's translations, from the teacher's non-expert weights."""
+    teacher = load(a.teacher)
+    references = {"--baseline": a.baseline, "--task-model": a.task_model}
+    if a.task_model is not None and a.baseline is None:
+        raise InputError("--task-model needs --baseline, the dense model that gains count from")
+    beside = {name: load(path) for name, path in references.items() if path is not None}
+    for name, _ in map(override, a.set):
+        if name not in TrainConfig.__dataclass_fields__:
+            raise InputError(
+                f"--set: no field {name!r} of TrainConfig to set; the student has the teacher's "
+                "sizes"
+            )
+    train_fields = configure_training(a)
+    train_config = build(TrainConfig, train_fields)
+    source = training_text(a, train_config)
+    config: ModelConfig = student_config(teacher.config, source.pairs)
+    identity = f"{source.identity} translated by {a.teacher.resolve()}"
+    check_workdir(a.workdir, config, train_config, identity)
+
+    with bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
+        text = teacher_text(
+            a.workdir / "translations",
+            teacher,
+            {pair: lines for pair, (lines, _) in source.text.items()},
+            decoding(a),
+            progress,
+        )
+    params, taken = student_params(teacher.params, config, train_config.seed)
+    out.print(
+        f"student: {param_count(params):,} parameters, {taken:,} of them from the teacher's "
+        f"{param_count(teacher.params):,}"
+    )
+    data = TrainingData(text, teacher.tokenizer, train_config)
+    with report_to("training") as report:
+        student = train(
+            a.workdir,
+            config,
+            train_config,
+            data,
+            teacher.tokenizer,
+            source=identity,
+            params=params,
+            report=report,
+            note=out.print,
+        )
+    if "--baseline" not in beside:
+        return
+    models = {"student": student, "teacher": teacher, **beside}
+    means = {name: _bleu(a, model, source.pairs) for name, model in models.items()}
+    gain = gain_kept(
+        means["--baseline"], means["teacher"], means["student"], means.get("--task-model")
+    )
+    out.print(f"BLEU on {a.split}: " + ", ".join(f"{name} {x:.2f}" for name, x in means.items()))
+    out.print(f"the student keeps {gain.of_teacher:.0f}% of the teacher's gain over the baseline")
+    if gain.of_task_moe is not None:
+        out.print(f"and reaches {gain.of_task_moe:.0f}% of the task-routed model's gain")
+    if a.json is not None:
+        write_text(a.json, json.dumps(gain._asdict(), indent=2) + "\n")
+
+
+def _bleu(a: argparse.Namespace, model: Model, pairs: tuple[str, ...]) -> float:
+    """Mean BLEU over the directions."""
+    asked = argparse.Namespace(**{**vars(a), "pairs": ",".join(pairs)})
+    text, _ = text_to_score(asked, a.split, model)
+    text = {pair: (x[: a.limit], y[: a.limit]) for pair, (x, y) in text.items()}
+    requests = [(pair, line) for pair, (lines, _) in text.items() for line in lines]
+    found = iter(translate(model, requests, decoding(a)))
+    scores = [score(p, [next(found) for _ in y], y).bleu for p, (_, y) in text.items()]
+    return float(np.mean(scores))
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    p.add_argument("--teacher", type=Path, required=True, help="model folder or work directory")
+    add_data(p)
+    p.add_argument("--workdir", type=Path, required=True, help="translations, checkpoints, student")
+    add_configuration(p, routing=False)
+    add_decoding(p)
+    p.add_argument(
+        "--baseline", type=Path, metavar="MODEL", help="a dense model: prints what gain is kept"
+    )
+    p.add_argument(
+        "--task-model", type=Path, metavar="MODEL", help="a task-routed model: its gain too"
+    )
+    p.add_argument("--split", choices=("valid", "test"), default="valid")
+    p.add_argument("--limit", type=int, help="first sentences of each direction that are scored")
+    p.add_argument("--json", type=Path, help="write the gains here too")

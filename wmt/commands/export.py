@@ -1,0 +1,45 @@
+"""`export`: a model for serving without this library."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from taskmoe.wmt.commands.shared import decoding, load, out
+from taskmoe.wmt.export import PROGRAM, export
+
+
+def run(a: argparse.Namespace) -> None:
+    """Write a model's safetensors, vocabulary and its search as StableHLO for a fixed batch."""
+    model = load(a.model)
+    how = decoding(a)
+    size = export(
+        model,
+        a.out,
+        batch=how.batch,
+        length=a.length,
+        max_length=a.max_length or 2 * a.length,
+        beam=how.beam,
+        alpha=how.alpha,
+        platforms=tuple(a.platforms.split(",")),
+    )
+    out.print(
+        f"{a.out / PROGRAM}: {size:,} bytes for {a.platforms}, "
+        f"[{how.batch}, {a.length}] source ids, beam {how.beam}"
+    )
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    p.add_argument("--model", type=Path, required=True, help="model folder or work directory")
+    p.add_argument("--out", type=Path, required=True, help="new folder")
+    p.add_argument("--beam", type=int, default=4, help="hypotheses; 1 is greedy (default 4)")
+    p.add_argument("--alpha", type=float, default=0.6, help="length penalty (default 0.6)")
+    p.add_argument("--batch", type=int, default=16, help="sentences at once (default 16)")
+    p.add_argument("--length", type=int, default=64, help="source tokens (default 64)")
+    p.add_argument(
+        "--max-length", type=int, metavar="N", help="target tokens (default twice --length)"
+    )
+    p.add_argument(
+        "--platforms", default="cpu", help="of cpu, tpu, cuda, rocm, with commas (default cpu)"
+    )

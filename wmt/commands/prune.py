@@ -1,0 +1,59 @@
+"""`prune`: the busiest experts of a token-routed model as a model of its own."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from taskmoe.wmt.commands.shared import load, out
+from taskmoe.wmt.commands.text import add_data, text_to_score
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.model import Model, save_model
+from taskmoe.wmt.pruning import check_prunable, expert_usage, prune
+from taskmoe.wmt.transformer import param_count
+
+
+def run(a: argparse.Namespace) -> None:
+    """Keep the experts of a token-routed model that a text uses most, without training."""
+    model = load(a.model)
+    check_prunable(model.config)
+    if a.limit < 1:
+        raise InputError(f"--limit must be at least 1, got {a.limit}")
+    text, title = text_to_score(a, a.split, model)
+    text = {pair: (x[: a.limit], y[: a.limit]) for pair, (x, y) in text.items()}
+    with out.status(f"looking which experts {title} uses"):
+        usage = expert_usage(model, text)
+    small = prune(model, usage, a.keep)
+    small = Model(
+        small.params, dataclasses.replace(small.config, pairs=tuple(text)), small.tokenizer
+    )
+    save_model(small, a.out)
+    covered = [
+        f"{side} {np.mean([np.sort(load)[::-1][: a.keep].sum() for load in loads]):.1%}"
+        for side, loads in usage.items()
+        if loads
+    ]
+    before, after = param_count(model.params), param_count(small.params)
+    out.print(
+        f"{a.out}: {a.keep} of {model.config.num_experts} experts, which had of all assignments "
+        f"{', '.join(covered)}; {after:,} of {before:,} parameters"
+    )
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    p.add_argument("--model", type=Path, required=True, help="model folder or work directory")
+    add_data(p)
+    p.add_argument("--split", choices=("train", "valid"), default="train")
+    p.add_argument(
+        "--limit",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="first sentences of each direction that are looked at (default 1000)",
+    )
+    p.add_argument("--keep", type=int, required=True, metavar="N", help="experts of each mixture")
+    p.add_argument("--out", type=Path, required=True, help="new model folder")

@@ -1,0 +1,96 @@
+"""A model for serving anywhere: its folder plus the search as StableHLO, which needs JAX alone.
+
+The folder holds what a model folder holds (`config.json`, `params.safetensors`, `spm.model`) and
+
+    translate.stablehlo   a function of (parameters, source ids [B, S] i32) -> ids [B, L] i32
+    export.json           the names of the parameters in their order, B, S, L, and special ids
+
+A program reads them with jax.export, safetensors and sentencepiece; README.md has one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from taskmoe.wmt.decoding import search
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.model import Model, flatten, save_model
+from taskmoe.wmt.tokenizer import BOS, EOS, PAD, UNK
+from taskmoe.wmt.transformer import Tasks
+
+PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
+PROGRAM, DESCRIPTION = "translate.stablehlo", "export.json"
+
+
+def export(
+    model: Model,
+    folder: Path,
+    *,
+    batch: int = 16,
+    length: int = 64,
+    max_length: int = 128,
+    beam: int = 4,
+    alpha: float = 0.6,
+    platforms: tuple[str, ...] = ("cpu",),
+) -> int:
+    """Write a model and its search for a fixed batch into a new folder.
+
+    batch, length: of the source ids, [batch, length], `<2xx> pieces </s>` padded with 0.
+    max_length: target positions at most. beam, alpha: of the search. platforms: that the program is
+      made for, of "cpu", "tpu", "cuda" and "rocm".
+    Returns the size of the program in bytes. Raises InputError where the model is task-routed (a
+    task's sub-network is what is served), a number does not fit or the folder is not empty.
+    """
+    config = model.config
+    if any(config.tasks(side) for side in ("encoder", "decoder")):
+        raise InputError(
+            f"export wants a model that is not task-routed (encoder is {config.encoder}, decoder "
+            f"is {config.decoder}): extract a task first"
+        )
+    for name, value in (("batch", batch), ("length", length)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    for platform in platforms:
+        if platform not in PLATFORMS:
+            raise InputError(f"platforms must be of {', '.join(PLATFORMS)}, got {platform!r}")
+    flat = flatten(model.params)
+    structure = jax.tree.structure(model.params)
+
+    def program(leaves: list[jax.Array], source: jax.Array) -> jax.Array:
+        params: Any = jax.tree.unflatten(structure, leaves)
+        options: Any = {"max_length": max_length, "beam": beam, "alpha": alpha}
+        return search(params, config, source, Tasks(None, None), **options)[0]
+
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat.values()]
+    source = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    try:
+        exported = jax.export.export(jax.jit(program), platforms=platforms)(shapes, source)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    described = {
+        "parameters": list(flat),
+        "batch": batch,
+        "length": length,
+        "max_length": max_length,
+        "beam": beam,
+        "alpha": alpha,
+        "platforms": list(platforms),
+        "pad": PAD,
+        "unknown": UNK,
+        "begin": BOS,
+        "end": EOS,
+        "directions": list(config.pairs),
+        "source": "<2xx> pieces </s>, xx the target language, padded to [batch, length]",
+    }
+    program_bytes = bytes(exported.serialize())
+    files = {
+        PROGRAM: program_bytes,
+        DESCRIPTION: (json.dumps(described, indent=2) + "\n").encode(),
+    }
+    save_model(model, folder, more=files)
+    return len(program_bytes)
