@@ -1,6 +1,7 @@
 """An exported model translates in a process that knows nothing of this library."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,29 +17,10 @@ from taskmoe.wmt.translation import Decoding, translate
 
 FULL = support.model(tie_embeddings=False)
 
-#: What README.md shows, for a folder and sentences from the command line.
-CLEAN = """
-import json, sys
-from pathlib import Path
-import jax, numpy as np, sentencepiece
-from safetensors.numpy import load_file
-
-folder, language, lines = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-about = json.loads((folder / "export.json").read_text())
-weights = load_file(folder / "params.safetensors")
-parameters = [weights[name] for name in about["parameters"]]
-spm = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
-program = jax.export.deserialize(bytearray((folder / "translate.stablehlo").read_bytes()))
-
-source = np.full((about["batch"], about["length"]), about["pad"], np.int32)
-for row, line in enumerate(lines):
-    ids = [spm.piece_to_id(f"<2{language}>"), *spm.encode(line), about["end"]]
-    source[row, : len(ids)] = ids
-found = np.asarray(program.call(parameters, source))[: len(lines)]
-special = (about["pad"], about["end"])
-print(json.dumps([spm.decode([int(i) for i in row if i not in special]) for row in found]))
-assert not any(name.startswith("taskmoe") for name in sys.modules)
-"""
+#: The program in README.md, which takes a folder, a language and sentences from its command line.
+README = (support.ROOT / "README.md").read_text(encoding="utf-8")
+(PROGRAM,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+ALONE = 'assert not any(name.startswith("taskmoe") for name in sys.modules)'
 
 
 @pytest.mark.parametrize("beam", [1, 2])
@@ -47,7 +29,7 @@ def test_a_clean_process_translates_identically(tmp_path: Path, beam: int) -> No
     size = export(small, tmp_path / "m", batch=8, length=16, max_length=12, beam=beam)
     assert size == (tmp_path / "m" / "translate.stablehlo").stat().st_size
     lines = support.sentences("en", 6, seed=3)
-    command = [sys.executable, "-c", CLEAN, str(tmp_path / "m"), "de", *lines]
+    command = [sys.executable, "-c", PROGRAM + ALONE, str(tmp_path / "m"), "de", *lines]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     requests = [("en-de", line) for line in lines]
