@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report")
     p.add_argument("--steps", type=int, default=600, help="training steps of each model")
     p.add_argument("--sentences", type=int, default=50, help="test sentences of each direction")
+    p.add_argument("--quick", action="store_true", help="at most 60 steps and 5 sentences: a look")
     p.add_argument("--json", type=Path, help="write the results here too")
 
 
@@ -78,6 +80,8 @@ def run(a: argparse.Namespace) -> int:
     for name, most in (("steps", math.inf), ("sentences", cldr.CldrConfig().test)):
         if not 1 <= getattr(a, name) <= most:
             raise InputError(f"--{name} must be from 1 to {most}, got {getattr(a, name)}")
+    if a.quick:
+        a.steps, a.sentences = min(a.steps, 60), min(a.sentences, 5)
     serving.use_host_devices(DEVICES)
     began = time.perf_counter()
     work = a.out / "work"
@@ -108,7 +112,7 @@ def run(a: argparse.Namespace) -> int:
         del facts["translations"]
 
     _stage("4/5", f"decoding on {DEVICES} devices, expert-parallel against sub-networks")
-    result["serving"] = _serve(models)
+    result["serving"] = _serve(models, BATCHES[:2] if a.quick else BATCHES)
 
     _stage("5/5", "the report")
     result["seconds"] = round(time.perf_counter() - began, 1)
@@ -270,7 +274,7 @@ def _padded(ids: list[list[int]], width: int) -> np.ndarray:
     return rows
 
 
-def _serve(models: dict[str, Model]) -> dict[str, Any]:
+def _serve(models: dict[str, Model], batches: Sequence[int]) -> dict[str, Any]:
     token, task = models["token"], models["task"]
     tight = dataclasses.replace(token.config, capacity_factor=2.0)
     subs = [extract(task, name) for name in task.config.tasks("decoder")[:DEVICES]]
@@ -284,7 +288,7 @@ def _serve(models: dict[str, Model]) -> dict[str, Any]:
     }
     with bar("decoding", "batch sizes") as progress:
         points = []
-        for number, batch in enumerate(BATCHES):
+        for number, batch in enumerate(batches):
             points += serving.measure(systems, batch)
-            progress(number + 1, len(BATCHES))
+            progress(number + 1, len(batches))
     return {"devices": DEVICES, "positions": serving.POSITIONS, "points": points}
