@@ -4,7 +4,12 @@ Most of the tests' time goes into compiling small programs that run once, so XLA
 them less; what they compute is the same.
 """
 
+import gc
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -18,3 +23,21 @@ for flag in (
     if flag.partition("=")[0] not in flags:
         flags = f"{flags} {flag}".strip()
 os.environ["XLA_FLAGS"] = flags
+
+_MAPS = Path("/proc/self/maps")
+_MANY_MAPPINGS = 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Let compiled programs go before they are too many.
+
+    Each takes several memory mappings, of which Linux gives a process 65,530 (vm.max_map_count):
+    beyond that XLA crashes while it compiles.
+    """
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+        import jax  # not before the settings above stand
+
+        jax.clear_caches()
+        gc.collect()
