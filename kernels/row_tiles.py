@@ -82,7 +82,7 @@ def choose_tiles(num_rows: int, num_groups: int, depth: int, width: int) -> Tile
 
 #: Multiplications from which XLA was seen to spread one product over two cores.
 SPLIT_WORK = 3 << 22
-#: Rows from which a larger tile was not seen to be faster.
+#: Mean group up to which whole tiles were tried; larger groups spread what one tile would save.
 LARGEST_WHOLE = 512
 
 

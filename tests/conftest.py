@@ -33,7 +33,7 @@ def forget_programs() -> Iterator[None]:
     """Let compiled programs go before they are too many.
 
     Each takes several memory mappings, of which Linux gives a process 65,530 (vm.max_map_count):
-    beyond that XLA crashes while it compiles.
+    a process that had compiled for hundreds of tests was seen to crash in XLA, probably by that.
     """
     yield
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPPINGS:
