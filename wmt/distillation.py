@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,16 +27,21 @@ from taskmoe.wmt.translation import Decoding, translate
 _CHUNK = 1024  # sentences of one direction that are translated between two writes
 
 
-def student_config(teacher: ModelConfig, pairs: tuple[str, ...]) -> ModelConfig:
-    """The teacher's Transformer with feed-forward layers of width d_ff for its mixtures."""
+#: Fields of ModelConfig that a student may have otherwise than its teacher says.
+STUDENT_FIELDS = ("encoder_wide_d_ff", "decoder_wide_d_ff")
+
+
+def student_config(
+    teacher: ModelConfig, pairs: tuple[str, ...], widths: Mapping[str, int] | None = None
+) -> ModelConfig:
+    """The teacher's Transformer with dense feed-forward layers for its mixtures.
+
+    widths: of those layers, by `STUDENT_FIELDS`; d_ff otherwise, as in the paper. With top_k * d_ff
+    the student computes as much a token as its teacher.
+    """
+    fields: dict[str, Any] = dict.fromkeys(STUDENT_FIELDS, teacher.d_ff) | dict(widths or {})
     return dataclasses.replace(
-        teacher,
-        pairs=pairs,
-        encoder="dense",
-        decoder="dense",
-        encoder_wide_d_ff=teacher.d_ff,
-        decoder_wide_d_ff=teacher.d_ff,
-        capacity_factor=None,
+        teacher, pairs=pairs, encoder="dense", decoder="dense", capacity_factor=None, **fields
     )
 
 

@@ -10,12 +10,26 @@ from pathlib import Path
 import numpy as np
 
 from taskmoe.wmt.command_line import write_text
-from taskmoe.wmt.commands.shared import add_decoding, build, decoding, load, out, override
+from taskmoe.wmt.commands.shared import (
+    add_decoding,
+    build,
+    decoding,
+    load,
+    out,
+    override,
+    own_words,
+)
 from taskmoe.wmt.commands.text import add_data, text_to_score, training_text
 from taskmoe.wmt.commands.train import add_configuration, configure_training, report_to
 from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.data import TrainingData
-from taskmoe.wmt.distillation import gain_kept, student_config, student_params, teacher_text
+from taskmoe.wmt.distillation import (
+    STUDENT_FIELDS,
+    gain_kept,
+    student_config,
+    student_params,
+    teacher_text,
+)
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import Model
 from taskmoe.wmt.progress import bar
@@ -33,16 +47,18 @@ def run(a: argparse.Namespace) -> None:
     if a.task_model is not None and a.baseline is None:
         raise InputError("--task-model needs --baseline, the dense model that gains count from")
     beside = {name: load(path) for name, path in references.items() if path is not None}
-    for name, _ in map(override, a.set):
-        if name not in TrainConfig.__dataclass_fields__:
+    fields = dict(map(override, a.set))
+    for name in fields:
+        if name not in (*TrainConfig.__dataclass_fields__, *STUDENT_FIELDS):
             raise InputError(
                 f"--set: no field {name!r} of TrainConfig to set; the student has the teacher's "
-                "sizes"
+                f"sizes but for {' and '.join(STUDENT_FIELDS)}"
             )
+    widths = {name: fields[name] for name in STUDENT_FIELDS if name in fields}
     train_fields = configure_training(a)
     train_config = build(TrainConfig, train_fields)
     source = training_text(a, train_config)
-    config: ModelConfig = student_config(teacher.config, source.pairs)
+    config: ModelConfig = own_words(student_config, teacher.config, source.pairs, widths)
     identity = f"{source.identity} translated by {a.teacher.resolve()}"
     check_workdir(a.workdir, config, train_config, identity)
 

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# The paper's comparison on one corpus: eight systems of equal compute per token, after equally many
+# steps. Called by study-multi30k.sh and study-news.sh, which say what the corpus is:
+#
+#   WORK       folder of the results, one folder a system and seed; what is there is not done again
+#   DATA       --data arguments with train, valid and test text
+#   STEPS      of each training run
+#   VOCAB      words of the vocabulary
+#   TEACHING   sentences a direction that the teacher translates for its student
+#   LIMIT      first test sentences of each direction that are scored
+#   SEEDS      default "0 1 2"
+#   SYSTEMS    default all; some of them, to share the work between machines or cores
+#   PHASES     default "train test": test text is scored once every system is trained and has its
+#              score on the validation text
+set -euo pipefail
+python=${PYTHON:-python}
+all="dense token sentence target token-target static distilled pruned"
+systems=${SYSTEMS:-$all}
+read -ra data <<< "$DATA"
+settings=(--config tiny --steps "$STEPS" --set batch_tokens=1024 --set row_multiple=8
+  --set schedule=cosine --set learning_rate=2e-3 --set warmup_steps=400
+  --set checkpoint_every=1000 --set keep_checkpoints=1)
+
+train() { # system, seed
+  local to=$WORK/$1-$2 encoder=$1 decoder=$1
+  [ "$1" = token-target ] && encoder=token decoder=target
+  [ -d "$to/model" ] || "$python" -m taskmoe.wmt train "${data[@]}" --workdir "$to" \
+    --encoder "$encoder" --decoder "$decoder" --seed "$2" "${settings[@]}" --set "vocab_size=$VOCAB"
+}
+
+distilled() { # seed; the student is as wide as the dense model
+  local to=$WORK/distilled-$1
+  [ -d "$to/model" ] || "$python" -m taskmoe.wmt distill "${data[@]}" --workdir "$to" \
+    --teacher "$WORK/token-$1" --beam 1 --seed "$1" "${settings[@]}" \
+    --set "max_sentences=$TEACHING" --set encoder_wide_d_ff=512 --set decoder_wide_d_ff=512
+}
+
+pruned() { # seed; the busiest 2 of 8 experts for each target language
+  local pairs
+  for pairs in $("$python" - "$WORK/token-$1/model/config.json" << 'PAIRS'
+import json, sys
+pairs = json.load(open(sys.argv[1]))["pairs"]
+for language in dict.fromkeys(p.split("-")[1] for p in pairs):
+    print(",".join(p for p in pairs if p.endswith("-" + language)))
+PAIRS
+  ); do
+    local to=$WORK/pruned-$1/${pairs##*-}
+    [ -d "$to" ] || "$python" -m taskmoe.wmt prune --model "$WORK/token-$1" "${data[@]}" \
+      --pairs "$pairs" --keep 2 --limit 300 --out "$to"
+  done
+}
+
+evaluate() { # system, seed, split, beam
+  local model name=$WORK/$1-$2
+  for model in "$name" $([ "$1" = pruned ] && echo "$name"/*/); do
+    [ "$1-$model" = "pruned-$name" ] && continue
+    [ -f "${model%/}/$3.json" ] || "$python" -m taskmoe.wmt evaluate --model "$model" \
+      "${data[@]}" --split "$3" --limit "$LIMIT" --beam "$4" --json "${model%/}/$3.json"
+  done
+}
+
+for seed in ${SEEDS:-0 1 2}; do
+  for phase in ${PHASES:-train test}; do
+    for system in $systems; do
+      if [ "$phase" = train ]; then
+        case $system in
+          distilled | pruned) "$system" "$seed" ;;
+          *) train "$system" "$seed" ;;
+        esac
+        evaluate "$system" "$seed" valid 1
+      else
+        for other in $all; do
+          found=("$WORK/$other-$seed"/valid.json "$WORK/$other-$seed"/*/valid.json)
+          [ -f "${found[0]}" ] || [ -f "${found[1]}" ] || {
+            echo "$other, seed $seed, has no validation score yet: the test text stays closed" >&2
+            exit 2
+          }
+        done
+        evaluate "$system" "$seed" test 4
+      fi
+    done
+  done
+done
