@@ -7,7 +7,7 @@
 # of val is for validation, the second half is the test text. See study.sh for SEEDS and SYSTEMS. A
 # study that was stopped goes on when the same command is given again.
 set -euo pipefail
-from=$(realpath "${1:?give the folder of Multi30k: train.{en,de,fr,cs}, val.{en,de,fr,cs}}")
+from=$(realpath "${1:?give the folder of Multi30k}")
 export WORK=${2:-work/study-multi30k}
 mkdir -p "$WORK/data"
 for language in en de fr cs; do

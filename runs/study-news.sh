@@ -9,8 +9,8 @@
 # valid file is the test text. See study.sh for SEEDS and SYSTEMS. A study that was stopped goes on
 # when the same command is given again.
 set -euo pipefail
-news=$(realpath "${1:?give the folder of newstest: train.{en,de,fr,es,cs}}")
-tatoeba=$(realpath "${2:?give the folder of Tatoeba: train.en-XX.* and valid.en-XX.*}")
+news=$(realpath "${1:?give the folder of newstest}")
+tatoeba=$(realpath "${2:?give the folder of Tatoeba}")
 export WORK=${3:-work/study-news}
 mkdir -p "$WORK/data/news" "$WORK/data/tatoeba"
 for language in en de fr es cs; do
