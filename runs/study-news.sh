@@ -15,7 +15,7 @@ export WORK=${3:-work/study-news}
 mkdir -p "$WORK/data/news" "$WORK/data/tatoeba"
 for language in en de fr es cs; do
   head -n 12071 "$news/train.$language" > "$WORK/data/news/train.$language"
-  tail -n +12072 "$news/train.$language" | head -n 500 > "$WORK/data/news/valid.$language"
+  sed -n 12072,12571p "$news/train.$language" > "$WORK/data/news/valid.$language"
   tail -n +12572 "$news/train.$language" > "$WORK/data/news/test.$language"
 done
 for file in "$tatoeba"/valid.en-*; do
