@@ -24,6 +24,6 @@ for file in "$tatoeba"/valid.en-*; do
   head -n 150 "$file" > "$WORK/data/tatoeba/valid.$name"
   tail -n +151 "$file" > "$WORK/data/tatoeba/test.$name"
 done
-export DATA="--data $WORK/data/news --data $WORK/data/tatoeba" STEPS=4000 VOCAB=6000
+export DATA="--data $WORK/data/news --data $WORK/data/tatoeba" STEPS=3000 VOCAB=6000
 export TEACHING=500 LIMIT=100
 "$(dirname "$0")/study.sh"
