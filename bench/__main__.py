@@ -1,6 +1,6 @@
 """Command line: `python -m taskmoe.bench NAME`, each NAME with a question of its own.
 
-demo, ops, exchange, decode, task, tpu, check, report; each takes --json FILE and --help.
+demo, ops, exchange, decode, task, study, tpu, check, report; each takes --json FILE and --help.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ COMMANDS = {
     "exchange": "taskmoe.bench.exchange",
     "decode": "taskmoe.bench.decode",
     "task": "taskmoe.bench.task_path",
+    "study": "taskmoe.bench.study",
     "tpu": "taskmoe.bench.tpu_lab",
     "check": "taskmoe.bench.check",
     "report": "taskmoe.bench.report",

@@ -1,0 +1,319 @@
+"""The paper's comparison: scores, sizes and decoding speed of what runs/study-*.sh trained.
+
+Reads the folder of a study, one folder a system and seed with its scores. Counts the parameters of
+each system and of what serves one direction, compares every extracted sub-network's translations
+of the validation text with the whole model's, and times beam search of one direction, systems in
+turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from taskmoe.bench import machine, paper
+from taskmoe.bench.console import out
+from taskmoe.bench.timing import alternate
+from taskmoe.wmt.command_line import write_text
+from taskmoe.wmt.commands.shared import load
+from taskmoe.wmt.distillation import gain_kept
+from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.folders import Pairs
+from taskmoe.wmt.model import Model
+from taskmoe.wmt.progress import bar
+from taskmoe.wmt.sources import open_sources, read_split
+from taskmoe.wmt.subnetwork import extract
+from taskmoe.wmt.transformer import param_count
+from taskmoe.wmt.translation import Decoding, translate
+
+#: System -> what it is: routing of its encoder and decoder, or how it came about.
+SYSTEMS = {
+    "dense": "dense",
+    "token": "token/token",
+    "sentence": "sentence/sentence",
+    "target": "target/target",
+    "token-target": "token/target",
+    "static": "static by target",
+    "distilled": "dense, distilled from token/token",
+    "pruned": "token/token, pruned for each target",
+}
+#: System that is cut out of another -> that one, whose parameters are the whole.
+WHOLE = {"pruned": "token"}
+TIMED = 128  # sentences of one direction that are translated in a round
+HEADINGS = (
+    *("system", "BLEU", "seeds", "over dense", "paper", "over dense there"),
+    *("parameters", "to serve one direction", "tokens/s, beam 4", "extracted alike"),
+)
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    p.add_argument("workdir", type=Path, help="folder that runs/study-*.sh wrote")
+    p.add_argument("--data", action="append", required=True, help="its sources, as for evaluate")
+    p.add_argument("--rounds", type=int, default=5, help="times that each is measured")
+    p.add_argument("--quick", action="store_true", help="20 validation sentences a direction only")
+    p.add_argument("--json", type=Path, help="write the results here")
+    p.add_argument("--png", type=Path, help="draw scores and sizes here")
+
+
+def run(a: argparse.Namespace) -> int:
+    """Gather, check, time and print; 1 where a sub-network translates otherwise than its model."""
+    if a.rounds < 1:
+        raise InputError(f"--rounds must be at least 1, got {a.rounds}")
+    systems = [gather(a.workdir, name) for name in SYSTEMS]
+    settings = same_training(a.workdir, systems)
+    models = {s.name: load(s.folders[0]) for s in systems}
+    pairs = models["dense"].config.pairs
+    text = read_split(open_sources(a.data), "valid", pairs)
+    if a.quick:
+        text = {pair: (x[:20], y[:20]) for pair, (x, y) in text.items()}
+    rows = []
+    served: dict[str, Model] = {}
+    for system in systems:
+        model = models[system.name]
+        served[system.name] = _served(model, pairs[0])
+        rows.append(
+            {
+                "system": system.name,
+                "seeds": system.seeds,
+                "valid": system.valid,
+                "test": system.test,
+                "directions": system.directions,
+                "parameters": param_count(models[WHOLE.get(system.name, system.name)].params),
+                "served": param_count(served[system.name].params),
+                **alike(system.name, model, text),
+            }
+        )
+    for row, speed in zip(rows, _speeds(served, pairs[0], text, a.rounds), strict=True):
+        row["tokens_per_s"] = speed
+    result = {
+        "command": "study",
+        "machine": machine.describe(),
+        "rounds": a.rounds,
+        "sentences": systems[0].sentences,
+        **settings,
+        "rows": rows,
+    }
+    if a.json is not None:
+        write_text(a.json, json.dumps(result, indent=1) + "\n")
+    if a.png is not None:
+        figure = chart(result)
+        figure.savefig(a.png, dpi=110)
+        plt.close(figure)
+    table = Table(*HEADINGS, title=str(a.workdir))
+    for cells in table_cells(result):
+        table.add_row(*cells)
+    out.print(table)
+    out.print(*findings(result), sep="\n", soft_wrap=True)
+    return int(any(r["translations"] != r["identical"] for r in rows))
+
+
+class System(NamedTuple):
+    """A system's runs.
+
+    folders: of its models, one a seed; of "pruned" the first target language's. valid, test: mean
+    BLEU over the directions, a number a seed. directions: test BLEU of each, mean over seeds.
+    sentences: test sentences of all directions.
+    """
+
+    name: str
+    folders: list[Path]
+    seeds: list[int]
+    valid: list[float]
+    test: list[float]
+    directions: dict[str, float]
+    sentences: int
+
+
+def gather(workdir: Path, name: str) -> System:
+    """Scores of one system's runs. Raises InputError where there is none or a file is damaged."""
+    runs = sorted(
+        (int(path.name[len(name) + 1 :]), path)
+        for path in workdir.glob(f"{name}-*")
+        if path.name[len(name) + 1 :].isdigit()
+    )
+    parts = {seed: sorted(path.glob("*/")) if name == "pruned" else [path] for seed, path in runs}
+    done = {s: p for s, p in parts.items() if p and all((x / "test.json").is_file() for x in p)}
+    if not done:
+        raise InputError(f"{workdir} has no {name}-SEED with a test.json: runs/study-*.sh first")
+    means: dict[str, list[float]] = {"valid": [], "test": []}
+    directions: dict[str, list[float]] = {}
+    sentences = 0
+    for folders in done.values():
+        for split, level in means.items():
+            scores = {p: s for folder in folders for p, s in _scores(folder / f"{split}.json")}
+            level.append(float(np.mean([s["bleu"] for s in scores.values()])))
+        for pair, found in scores.items():  # of the test text, the last of the splits
+            directions.setdefault(pair, []).append(found["bleu"])
+        sentences = sum(s["sentences"] for s in scores.values())
+    models = [folders[0] for folders in done.values()]
+    each = {pair: float(np.mean(bleu)) for pair, bleu in directions.items()}
+    return System(name, models, list(done), means["valid"], means["test"], each, sentences)
+
+
+def same_training(workdir: Path, systems: list[System]) -> dict[str, Any]:
+    """What all systems were trained with. Raises InputError where one differs in more than it must.
+
+    Returns "training" (TrainConfig's fields) and "model" (ModelConfig's, of the token-routed one).
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for system in systems:
+        if system.name != "pruned":
+            path = workdir / f"{system.name}-{system.seeds[0]}" / "config.json"
+            found[system.name] = _read(path)
+    free = {"seed", "max_sentences"}
+    wanted = {k: v for k, v in found["dense"]["train"].items() if k not in free}
+    for name, config in found.items():
+        for field, value in wanted.items():
+            if config["train"].get(field) != value:
+                raise InputError(
+                    f"{workdir / name}-*: {field} is {config['train'].get(field)!r}, the dense "
+                    f"system's {value!r}: not the same training"
+                )
+    return {"training": found["dense"]["train"], "model": found["token"]["model"]} | {
+        "taught": found["distilled"]["train"]["max_sentences"]
+    }
+
+
+def _scores(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    return list(_read(path)["scores"].items())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+
+
+def _served(model: Model, pair: str) -> Model:
+    """What serves one direction: the sub-network where there is one, else the whole model."""
+    config = model.config
+    tasks = [side for side in ("encoder", "decoder") if config.tasks(side)]
+    return extract(model, pair) if tasks else model
+
+
+def alike(name: str, model: Model, text: Pairs) -> dict[str, int]:
+    """Translations of the validation text that sub-networks and the whole model have in common."""
+    config = model.config
+    if not any(config.tasks(side) for side in ("encoder", "decoder")):
+        return {"translations": 0, "identical": 0}
+    requests = [(pair, line) for pair, (lines, _) in text.items() for line in lines]
+    with bar(f"{name}, whole", "sentences") as progress:
+        whole = translate(model, requests, Decoding(mixed_tasks=True), progress)
+    found: list[str] = []
+    with bar(f"{name}, sub-networks", "directions") as progress:
+        for number, (pair, (lines, _)) in enumerate(text.items()):
+            found += translate(extract(model, pair), [(pair, line) for line in lines], Decoding())
+            progress(number + 1, len(text))
+    same = sum(mine == theirs for mine, theirs in zip(found, whole, strict=True))
+    return {"translations": len(whole), "identical": same}
+
+
+def _speeds(
+    models: dict[str, Model], pair: str, text: Pairs, rounds: int
+) -> list[dict[str, float]]:
+    """Tokens written a second by each system, in turns: median, p10, p90."""
+    requests = [(pair, line) for line in text[pair][0][:TIMED]]
+    # A pruned model is one target language's: whatever it is asked for, it does the same work.
+    asked = {
+        name: [
+            (pair if pair in model.config.pairs else model.config.pairs[0], line)
+            for _, line in requests
+        ]
+        for name, model in models.items()
+    }
+    tokens = {}
+    for name, model in models.items():
+        lines = translate(model, asked[name], Decoding(beam=4))
+        tokens[name] = sum(len(ids) for ids in model.tokenizer.encode_target(lines))
+    times = alternate(
+        {n: lambda n=n: translate(models[n], asked[n], Decoding(beam=4)) for n in models},  # type: ignore[misc]
+        rounds=rounds,
+    )
+    speeds = []
+    for name, timing in times.items():
+        low, median, high = np.quantile(tokens[name] / np.asarray(timing.seconds), (0.1, 0.5, 0.9))
+        speeds.append({"median": float(median), "p10": float(low), "p90": float(high)})
+    return speeds
+
+
+def table_cells(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Cells of one line a system, for `HEADINGS`."""
+    dense = float(np.mean(result["rows"][0]["test"]))
+    lines: list[tuple[str, ...]] = []
+    for r in result["rows"]:
+        name, mean, speed = r["system"], float(np.mean(r["test"])), r["tokens_per_s"]
+        spread = f" ± {np.std(r['test'], ddof=1):.2f}" if len(r["test"]) > 1 else ""
+        theirs = paper.STUDY.get(name)
+        lines.append(
+            (
+                SYSTEMS[name],
+                f"{mean:.2f}{spread}",
+                str(len(r["seeds"])),
+                f"{mean - dense:+.2f}" if name != "dense" else "",
+                "" if theirs is None else f"{theirs[0]:.2f}",
+                f"{theirs[0] - theirs[1]:+.2f}" if theirs and theirs[1] and name != "dense" else "",
+                f"{r['parameters']:,}",
+                f"{r['served']:,}",
+                f"{speed['median']:,.0f} ({speed['p10']:,.0f} to {speed['p90']:,.0f})",
+                f"{r['identical']:,} of {r['translations']:,}" if r["translations"] else "",
+            )
+        )
+    return lines
+
+
+def findings(result: dict[str, Any]) -> list[str]:
+    """What the scores say, sentence by sentence."""
+    bleu = {r["system"]: float(np.mean(r["test"])) for r in result["rows"]}
+    order = sorted(bleu, key=lambda name: -bleu[name])
+    lines = ["Best first: " + ", ".join(f"{SYSTEMS[n]} {bleu[n]:.2f}" for n in order) + "."]
+    otherwise = [
+        SYSTEMS[n]
+        for n, (theirs, dense) in paper.STUDY.items()
+        if dense is not None and (bleu[n] > bleu["dense"]) != (theirs > dense)
+    ]
+    lines.append(
+        "On the other side of dense than in the paper: " + ", ".join(otherwise) + "."
+        if otherwise
+        else "Every system is on the same side of dense as in the paper."
+    )
+    gain = gain_kept(bleu["dense"], bleu["token"], bleu["distilled"], bleu["target"])
+    for whose, share, theirs in (
+        ("the token-routed teacher's", gain.of_teacher, paper.DISTILLATION_KEEPS["teacher"]),
+        ("the task-routed model's", gain.of_task_moe, paper.DISTILLATION_KEEPS["task"]),
+    ):
+        if share is not None and np.isfinite(share):
+            lines.append(f"The student keeps {share:.0f}% of {whose} gain (the paper: {theirs}%).")
+        else:
+            lines.append(f"Of {whose} gain over dense there is nothing to keep: there is none.")
+    return lines
+
+
+def chart(result: dict[str, Any]) -> Figure:
+    """Scores (a dot a seed) and parameters that serve one direction, a bar a system."""
+    rows = result["rows"][::-1]
+    names = [SYSTEMS[r["system"]] for r in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    at = np.arange(len(rows))
+    left.barh(at, [np.mean(r["test"]) for r in rows], color="tab:blue", alpha=0.7)
+    for y, r in enumerate(rows):
+        left.plot(r["test"], [y] * len(r["test"]), "k.", markersize=5)
+    left.set_yticks(at, names)
+    left.set_xlabel("test BLEU, mean over directions (a dot a seed)")
+    right.barh(at, [r["parameters"] / 1e6 for r in rows], color="lightgray", label="whole model")
+    right.barh(
+        at, [r["served"] / 1e6 for r in rows], 0.5, color="tab:orange", label="serves one direction"
+    )
+    right.set_xlabel("million parameters")
+    right.legend(loc="lower right", fontsize=8)
+    return figure
