@@ -1,6 +1,7 @@
 """Command line: `python -m taskmoe.bench NAME`, each NAME with a question of its own.
 
-demo, ops, exchange, decode, task, study, tpu, check, report; each takes --json FILE and --help.
+demo, ops, exchange, decode, beam, task, study, tpu, check, report; each takes --json FILE and
+--help.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ COMMANDS = {
     "ops": "taskmoe.bench.ops",
     "exchange": "taskmoe.bench.exchange",
     "decode": "taskmoe.bench.decode",
+    "beam": "taskmoe.bench.beam",
     "task": "taskmoe.bench.task_path",
     "study": "taskmoe.bench.study",
     "tpu": "taskmoe.bench.tpu_lab",
