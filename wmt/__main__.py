@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
+import jax
+
 from taskmoe.wmt.command_line import Parser
 from taskmoe.wmt.commands import (
     distill,
@@ -45,6 +47,16 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, FloatingPointError, OSError) as error:
         line = " ".join(str(error).split())
         print(f"{parser.prog} {arguments.command}: error: {line}", file=sys.stderr)
+        return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        words = " ".join(str(error).split())
+        if isinstance(error, jax.errors.JaxRuntimeError) and "memory" not in words.lower():
+            raise
+        hint = "a smaller model or batch_tokens, remat=true or accumulate above 1 need less"
+        print(
+            f"{parser.prog} {arguments.command}: error: out of memory ({words}); {hint}",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; a work directory goes on from its newest checkpoint", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -12,6 +12,8 @@ import numpy as np
 from taskmoe.moe import MoEConfig
 
 SideRouting = Literal["dense", "token", "sentence", "target", "source", "pair", "static"]
+_MOST_LAYERS = 1000
+_MOST_NUMBERS = 2**40  # in one array: XLA's own arithmetic on sizes overflows far above
 TASK_LEVELS = ("target", "source", "pair")
 
 
@@ -34,6 +36,8 @@ class _Json:
                 words = str(getattr(wanted, "__name__", wanted)).replace("typing.", "")
                 if get_origin(wanted) is Literal:
                     words = f"one of {', '.join(get_args(wanted))}"
+                if type(value) is int and abs(value) >= 2**31:
+                    words += " below 2^31"
                 raise ValueError(f"{name} must be {words}, got {value!r}")
 
     def to_json(self) -> str:
@@ -58,7 +62,10 @@ def _fits(value: Any, wanted: Any) -> bool:
     if get_args(wanted):
         return any(_fits(value, kind) for kind in get_args(wanted))
     if wanted is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        # Compared, not converted: an int may be too long for a float.
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if wanted is int:  # what follows counts in 32 bits in places
+        return type(value) is int and abs(value) < 2**31
     return type(value) is wanted
 
 
@@ -104,15 +111,28 @@ class ModelConfig(_Json):
         for name in (*sizes, "encoder_layers", "decoder_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("encoder_layers", "decoder_layers"):
+            if getattr(self, name) > _MOST_LAYERS:
+                raise ValueError(
+                    f"{name} must be at most {_MOST_LAYERS}, got {getattr(self, name)}"
+                )
+        wide = map(self.wide_d_ff, ("encoder", "decoder"))
+        width = max(3 * self.d_model, self.vocab_size, self.num_experts * self.d_ff, *wide)
+        if width >= 2**31 or width * self.d_model > _MOST_NUMBERS:
+            raise ValueError(
+                "vocab_size, top_k * d_ff and num_experts * d_ff must be below 2^31, and below "
+                f"2^40 once multiplied by d_model, got d_model={self.d_model}, d_ff={self.d_ff}, "
+                f"num_experts={self.num_experts}, vocab_size={self.vocab_size}"
+            )
         if self.d_model % (2 * self.num_heads):
             raise ValueError(
                 f"d_model must be a multiple of 2*num_heads={2 * self.num_heads}, "
                 f"got {self.d_model}"
             )
         for side in ("encoder", "decoder"):
-            wide = getattr(self, f"{side}_wide_d_ff")
-            if wide is not None and wide < 1:
-                raise ValueError(f"{side}_wide_d_ff must be at least 1 or None, got {wide}")
+            width = getattr(self, f"{side}_wide_d_ff")
+            if width is not None and width < 1:
+                raise ValueError(f"{side}_wide_d_ff must be at least 1 or None, got {width}")
             self.moe(side)  # raises where sizes do not fit
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
@@ -242,7 +262,9 @@ class TrainConfig(_Json):
             )
         if self.max_ratio < 1:
             raise ValueError(f"max_ratio must be at least 1, got {self.max_ratio}")
-        for name in ("temperature", "learning_rate", "clip_norm"):
+        if self.temperature < 0.05:  # sizes to the power of 1/T stay numbers
+            raise ValueError(f"temperature must be at least 0.05, got {self.temperature}")
+        for name in ("learning_rate", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("weight_decay", "seed", "max_skipped"):

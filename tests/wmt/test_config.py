@@ -35,7 +35,7 @@ TRAIN_FIELDS: list[tuple[Any, str]] = [
     ({"buckets": (16, 8)}, "buckets must be rising lengths"),
     ({"buckets": (0, 8)}, "buckets must be rising lengths"),
     ({"buckets": 16}, "buckets must be"),
-    ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+    ({"temperature": 0.0}, "temperature must be at least 0.05, got 0.0"),
     ({"optimizer": "sgd"}, "optimizer must be one of adafactor, adamw, got 'sgd'"),
     ({"schedule": "flat"}, "schedule must be one of inverse_sqrt, cosine, got 'flat'"),
     ({"learning_rate": "fast"}, "learning_rate must be float, got 'fast'"),
