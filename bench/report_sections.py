@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from taskmoe.bench import decode, demo_report, exchange, paper, report_tpu
+from taskmoe.bench import beam, decode, demo_report, exchange, paper, report_tpu, serving, study
 from taskmoe.bench.stored import RESULTS, load, provenance
 from taskmoe.bench.tables import markdown, paragraph
 
@@ -120,6 +120,54 @@ def _exchange(root: Path) -> str:
     return "\n\n".join([*parts, picture, meaning])
 
 
+#: Corpus of the study -> what it is, the arguments that the study's command takes for it, and what
+#: to mind when its order is held against the paper's.
+_STUDIES = {
+    "multi30k": (
+        "Multi30k, image captions: the second half of its validation files is the test text.",
+        "work/study-multi30k --data work/study-multi30k/data",
+        "Mind: with 4 target languages and 8 experts the static table gives every language two "
+        "experts of its own from the first step on, where the paper's languages have to share and "
+        "gain from it. The student learns from a small part of the text that the others see, so "
+        "its figure says little about distillation. Pruning keeps 2 of 8 experts without training, "
+        "as few as a sub-network has.",
+    ),
+}
+
+
+def _study(root: Path) -> str:
+    parts = []
+    for name, (corpus, arguments, remark) in _STUDIES.items():
+        command = f"python -m taskmoe.bench study {arguments} --json {RESULTS}/study-{name}.json"
+        result = load(root, f"study-{name}.json", command)
+        figure = study.chart(result)
+        figure.savefig(root / RESULTS / f"study-{name}.png", dpi=110)
+        plt.close(figure)
+        model, training = result["model"], result["training"]
+        seeds = max(len(r["seeds"]) for r in result["rows"])
+        intro = paragraph(
+            f"{corpus} Trained and scored by `runs/study-{name}.sh`:",
+            f"{len(model['pairs'])} directions, {training['steps']:,} steps of at most",
+            f"{training['batch_tokens']:,} tokens for every system, {model['encoder_layers']} +",
+            f"{model['decoder_layers']} layers, d_model {model['d_model']},",
+            f"{model['num_experts']} experts of width {model['d_ff']}, {model['vocab_size']:,}",
+            f"words; {result['sentences']:,} test sentences, beam 4;",
+            "one seed, so that no spread over seeds is known."
+            if seeds == 1
+            else f"± is the standard deviation over up to {seeds} seeds.",
+            f"The student learns from {result['taught']:,} translated sentences a direction.",
+            f"Gathered and timed by {provenance(command, result['machine'])}",
+            f"Tokens/s: the decoder, {study.ROWS} sentences of one direction,",
+            f"{serving.POSITIONS} positions, systems in turns, median of {result['rounds']} rounds",
+            "(p10 to p90), one device, so nothing is exchanged.",
+        )
+        said = paragraph(*study.findings(result), remark)
+        found = markdown(study.HEADINGS, study.table_cells(result))
+        picture = f"![Scores and sizes](bench/results/study-{name}.png)"
+        parts.append(f"{intro}\n\n{found}\n\n{picture}\n\n{said}")
+    return "\n\n".join(parts)
+
+
 def _decode(root: Path) -> str:
     command = f"python -m taskmoe.bench decode --json {RESULTS}/decode.json"
     result = load(root, "decode.json", command)
@@ -161,6 +209,34 @@ def _decode(root: Path) -> str:
         f"{intro}\n\n![Throughput over batch](bench/results/decode.png)\n\n{found}\n\n{second}"
         f"\n\n{lines}\n\n{meaning}"
     )
+
+
+def _beam(root: Path) -> str:
+    command = f"python -m taskmoe.bench beam --json {RESULTS}/beam.json"
+    result = load(root, "beam.json", command)
+    figure = beam.chart(result)
+    figure.savefig(root / RESULTS / "beam.png", dpi=110)
+    plt.close(figure)
+    first = result["rows"][0]
+    intro = paragraph(
+        f"Measured by {provenance(command, result['machine'])} A sub-network of the",
+        f"{result['config']} model's sizes, {result['parameters']:,} random parameters, float32,",
+        f"beam {result['beam']}, {beam.SOURCE} source positions, a cache of {beam.LONG} target",
+        f"positions; {result['rounds']} rounds in turns. The floor reads",
+        f"{first['bytes'] / 1e6:.0f} MB a step for {first['batch']} sentence at",
+        f"{first['bytes_per_s']['median'] / 1e9:.1f} GB/s, as measured in the same rounds.",
+    )
+    within = [r for r in result["rows"] if r["over_floor"]["median"] <= 1.5]
+    search = [1e3 * (r["step_s"]["median"] - r["alone_s"]["median"]) for r in result["rows"]]
+    meaning = paragraph(
+        f"Within 1.5 times of the floor: {', '.join(str(r['batch']) for r in within) or 'none'}",
+        "sentences at once. The rest of a step is arithmetic, whose share grows with the rows, and",
+        "the search itself (ranking words, putting the cache in order), which takes",
+        f"{', '.join(f'{s:.1f}' for s in search)} ms by the difference of the two.",
+    )
+    table = markdown(beam.HEADINGS, beam.table_cells(result))
+    picture = "![Where a step's time goes](bench/results/beam.png)"
+    return f"{intro}\n\n{table}\n\n{picture}\n\n{meaning}"
 
 
 def _ops(root: Path) -> str:
@@ -214,8 +290,10 @@ def _times_as_fast(result: dict[str, Any], way: str) -> list[float]:
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "demo": _demo,
     "task": _task,
+    "study": _study,
     "exchange": _exchange,
     "decode": _decode,
+    "beam": _beam,
     "ops": _ops,
     "kernels": report_tpu.kernels,
     "published": report_tpu.published,
