@@ -229,8 +229,9 @@ def _beam(root: Path) -> str:
     within = [r for r in result["rows"] if r["over_floor"]["median"] <= 1.5]
     search = [1e3 * (r["step_s"]["median"] - r["alone_s"]["median"]) for r in result["rows"]]
     meaning = paragraph(
-        f"Within 1.5 times of the floor: {', '.join(str(r['batch']) for r in within) or 'none'}",
-        "sentences at once. The rest of a step is arithmetic, whose share grows with the rows, and",
+        "Within 1.5 times of the floor at a batch of:",
+        f"{', '.join(str(r['batch']) for r in within) or 'none'}.",
+        "The rest of a step is arithmetic, whose share grows with the rows, and",
         "the search itself (ranking words, putting the cache in order), which takes",
         f"{', '.join(f'{s:.1f}' for s in search)} ms by the difference of the two.",
     )

@@ -339,5 +339,5 @@ def chart(result: dict[str, Any]) -> Figure:
         at, [r["served"] / 1e6 for r in rows], 0.5, color="tab:orange", label="serves one direction"
     )
     right.set_xlabel("million parameters")
-    right.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside upper right", ncols=2, fontsize=8)
     return figure
