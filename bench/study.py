@@ -168,35 +168,43 @@ def same_training(workdir: Path, systems: list[System]) -> dict[str, Any]:
 
     Returns "training" (TrainConfig's fields) and "model" (ModelConfig's, of the token-routed one).
     """
-    found: dict[str, dict[str, Any]] = {}
-    for system in systems:
-        if system.name != "pruned":
-            path = workdir / f"{system.name}-{system.seeds[0]}" / "config.json"
-            found[system.name] = _read(path)
+    found = {
+        run: _read(workdir / run / "config.json", "train", "model")
+        for system in systems
+        if system.name not in WHOLE
+        for run in (f"{system.name}-{seed}" for seed in system.seeds)
+    }
+    dense, token, student = (
+        next(c for run, c in found.items() if run.rpartition("-")[0] == name)
+        for name in ("dense", "token", "distilled")
+    )
     free = {"seed", "max_sentences"}
-    wanted = {k: v for k, v in found["dense"]["train"].items() if k not in free}
-    for name, config in found.items():
+    wanted = {k: v for k, v in dense["train"].items() if k not in free}
+    for run, config in found.items():
         for field, value in wanted.items():
             if config["train"].get(field) != value:
                 raise InputError(
-                    f"{workdir / name}-*: {field} is {config['train'].get(field)!r}, the dense "
+                    f"{workdir / run}: {field} is {config['train'].get(field)!r}, the dense "
                     f"system's {value!r}: not the same training"
                 )
-    return {"training": found["dense"]["train"], "model": found["token"]["model"]} | {
-        "taught": found["distilled"]["train"]["max_sentences"]
-    }
+    taught = student["train"].get("max_sentences")
+    return {"training": dense["train"], "model": token["model"], "taught": taught}
 
 
 def _scores(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    return list(_read(path)["scores"].items())
+    return list(_read(path, "scores")["scores"].items())
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, *wanted: str) -> dict[str, Any]:
+    """A JSON object that has these objects in it."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(found[name], dict) for name in wanted):
+            raise ValueError(f"no object {' or '.join(wanted)}")
+        return dict(found)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
 
 

@@ -112,7 +112,10 @@ def test_a_wrong_sub_network_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("sentence-0/config.json", '{"train": {"steps": 6}}', "steps is 6"),
+        ("sentence-0/config.json", '{"train": {"steps": 6}, "model": {}}', "steps is 6"),
+        ("sentence-1/config.json", '{"train": {"steps": 7}, "model": {}}', "steps is 7"),
+        ("token-0/config.json", "{}", "is damaged: 'train'"),
+        ("target-1/test.json", '{"scores": 1}', "no object scores"),
         ("dense-0/test.json", "{", "is damaged"),
         ("dense-0/config.json", None, "No such file"),
     ],
