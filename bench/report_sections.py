@@ -126,9 +126,9 @@ _STUDIES = {
     "multi30k": (
         "Multi30k, image captions: the second half of its validation files is the test text.",
         "work/study-multi30k --data work/study-multi30k/data",
-        "Mind: with 4 target languages and 8 experts the static table gives every language two "
-        "experts of its own from the first step on, where the paper's languages have to share and "
-        "gain from it. The student learns from a small part of the text that the others see, so "
+        "Mind: short runs tell of how fast each learns; a static table needs no "
+        "learning of routes, which may be why it leads here and not in the paper. The student "
+        "learns from a small part of the text that the others see, so "
         "its figure says little about distillation. Pruning keeps 2 of 8 experts without training, "
         "as few as a sub-network has.",
     ),
