@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from rich.table import Table
 
 from taskmoe.bench import machine, serving
 from taskmoe.bench.console import out
+from taskmoe.bench.stored import keep
 from taskmoe.bench.timing import alternate
 from taskmoe.wmt import transformer
-from taskmoe.wmt.command_line import write_text
 from taskmoe.wmt.config import PRESETS, ModelConfig
 from taskmoe.wmt.decoding import search
 from taskmoe.wmt.devices import use_present_devices
@@ -87,12 +86,7 @@ def run(a: argparse.Namespace) -> int:
         "rounds": rounds,
         "rows": rows,
     }
-    if a.json is not None:
-        write_text(a.json, json.dumps(result, indent=1) + "\n")
-    if a.png is not None:
-        figure = chart(result)
-        figure.savefig(a.png, dpi=110)
-        plt.close(figure)
+    keep(result, chart, a)
     table = Table(*HEADINGS, title=f"{a.config}, {param_count(params):,} parameters, float32")
     for cells in table_cells(result):
         table.add_row(*cells)

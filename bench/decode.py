@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from rich.table import Table
 
 from taskmoe.bench import machine, paper, serving
 from taskmoe.bench.console import out
 from taskmoe.bench.serving import System
-from taskmoe.wmt.command_line import write_text
+from taskmoe.bench.stored import keep
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import load_model
@@ -98,12 +94,7 @@ def run(a: argparse.Namespace) -> int:
         "points": measure(systems, batches, 3 if a.quick else a.rounds, given=a.models is None),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
-    if a.json is not None:
-        write_text(a.json, json.dumps(result, indent=1) + "\n")
-    if a.png is not None:
-        figure = chart(result)
-        figure.savefig(a.png, dpi=110)
-        plt.close(figure)
+    keep(result, chart, a)
     out.print(_table(result))
     out.print(*verdict(result), sep="\n", soft_wrap=True)
     return 0

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
 from taskmoe.bench import paper
+from taskmoe.bench.stored import save_figure
 from taskmoe.bench.tables import markdown, paragraph
 from taskmoe.wmt.command_line import write_text
 
@@ -30,9 +28,7 @@ def draw_charts(result: dict[str, Any], folder: Path) -> None:
     """Write `bleu.png`, `throughput.png` and `step_time.png` into a folder."""
     charts = {"bleu": _bleu, "throughput": _throughput, "step_time": _step_time}
     for name, draw in charts.items():
-        figure = draw(result)
-        figure.savefig(folder / f"{name}.png", dpi=110)
-        plt.close(figure)
+        save_figure(draw(result), folder / f"{name}.png")
 
 
 def caveat(result: dict[str, Any]) -> str:

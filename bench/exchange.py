@@ -19,14 +19,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
 from taskmoe.bench.console import out
-from taskmoe.wmt.command_line import write_text
+from taskmoe.bench.stored import keep
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.progress import bar
 
@@ -54,12 +51,7 @@ def run(a: argparse.Namespace) -> int:
     """Measure and print; 0, or 1 where a strategy disagrees with one device."""
     spec = _spec(a)
     result = measure(spec)
-    if a.json is not None:
-        write_text(a.json, json.dumps(result, indent=1) + "\n")
-    if a.png is not None:
-        figure = chart(result)
-        figure.savefig(a.png, dpi=110)
-        plt.close(figure)
+    keep(result, chart, a)
     for shape in result["shapes"]:
         out.print(_table(result, shape))
         out.print(f"{_verdict(shape)}\n")

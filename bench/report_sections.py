@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-
 from taskmoe.bench import beam, decode, demo_report, exchange, paper, report_tpu, serving, study
-from taskmoe.bench.stored import RESULTS, load, provenance
+from taskmoe.bench.stored import RESULTS, load, provenance, save_figure
 from taskmoe.bench.tables import markdown, paragraph
 
 
@@ -74,9 +72,7 @@ def _exchange(root: Path) -> str:
         results.append(result)
         picture = ""
         if len(result["shapes"]) > 1:
-            figure = exchange.chart(result)
-            figure.savefig(root / RESULTS / f"{name}.png", dpi=110)
-            plt.close(figure)
+            save_figure(exchange.chart(result), root / RESULTS / f"{name}.png")
             picture = f"![Share of time in collectives](bench/results/{name}.png)\n\n"
         spec = result["spec"]
         where = exchange.devices_words(spec)
@@ -113,9 +109,9 @@ def _exchange(root: Path) -> str:
         "between them. A sub-network exchanges nothing, however many devices and processes there",
         "are.",
     )
-    figure = exchange.share_chart([results[-1], *results[:-1]])
-    figure.savefig(root / RESULTS / "exchange-share.png", dpi=110)
-    plt.close(figure)
+    save_figure(
+        exchange.share_chart([results[-1], *results[:-1]]), root / RESULTS / "exchange-share.png"
+    )
     picture = "![Share of the exchange, told in two ways](bench/results/exchange-share.png)"
     return "\n\n".join([*parts, picture, meaning])
 
@@ -140,9 +136,7 @@ def _study(root: Path) -> str:
     for name, (corpus, arguments, remark) in _STUDIES.items():
         command = f"python -m taskmoe.bench study {arguments} --json {RESULTS}/study-{name}.json"
         result = load(root, f"study-{name}.json", command)
-        figure = study.chart(result)
-        figure.savefig(root / RESULTS / f"study-{name}.png", dpi=110)
-        plt.close(figure)
+        save_figure(study.chart(result), root / RESULTS / f"study-{name}.png")
         model, training = result["model"], result["training"]
         seeds = max(len(r["seeds"]) for r in result["rows"])
         intro = paragraph(
@@ -171,9 +165,7 @@ def _study(root: Path) -> str:
 def _decode(root: Path) -> str:
     command = f"python -m taskmoe.bench decode --json {RESULTS}/decode.json"
     result = load(root, "decode.json", command)
-    figure = decode.chart(result)
-    figure.savefig(root / RESULTS / "decode.png", dpi=110)
-    plt.close(figure)
+    save_figure(decode.chart(result), root / RESULTS / "decode.png")
     model = result["model"]
     intro = paragraph(
         f"Measured by {provenance(command, result['machine'])} {result['devices']} devices,",
@@ -214,9 +206,7 @@ def _decode(root: Path) -> str:
 def _beam(root: Path) -> str:
     command = f"python -m taskmoe.bench beam --json {RESULTS}/beam.json"
     result = load(root, "beam.json", command)
-    figure = beam.chart(result)
-    figure.savefig(root / RESULTS / "beam.png", dpi=110)
-    plt.close(figure)
+    save_figure(beam.chart(result), root / RESULTS / "beam.png")
     first = result["rows"][0]
     intro = paragraph(
         f"Measured by {provenance(command, result['machine'])} A sub-network of the",

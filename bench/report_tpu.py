@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from taskmoe.bench import paper, tpu_model, tpu_published
-from taskmoe.bench.stored import RESULTS, load, provenance
+from taskmoe.bench.stored import RESULTS, load, provenance, save_figure
 from taskmoe.bench.tables import markdown, paragraph
 
 #: Scenario of `tpu_model` with the blog's batches.
@@ -61,9 +58,7 @@ def kernels(root: Path) -> str:
         "and out.",
     )
     table = markdown(("chip", "rows", "way", "bytes moved", "times the floor"), moved)
-    figure = roofline_chart(result)
-    figure.savefig(root / RESULTS / "kernels.png", dpi=110)
-    plt.close(figure)
+    save_figure(roofline_chart(result), root / RESULTS / "kernels.png")
     picture = "![Kernels against the roofline](bench/results/kernels.png)"
     reached = [r["roofline_us"] / r["modelled_us"] for r in ours_modelled(result)]
     meaning = paragraph(
@@ -131,9 +126,7 @@ def model(root: Path) -> str:
     """The paper's models on TPU: parameters, largest batches, modelled steps."""
     command = f"python -m taskmoe.bench tpu --model wmt --json {RESULTS}/tpu-model.json"
     result = load(root, "tpu-model.json", command)
-    figure = share_chart(result)
-    figure.savefig(root / RESULTS / "tpu-model.png", dpi=110)
-    plt.close(figure)
+    save_figure(share_chart(result), root / RESULTS / "tpu-model.png")
     intro = paragraph(
         "Parameters, memory, batches and bytes as compiled, times modelled, by",
         provenance(command, result["machine"], compiled=True),

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from taskmoe.wmt.command_line import write_bytes, write_text
 from taskmoe.wmt.errors import InputError
+
+matplotlib.use("Agg")  # charts go to files; a machine without a screen has no other way
 
 RESULTS = Path("bench/results")
 
@@ -20,6 +30,24 @@ def load(root: Path, name: str, command: str) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); make it again with: {command}") from None
+
+
+def keep(
+    result: dict[str, Any], chart: Callable[[dict[str, Any]], Figure], a: argparse.Namespace
+) -> None:
+    """Write a result to a.json and its chart to a.png, where these name files."""
+    if a.json is not None:
+        write_text(a.json, json.dumps(result, indent=1) + "\n")
+    if a.png is not None:
+        save_figure(chart(result), a.png)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG beside its place, rename it there, and let go of it."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    plt.close(figure)
+    write_bytes(path, png.getvalue())
 
 
 def provenance(command: str, facts: dict[str, str], *, compiled: bool = False) -> str:

@@ -23,8 +23,8 @@ from rich.table import Table
 
 from taskmoe.bench import machine, paper, serving
 from taskmoe.bench.console import out
+from taskmoe.bench.stored import keep
 from taskmoe.bench.timing import alternate
-from taskmoe.wmt.command_line import write_text
 from taskmoe.wmt.commands.shared import load
 from taskmoe.wmt.config import split_pair
 from taskmoe.wmt.distillation import gain_kept
@@ -106,12 +106,7 @@ def run(a: argparse.Namespace) -> int:
         **settings,
         "rows": rows,
     }
-    if a.json is not None:
-        write_text(a.json, json.dumps(result, indent=1) + "\n")
-    if a.png is not None:
-        figure = chart(result)
-        figure.savefig(a.png, dpi=110)
-        plt.close(figure)
+    keep(result, chart, a)
     table = Table(*HEADINGS, title=str(a.workdir))
     for cells in table_cells(result):
         table.add_row(*cells)
