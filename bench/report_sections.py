@@ -129,8 +129,8 @@ _STUDIES = {
         "as few as a sub-network has.",
     ),
     "news": (
-        "WMT news and everyday sentences (Tatoeba), English to and from 8 languages: 100 lines of "
-        "news and 150 everyday ones a direction are the test text, news first.",
+        "WMT news and everyday sentences (Tatoeba), English to and from 8 languages: 150 everyday "
+        "sentences a direction are the test text, and for cs, de, es and fr 100 lines of news.",
         "work/study-news --data work/study-news/data/news --data work/study-news/data/tatoeba",
         "Mind: scores this low are those of small models that have only begun to learn two kinds "
         "of text in nine languages. With one seed a difference of a few tenths may be chance.",

@@ -1,4 +1,4 @@
-"""Results that are kept in bench/results: reading them, and saying where they come from."""
+"""Results as JSON and PNG: keeping them, reading bench/results, saying where each comes from."""
 
 from __future__ import annotations
 
