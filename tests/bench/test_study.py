@@ -114,6 +114,11 @@ def test_a_wrong_sub_network_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     [
         ("sentence-0/config.json", '{"train": {"steps": 6}, "model": {}}', "steps is 6"),
         ("sentence-1/config.json", '{"train": {"steps": 7}, "model": {}}', "steps is 7"),
+        (
+            "distilled-1/config.json",
+            '{"train": {"steps": 5, "max_sentences": 8}, "model": {}}',
+            "max_sentences is 8, not 7",
+        ),
         ("token-0/config.json", "{}", "is damaged: 'train'"),
         ("target-1/test.json", '{"scores": 1}', "no object scores"),
         ("dense-0/test.json", "{", "is damaged"),
