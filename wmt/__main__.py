@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from types import ModuleType
 
@@ -35,6 +36,9 @@ COMMANDS: dict[str, ModuleType] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, or 2 after one line on stderr where the input does not fit."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason
+        if isinstance(stream, io.TextIOWrapper):  # to end
+            stream.reconfigure(errors="backslashreplace")
     parser = Parser(prog="python -m taskmoe.wmt", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, command in COMMANDS.items():

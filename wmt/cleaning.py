@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from taskmoe.wmt.config import TrainConfig, split_pair
 from taskmoe.wmt.errors import InputError
@@ -70,7 +71,11 @@ def clean(
         cleaned[pair], accounts[pair] = _clean_direction(columns, config, known)
         if not accounts[pair].kept:
             reasons = ", ".join(f"{k} {v}" for k, v in accounts[pair].to_dict().items() if v)
-            raise InputError(f"pair {pair}: no sentence pair is left after cleaning ({reasons})")
+            raise InputError(
+                f"pair {pair}: no sentence pair is left after cleaning ({reasons})"
+                if reasons
+                else f"pair {pair}: the training text holds no sentence pair"
+            )
     return cleaned, accounts
 
 
@@ -130,7 +135,9 @@ def account_table(
 
     columns: further ones, name -> direction -> number.
     """
-    table = Table(title=title, show_footer=len(accounts) > 1, box=box.SIMPLE, padding=(0, 0, 0, 1))
+    table = Table(
+        title=Text(title), show_footer=len(accounts) > 1, box=box.SIMPLE, padding=(0, 0, 0, 1)
+    )
     names = ["direction", *accounts]
     table.add_column("direction", "all", min_width=max(map(len, names)))
     numbers = {name: {p: a.to_dict()[name] for p, a in accounts.items()} for name in _ORDER}

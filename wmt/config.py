@@ -82,6 +82,8 @@ class ModelConfig(_Json):
       the mixtures would, on a dense side. None is `top_k * d_ff`: equal compute per token with a
       mixture, and what an extracted sub-network has. The paper's dense baseline has d_ff.
     tie_embeddings: one matrix for source, target and softmax; the paper unties all three.
+    dropout: share of entries dropped, while training, of the embeddings and of what each attention
+      and feed-forward layer adds (Vaswani et al. 2017, 5.4).
     """
 
     pairs: tuple[str, ...]
@@ -199,6 +201,7 @@ class TrainConfig(_Json):
     vocab_sentences: sentences that the vocabulary is trained on, drawn as directions are.
     schedule: "inverse_sqrt" after `warmup_steps` (the paper), or "cosine" down to 0 at `steps`.
     optimizer: "adafactor" (the paper) or "adamw". learning_rate: its peak, after warm-up.
+    weight_decay: share of every weight that a step takes off, times the learning rate.
     clip_norm: largest global gradient norm.
     compute_dtype: of activations and of the weights as they are multiplied; the weights that the
       optimiser keeps are float32 always, and so are norms, routing, logits and losses.
@@ -272,6 +275,14 @@ class TrainConfig(_Json):
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+
+    def batch_rows(self, length: int) -> int:
+        """Sentences in a batch of a bucket: `batch_tokens` source plus target positions.
+
+        Rounded down so that each of `accumulate` parts has a multiple of `row_multiple`.
+        """
+        multiple = self.row_multiple * self.accumulate
+        return self.batch_tokens // (2 * length) // multiple * multiple
 
 
 # Named sizes: overrides of the two dataclasses' defaults.

@@ -21,6 +21,7 @@ from taskmoe.wmt.sampling import Schedule
 from taskmoe.wmt.tokenizer import BOS, PAD, Tokenizer
 
 _CHUNK = 10_000  # lines that are lists of Python integers at a time
+_MOST_EPOCHS = 1000  # of a bucket's sentences in one batch: each is a permutation to draw
 
 
 class Batch(NamedTuple):
@@ -72,7 +73,11 @@ class TrainingData:
     """
 
     def __init__(self, pairs: Pairs, tokenizer: Tokenizer, config: TrainConfig) -> None:
-        """Raises InputError where every sentence is longer than the longest bucket."""
+        """Encode the text and share it out over the buckets.
+
+        Raises InputError where every sentence of a direction is longer than the longest bucket, and
+        for batches of more than 1,000 times the sentences that a bucket has.
+        """
         self.config = config
         self.sizes = {pair: len(lines) for pair, (lines, _) in pairs.items()}
         self.too_long = dict.fromkeys(pairs, 0)
@@ -100,20 +105,21 @@ class TrainingData:
             self.too_long[pair] = int((own == len(config.buckets)).sum())
             start += size
         held = np.array([[len(m) for m in row] for row in self._members])
-        if not held.sum():
-            raise InputError(
-                f"every sentence is longer than the longest bucket, {config.buckets[-1]} tokens"
-            )
-        rows = [self.batch_rows(length) for length in config.buckets]
+        for pair, count in zip(self.sizes, held.sum(axis=0), strict=True):
+            if not count:
+                raise InputError(
+                    f"pair {pair}: every sentence is longer than the longest bucket, "
+                    f"{config.buckets[-1]} tokens"
+                )
+        rows = [config.batch_rows(length) for length in config.buckets]
+        for length, count, there in zip(config.buckets, rows, held.sum(axis=1), strict=True):
+            if there and count > _MOST_EPOCHS * there:
+                raise InputError(
+                    f"batch_tokens={config.batch_tokens} makes batches of {count:,} sentences, but "
+                    f"there are only {there:,} for the bucket of {length} tokens; at most "
+                    f"{2 * length * _MOST_EPOCHS * there:,} fit this text"
+                )
         self._schedule = Schedule(held, rows, config.temperature, config.seed)
-
-    def batch_rows(self, length: int) -> int:
-        """Sentences in a batch of a bucket: `batch_tokens` source plus target positions.
-
-        Rounded down so that each of `accumulate` parts has a multiple of `row_multiple`.
-        """
-        multiple = self.config.row_multiple * self.config.accumulate
-        return self.config.batch_tokens // (2 * length) // multiple * multiple
 
     def batch(self, step: int, shard: tuple[int, int] = (0, 1)) -> Batch:
         """The batch of a step, the same whenever it is asked for.
@@ -145,9 +151,10 @@ class TrainingData:
         if not 0 <= index < count:
             raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}")
         for length in self.config.buckets:
-            if self.batch_rows(length) % count:
+            rows = self.config.batch_rows(length)
+            if rows % count:
                 raise InputError(
-                    f"a batch of bucket {length} has {self.batch_rows(length)} sentences, which "
+                    f"a batch of bucket {length} has {rows} sentences, which "
                     f"{count} processes cannot share evenly; set row_multiple={count}"
                 )
 

@@ -6,6 +6,7 @@ everywhere; XLA adds the gradients up. Process 0 alone writes files, into a fold
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from taskmoe.moe.expert_parallel import SHARDED
+from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.data import Batch
 from taskmoe.wmt.errors import InputError
 
@@ -35,6 +37,10 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         )
     if process_id is not None and not 0 <= process_id < (num_processes or 0):
         raise InputError(f"--process-id must be in [0, {num_processes}), got {process_id}")
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+            raise InputError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
     try:
         jax.distributed.initialize(*given)
     except (ValueError, RuntimeError) as error:
@@ -64,21 +70,26 @@ def make_mesh(data: int | None = None, expert: int = 1) -> Mesh | None:
     return Mesh(np.array(devices[:size]).reshape(data, expert), AXES)
 
 
-def check_mesh(mesh: Mesh | None, num_experts: int | None, rows: list[int]) -> None:
+def check_mesh(mesh: Mesh | None, model_config: ModelConfig, config: TrainConfig) -> None:
     """Raise InputError where experts, or the sentences of a part of a batch, do not divide."""
     if mesh is None:
         return
-    if num_experts is not None and num_experts % mesh.shape["expert"]:
+    expert = mesh.shape["expert"]
+    mixtures = any(model_config.moe(side) for side in ("encoder", "decoder"))
+    if mixtures and model_config.num_experts % expert:
         raise InputError(
-            f"num_experts={num_experts} must be a multiple of the mesh's expert="
-            f"{mesh.shape['expert']}"
+            f"num_experts={model_config.num_experts} must be a multiple of the mesh's "
+            f"expert={expert}"
         )
-    for count in rows:
+    counts = [config.batch_rows(length) // config.accumulate for length in config.buckets]
+    for count in counts:
         if count % mesh.size:
-            raise InputError(
-                f"{count} sentences cannot be shared evenly by {mesh.size} devices; "
-                f"set row_multiple={mesh.size}"
-            )
+            words = f"{count} sentences cannot be shared evenly by {mesh.size} devices; "
+            words += f"a new run can have row_multiple={mesh.size}"
+            fewer = [n for n in range(expert, mesh.size, expert) if math.gcd(*counts) % n == 0]
+            if fewer and jax.process_count() == 1:  # several processes leave no device unused
+                words += f", and any run --data-parallel {fewer[-1] // expert}"
+            raise InputError(words)
 
 
 def shardings(tree: Any, num_experts: int, mesh: Mesh | None) -> Any:

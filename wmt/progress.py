@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -29,17 +30,42 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:,.0f} {self.unit}/s" if task.speed else f"- {self.unit}/s")
 
 
+class Bar:
+    """A bar that is moved by calling it."""
+
+    def __init__(self, progress: Progress, title: str, total: int | None) -> None:
+        self._progress = progress
+        self._task = progress.add_task(title, total=total, text="")
+        self._moved = False
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        """Move to `done` of `total`; text: stands behind the rate."""
+        if not self._moved:  # where work that was stopped goes on is no speed
+            self._progress.tasks[0].completed = done
+            self._moved = True
+        self._progress.update(self._task, completed=done, total=total, text=text)
+
+    def print(self, line: str) -> None:
+        """Print a line to stdout; where that is the terminal that the bar is on, above the bar."""
+        if sys.stdout.isatty() and not self._progress.disable:
+            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, flush=True)
+
+
 @contextlib.contextmanager
-def bar(title: str, unit: str, *, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+def bar(title: str, unit: str, *, total: int | None = None, enabled: bool = True) -> Iterator[Bar]:
     """A bar that is moved by calling what the block gets with (done, total)."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(unit),
+        TextColumn("{task.fields[text]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    console = Console(stderr=True)
+    # What others print to stdout stays there: it may be a file.
+    with Progress(*columns, console=console, disable=not enabled, redirect_stdout=False) as shown:
+        yield Bar(shown, title, total)

@@ -22,11 +22,14 @@ class HuggingFace:
 
     NAME/CONFIG is the name on the Hub and, after its last slash, the configuration, as in
     `wmt14/de-en`; or a local folder (of `save_to_disk`, or one that `load_dataset` reads), alone or
-    followed by `/CONFIG`. Records are streamed and, where a limit is set, no more are fetched.
+    followed by `/CONFIG`. Records are streamed: where a limit is set, no more are fetched.
     """
 
     def __init__(self, spec: str, limit: int | None = None) -> None:
-        """limit: records of a split to read at most. Needs the `datasets` package."""
+        """limit: training records to read at most; text to score is read whole.
+
+        Needs the `datasets` package.
+        """
         self.name = f"hf:{spec}"
         self.identity = f"hf:{Path(spec).resolve() if Path(spec).exists() else spec}"
         self._spec, self._limit = spec, limit
@@ -57,9 +60,10 @@ class HuggingFace:
     def _read_all(self, split: str) -> dict[str, list[str]]:
         stream = self._stream(split)
         assert stream is not None  # pairs() has seen it
+        limit = self._limit if split == "train" else None
         columns: dict[str, list[str]] = {x: [] for x in self._languages(split, stream)}
         with self._foreign("reading"):
-            for number, record in enumerate(itertools.islice(stream, self._limit), 1):
+            for number, record in enumerate(itertools.islice(stream, limit), 1):
                 texts = self._translation(split, number, record)
                 for language, lines in columns.items():
                     text = texts.get(language)

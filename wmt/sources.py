@@ -106,7 +106,7 @@ def open_source(
 ) -> Source:
     """The source of a name; see this module's table.
 
-    limit: sentence pairs to read of a direction at most, where reading more costs a download.
+    limit: training pairs to read of a direction at most, where reading more costs a download.
     cache: see `cache_folder`. progress: told of (done, total) while the embedded corpus is written.
     Raises InputError for a name that is none of these, or a folder or file that is not there.
     """

@@ -51,17 +51,33 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         )
     )
     if config.optimizer == "adafactor":
-        rule = optax.adafactor(
-            rate,
-            momentum=0.9,
-            multiply_by_parameter_scale=True,
-            weight_decay_rate=config.weight_decay or None,
-        )
+        rule = optax.adafactor(rate, momentum=0.9, multiply_by_parameter_scale=True)
+        if config.weight_decay:
+            # optax's own decay would not be multiplied by the rate, as AdamW's is.
+            decay = optax.chain(
+                optax.add_decayed_weights(config.weight_decay), optax.scale_by_learning_rate(rate)
+            )
+            rule = _sum_of(rule, decay)
     else:
         rule = optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=config.weight_decay)
     clipped = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
     made: optax.GradientTransformation = optax.apply_if_finite(clipped, _NEVER)
     return made
+
+
+def _sum_of(
+    first: optax.GradientTransformation, second: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """What `first` makes of the gradients plus what `second` makes of none."""
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        mine, one = first.update(grads, state[0], params)
+        more, two = second.update(optax.tree.zeros_like(grads), state[1], params)
+        return jax.tree.map(jnp.add, mine, more), (one, two)
+
+    return optax.GradientTransformation(
+        lambda params: (first.init(params), second.init(params)), update
+    )
 
 
 def init_state(

@@ -101,7 +101,8 @@ def train_tokenizer(
             unk_id=UNK,
             bos_id=BOS,
             eos_id=EOS,
-            user_defined_symbols=[language_token(language) for language in sorted(texts)],
+            # Control symbols are never found in text: a "<2de>" in it is plain characters.
+            control_symbols=[language_token(language) for language in sorted(texts)],
             num_threads=2,
             minloglevel=2,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from taskmoe.wmt.step import Sums, init_state, make_train_step
 from taskmoe.wmt.tokenizer import Tokenizer
 from taskmoe.wmt.transformer import Params
 from taskmoe.wmt.validation import History, Validation
-from taskmoe.wmt.workdir import claim_workdir
+from taskmoe.wmt.workdir import alone_in, claim_workdir
 
 
 class Progress(NamedTuple):
@@ -78,30 +79,35 @@ def train(
     report: called about every `report_every` steps. note: called with lines worth knowing, such as
     where it resumes and which checkpoint was damaged.
     Returns the model, which is also written to `workdir/model`.
-    Raises InputError if the work directory belongs to another configuration or does not fit the
-    mesh, FloatingPointError where too many steps in a row had to be left out or a parameter is not
-    finite (checkpoints stay as they are).
+    Raises InputError if the work directory belongs to another configuration, does not fit the mesh
+    or has another run in it, FloatingPointError where too many steps in a row had to be left out or
+    a parameter is not finite (checkpoints stay as they are).
     """
-    rows = [data.batch_rows(length) // config.accumulate for length in config.buckets]
-    mixtures = any(model_config.moe(side) for side in ("encoder", "decoder"))
-    parallel.check_mesh(mesh, model_config.num_experts if mixtures else None, rows)
-    if parallel.is_writer():
-        claim_workdir(workdir, model_config, config, source)
-    parallel.wait_for_all("work directory")
-    model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
-    state = init_state(model_config, config, mesh, params)
-    shard = (jax.process_index(), jax.process_count())
-    batches = data.iterator(0, shard)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    try:
+    parallel.check_mesh(mesh, model_config, config)
+    with contextlib.ExitStack() as held:
+        held.enter_context(alone_in(workdir))
+        if parallel.is_writer():
+            claim_workdir(workdir, model_config, config, source)
+        parallel.wait_for_all("work directory")
+        model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
+        state = init_state(model_config, config, mesh, params)
+        shard = (jax.process_index(), jax.process_count())
+        batches = data.iterator(0, shard)
+        checkpoints = held.enter_context(
+            contextlib.closing(Checkpoints(workdir / "checkpoints", config.keep_checkpoints))
+        )
         step, (state, place), problems = checkpoints.restore((state, batches.get_state()))
         batches.set_state(place)
         for problem in problems:
             note(f"{problem}; " + (f"using the one of step {step}" if step else "starting anew"))
         if step:
-            note(f"resuming at step {step} of {config.steps}")
+            note(
+                f"resuming at step {step} of {config.steps}"
+                if step < config.steps
+                else f"nothing to train: step {step} is done, and steps={config.steps} is the total"
+            )
         train_step = make_train_step(model_config, config, mesh)
-        history = History(workdir, step)
+        history = History(workdir, step, validation.text if validation else None)
         with batches, Logs(workdir, tensorboard) as logs:
             pending: list[Sums] = []
             since = time.perf_counter()
@@ -115,7 +121,7 @@ def train(
                 if not (save or due or len(pending) == report_every):
                     continue
                 progress = _summarise(step, config.steps, pending, since)
-                _check(progress, pending[-1], config, state.params if save else None, checkpoints)
+                _check(progress, pending, config, state.params if save else None, checkpoints)
                 logs.write(step, progress._asdict())
                 report(progress)
                 if due:
@@ -137,13 +143,11 @@ def train(
                     f"the best, {history.best[1]:.2f}, was at step {history.best[0]}"
                 )
         checkpoints.wait()
-    finally:
-        checkpoints.close()
-    model = _on_host(state.params, model_config, tokenizer)
-    if parallel.is_writer():
-        save_model(model, workdir / "model", replace=True)
-    parallel.wait_for_all("model")
-    return model
+        model = _on_host(state.params, model_config, tokenizer)
+        if parallel.is_writer():
+            save_model(model, workdir / "model", replace=True)
+        parallel.wait_for_all("model")
+        return model
 
 
 def _on_host(params: Params, config: ModelConfig, tokenizer: Tokenizer) -> Model:
@@ -158,13 +162,13 @@ def _is_over(validation: Validation | None, history: History) -> bool:
 
 def _check(
     progress: Progress,
-    last: Sums,
+    pending: list[Sums],
     config: TrainConfig,
     params: Params | None,
     checkpoints: Checkpoints,
 ) -> None:
     """Stop a run that gains nothing, and before spoilt parameters become a checkpoint."""
-    in_row = int(last["skipped_in_row"])
+    in_row = max(int(sums["skipped_in_row"]) for sums in pending)
     if in_row > config.max_skipped:
         problem = f"{in_row} steps in a row had a loss or gradients that are not finite"
     elif params is not None and not all(jnp.isfinite(p).all() for p in jax.tree.leaves(params)):

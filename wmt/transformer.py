@@ -136,6 +136,7 @@ def encode(
     does instead of keeping it (Chen et al. 2016, arXiv 1604.06174).
     """
     x = _embed(params["embedding"], source, jnp.arange(source.shape[1]))
+    x, key = _drop_embedded(x, config, key)
     mask = valid[:, None, None, :]
     mixture = config.moe("encoder")
 
@@ -171,6 +172,7 @@ def decode(
     """
     length = target.shape[1]
     x = _embed(_target_embedding(params), target, jnp.arange(length))
+    x, key = _drop_embedded(x, config, key)
     causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
     cross_mask = memory_valid[:, None, None, :]
     sentence = _sentence(config, memory, memory_valid)
@@ -284,7 +286,7 @@ def decode_step(
 
 
 class _Dropout:
-    """Drops entries of a residual branch; hands out one key a call. Off without a key."""
+    """Drops entries; hands out one key a call. Off without a key."""
 
     def __init__(self, rate: float, key: jax.Array | None) -> None:
         self.rate, self.key = rate, key if rate > 0 else None
@@ -295,6 +297,16 @@ class _Dropout:
         self.key, key = jax.random.split(self.key)
         keep = jax.random.bernoulli(key, 1 - self.rate, x.shape)
         return jnp.where(keep, x / (1 - self.rate), 0)
+
+
+def _drop_embedded(
+    x: jax.Array, config: ModelConfig, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """(Embeddings with dropout, the key of what comes after)."""
+    if key is None:
+        return x, None
+    key, own = jax.random.split(key)
+    return _Dropout(config.dropout, own)(x), key
 
 
 def _embed(embedding: jax.Array, ids: jax.Array, positions: jax.Array) -> jax.Array:

@@ -17,12 +17,14 @@ class Validation(NamedTuple):
 
     score: model -> BLEU, or any number of which more is better. every: steps between scores; the
     last step is scored too. patience: scores in a row without a new best after which the run ends,
-    None for never.
+    None for never. text: says what the score is of, such as a hash; scores of different text are
+    not compared.
     """
 
     score: Callable[[Model], float]
     every: int
     patience: int | None = None
+    text: str = ""
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether a step is scored."""
@@ -32,21 +34,28 @@ class Validation(NamedTuple):
 class History:
     """The scores of a work directory, in `scores.json`, and its best model, in `best`."""
 
-    def __init__(self, workdir: Path, step: int) -> None:
+    def __init__(self, workdir: Path, step: int, text: str | None) -> None:
         """Scores up to a step that the run goes on from; later ones will be taken anew.
 
-        Raises InputError where the file is damaged.
+        text: what new scores are of, None where there will be none.
+        Raises InputError where the file is damaged or its scores are of another text.
         """
-        self._workdir = workdir
+        self._workdir, self._text = workdir, text
         self._path = workdir / "scores.json"
         self.scores: dict[int, float] = {}
         if self._path.is_file():
             try:
-                found = json.loads(self._path.read_text(encoding="utf-8"))
-                found = {int(at): float(score) for at, score in found.items()}
-            except (ValueError, TypeError, AttributeError) as error:
+                file = json.loads(self._path.read_text(encoding="utf-8"))
+                found = {int(at): float(score) for at, score in file["scores"].items()}
+                of = str(file["text"])
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
                 raise InputError(f"{self._path} is damaged: {error}") from None
             self.scores = {at: score for at, score in found.items() if at <= step}
+            if self.scores and text not in (None, of):
+                raise InputError(
+                    f"the scores in {self._path} are of other valid text; give the same text and "
+                    "--validate-sentences, or remove that file to begin anew"
+                )
 
     def add(self, step: int, score: float, model: Model) -> bool:
         """Note a score, keep the model if it is the best; returns whether it is."""
@@ -54,7 +63,8 @@ class History:
         if best:  # before the score: a run killed in between scores this step again
             save_model(model, self._workdir / "best", replace=True)
         self.scores[step] = score
-        write_text(self._path, json.dumps(self.scores, indent=2) + "\n")
+        kept = {"text": self._text, "scores": self.scores}
+        write_text(self._path, json.dumps(kept, indent=2) + "\n")
         return best
 
     @property

@@ -57,7 +57,7 @@ def _key(
     lines: dict[str, list[str]], vocab_size: int, temperature: float, sentences: int, seed: int
 ) -> str:
     digest = hashlib.sha256()
-    versions = [sentencepiece.__version__, "1"]  # the second: of how train_tokenizer draws
+    versions = [sentencepiece.__version__, "2"]  # the second: of how train_tokenizer works
     settings = [vocab_size, float(temperature), sentences, seed, versions]
     digest.update(json.dumps([settings, {x: len(v) for x, v in lines.items()}]).encode())
     for every in lines.values():

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from taskmoe.wmt.command_line import write_text
 from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.parallel import agree, is_writer
 
 #: Sentence pairs that each direction was trained on, in a work directory.
 SIZES = "sizes.json"
 # Fields that a run may change when it goes on: they do not change what a step computes.
 _FREE = ("steps", "checkpoint_every", "keep_checkpoints", "max_skipped")
+# What is written down but may differ: where the text lies (a checkpoint knows whether it is the
+# same text), and recomputing, which changes what a step needs and not what it gives.
+_NOTED = ("data", "train.remat")
+
+
+@contextlib.contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """Keep other runs out of a work directory, which is made if need be; all processes call this.
+
+    Raises InputError where another run is in it. The lock goes with the process, however that ends.
+    """
+    with contextlib.ExitStack() as stack:
+        free = True
+        if is_writer():
+            workdir.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((workdir / ".lock").open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                free = False
+        if not agree(int(free)):
+            raise InputError(f"another run is at work in {workdir}; wait for it or end it")
+        yield
 
 
 def claim_workdir(
@@ -35,11 +62,17 @@ def claim_workdir(
 def check_workdir(
     workdir: Path, model_config: ModelConfig, config: TrainConfig, source: str
 ) -> bool:
-    """Whether a work directory is there and belongs to this configuration; False where it is new.
+    """Whether a run of this configuration has begun in a work directory; False where none has.
 
-    Raises InputError that names the first field that differs. How checkpoints are kept may change,
-    and `steps` under a schedule that does not look at them.
+    A run has begun when it has written a checkpoint: one that ended before leaves nothing to go on
+    from, and another may take its place. Raises InputError that names the first field that differs.
+    How checkpoints are kept may change, and `steps` under a schedule that does not look at them.
     """
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"work directory {workdir} is a file")
+    saved = [p for p in workdir.glob("checkpoints/[0-9]*") if "tmp" not in p.name]
+    if not saved and not (workdir / "model").exists():
+        return False
     path = workdir / "config.json"
     if path.is_file():
         try:
@@ -48,18 +81,15 @@ def check_workdir(
         except (ValueError, AttributeError) as error:
             raise InputError(f"{path} is damaged: {error}") from None
         b = _flat(_description(model_config, config, source))
-        for name in sorted(a.keys() | b.keys()):
+        for name in sorted((a.keys() | b.keys()).difference(_NOTED)):
             if a.get(name) != b.get(name):
                 raise InputError(
                     f"work directory {workdir} belongs to another configuration: {name} is "
                     f"{a.get(name)!r} there and {b.get(name)!r} here; name another --workdir"
                 )
         return True
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"work directory {workdir} is a file")
-    if workdir.is_dir() and any(workdir.glob("checkpoints/*")):
-        raise InputError(f"{workdir} has checkpoints but no config.json; name another --workdir")
-    return False
+    what = "checkpoints" if saved else "a model"
+    raise InputError(f"{workdir} has {what} but no config.json; name another --workdir")
 
 
 def _description(model_config: ModelConfig, config: TrainConfig, source: str) -> dict[str, Any]:

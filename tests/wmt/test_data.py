@@ -235,7 +235,7 @@ def test_rows_that_cannot_be_shared_evenly_are_an_error_that_says_what_would_fit
     with pytest.raises(ValueError, match=r"shard must be \(i, n\) with 0 <= i < n"):
         training.batch(0, (2, 2))
     fitting = data(buckets=(16,), row_multiple=3)
-    assert fitting.batch_rows(16) == 15
+    assert fitting.config.batch_rows(16) == 15
     assert fitting.batch(0, (2, 3)).source.shape == (5, 16)
     with pytest.raises(ValueError, match=r"batch_tokens must hold row_multiple.*=32 pairs"):
         data(buckets=(16,), row_multiple=32)
@@ -323,8 +323,24 @@ def test_long_sentences_are_left_out_and_counted() -> None:
 
 
 def test_no_sentence_short_enough_is_an_error() -> None:
-    with pytest.raises(InputError, match="longer than the longest bucket, 2 tokens"):
+    with pytest.raises(InputError, match=r"en-de: every .* longer than the longest bucket, 2"):
         data(buckets=(2,))
+    # One direction of several, too: a model would else be said to know it.
+    text = support.text() | {"de-fr": (["eins " * 40], ["un"])}
+    with pytest.raises(InputError, match="pair de-fr: every sentence is longer"):
+        TrainingData(text, support.tokenizer(), support.train_config())
+
+
+def test_batches_far_beyond_the_text_are_an_error() -> None:
+    text = support.text(2, ("en-de",))
+    few = len(text["en-de"][0])
+    most = support.train_config(batch_tokens=32 * 1000 * few)
+    assert TrainingData(text, support.tokenizer(), most).batch(0).pair.shape == (1000 * few,)
+    over = support.train_config(batch_tokens=32 * (1000 * few + 1))
+    with pytest.raises(
+        InputError, match=r"batches of 2,001 sentences, .* only 2 .*; at most 64,00"
+    ):
+        TrainingData(text, support.tokenizer(), over)
 
 
 @pytest.mark.skipif(not support.REAL.is_dir(), reason="no ../shared/data beside the project")

@@ -173,15 +173,17 @@ def test_a_dataset_saved_with_splits(tmp_path: Path) -> None:
         "train": records(
             {"de": "x", "en": "a"}, {"de": "y ", "en": "b\nb"}, {"de": "z", "en": None}
         ),
-        "validation": records({"de": "w", "en": "c"}),
+        "validation": records({"de": "w", "en": "c"}, {"de": "v", "en": "d"}),
     }
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "hub")
     source = open_source(f"hf:{tmp_path}/hub")
     assert source.pairs("train") == source.pairs("valid") == ["de-en", "en-de"]
     assert source.pairs("test") == []
     assert source.read("train", "en-de") == (["a", "b b", ""], ["x", "y", "z"])
-    assert source.read("valid", "de-en") == (["w"], ["c"])
-    assert open_source(f"hf:{tmp_path}/hub", limit=1).read("train", "de-en") == (["x"], ["a"])
+    assert source.read("valid", "de-en") == (["w", "v"], ["c", "d"])
+    short = open_source(f"hf:{tmp_path}/hub", limit=1)
+    assert short.read("train", "de-en") == (["x"], ["a"])
+    assert len(short.read("valid", "de-en")[0]) == 2  # text to score is read whole
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])

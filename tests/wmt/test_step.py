@@ -113,6 +113,20 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_weight_decay_is_multiplied_by_the_learning_rate(name: str) -> None:
+    params = {"w": jnp.full((256, 256), 2.0), "norm": jnp.full(3, 2.0)}
+    still = jax.tree.map(jnp.zeros_like, params)
+    config = support.train_config(optimizer=name, weight_decay=0.1)
+    optimizer = step.make_optimizer(config)
+    updates, state = optimizer.update(still, optimizer.init(params), params)
+    for update in jax.tree.leaves(updates):  # the first of 20 steps of warm-up
+        np.testing.assert_allclose(update, -2.0 * 0.1 * 1e-2 / 20, rtol=1e-5)
+    again, _ = optimizer.update(still, state, params)
+    for update in jax.tree.leaves(again):
+        np.testing.assert_allclose(update, -2.0 * 0.1 * 1e-2 / 10, rtol=1e-5)
+
+
 def test_adafactor_takes_steps_on_a_mesh_too() -> None:
     config = dataclasses.replace(CONFIG, optimizer="adafactor")
     assert_same(run(config, mesh=parallel.make_mesh(4, 2)), run(config), 2e-3)
@@ -127,9 +141,15 @@ def test_meshes_that_do_not_fit_are_named() -> None:
         parallel.make_mesh(0, 1)
     mesh = parallel.make_mesh(1, 8)
     with pytest.raises(InputError, match=r"num_experts=4 must be a multiple of .* expert=8"):
-        parallel.check_mesh(mesh, 4, [8])
-    with pytest.raises(InputError, match=r"9 sentences .* by 8 devices; set row_multiple=8"):
-        parallel.check_mesh(mesh, None, [8, 9])
+        parallel.check_mesh(mesh, MODEL, CONFIG)
+    dense = support.model_config(encoder="dense", decoder="dense")
+    parallel.check_mesh(mesh, dense, CONFIG)
+    twelve = support.train_config(batch_tokens=384)
+    with pytest.raises(InputError, match=r"12 sentences .* by 8 .* row_multiple=8$"):
+        parallel.check_mesh(mesh, dense, twelve)
+    with pytest.raises(InputError, match=r"row_multiple=8, and any run --data-parallel 3"):
+        parallel.check_mesh(parallel.make_mesh(4, 2), dense, twelve)
+    parallel.check_mesh(parallel.make_mesh(3, 2), dense, twelve)
     assert parallel.make_mesh(1, 1) is None
 
 
@@ -138,6 +158,10 @@ def test_meshes_that_do_not_fit_are_named() -> None:
     [
         (("localhost:1", 2, None), "go together, got localhost:1, 2, None"),
         (("localhost:1", 2, 2), r"--process-id must be in \[0, 2\), got 2"),
+        ((None, 0, None), "go together, got None, 0, None"),
+        (("nonsense", 1, 0), "--coordinator must be HOST:PORT, got 'nonsense'"),
+        (("localhost:x", 1, 0), "--coordinator must be HOST:PORT"),
+        (("localhost:65536", 1, 0), "--coordinator must be HOST:PORT"),
     ],
 )
 def test_processes_that_cannot_join_are_told_why(given: Any, message: str) -> None:

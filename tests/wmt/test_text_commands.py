@@ -32,7 +32,10 @@ def kinds(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "more.tsv.gz").write_bytes(gzip.compress(f"en\tde\n{rows}".encode()))
     pairs = [{"translation": {"en": a, "de": b}} for a, b in zip(english, german, strict=True)]
     datasets.Dataset.from_list(pairs).save_to_disk(tmp_path / "hub")
+    (tmp_path / "empty.tsv").write_text("en\tde\n", encoding="utf-8")
     return {
+        "odd": f"{tmp_path}/x[/y]",
+        "empty": str(tmp_path / "empty.tsv"),
         "folder": str(support.write_folder(tmp_path / "folder")),
         "tsv": str(tmp_path / "words.en-de.tsv"),
         "gzip": str(tmp_path / "more.tsv.gz"),
@@ -57,6 +60,7 @@ def cells(printed: str, row: str) -> list[str]:
 def test_each_kind_of_source_and_all_of_them(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], kinds: dict[str, str]
 ) -> None:
+    kinds = {name: source for name, source in kinds.items() if name not in ("odd", "empty")}
     mixes = [[kind] for kind in kinds] + [list(kinds)]
     for i, mix in enumerate(mixes):
         data = [x for kind in mix for x in ("--data", kinds[kind])]
@@ -128,6 +132,13 @@ def test_prepare_writes_cleaned_text_that_reads_the_same(
         (["--data", "{tsv}", "--set", "max_ratio=0.5"], "max_ratio must be at least 1, got 0.5"),
         (["--data", "{tsv}", "--set", "max_characters=1"], "no sentence pair is left"),
         (["--data", "{tsv}", "--set", "max_sentences=0"], "max_sentences must be at least 1"),
+        (["--data", "{tsv}", "--validate-every", "1"], "has no valid text of any direction"),
+        (["--data", "{odd}"], r"data folder .*x\[/y\] is not there"),
+        (["--data", "{empty}"], "pair de-en: the training text holds no sentence pair"),
+        (
+            "--data {tsv} --coordinator here --num-processes 1 --process-id 0".split(),
+            "--coordinator must be HOST:PORT, got 'here'",
+        ),
         (["--data", "{tsv}", "--set", "row_multiple=9"], "batch_tokens must hold row_multiple"),
     ],
 )
@@ -144,6 +155,27 @@ def test_a_source_that_does_not_fit_is_one_line(
     line = fails(capfd, "train", "--workdir", str(tmp_path / "w"), *TINY, *given)
     assert re.search(message, line), line
     assert not (tmp_path / "w").exists()
+
+
+def test_names_that_look_like_markup(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kinds: dict[str, str]
+) -> None:
+    data = support.write_folder(tmp_path / "b[red]")
+    assert main(["prepare", "--data", str(data), "--out", str(tmp_path / "[bold]c")]) == 0
+    assert "b[red] in" in capfd.readouterr().out.replace("\n", "")
+    assert "x[/y]" in fails(capfd, "prepare", "--data", kinds["odd"], "--out", str(tmp_path / "d"))
+
+
+def test_a_direction_without_valid_text_is_named_and_the_others_are_scored(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kinds: dict[str, str]
+) -> None:
+    data, work = Path(kinds["folder"]), tmp_path / "w"
+    (data / "valid.fr").unlink()
+    given = ["train", "--data", str(data), "--pairs", "en-de,en-fr", "--workdir", str(work)]
+    assert main([*given, "--steps", "1", "--validate-every", "1", *ALONE]) == 0
+    printed = capfd.readouterr().out
+    assert "no valid text, so not scored on the way: en-fr" in printed
+    assert "step 1  score " in printed
 
 
 def _refuse(*_: Any, **__: Any) -> Any:

@@ -44,6 +44,16 @@ def test_the_source_starts_with_the_language_that_is_asked_for() -> None:
         tokenizer.encode_source(["one"], "xx")
 
 
+def test_a_language_token_in_text_is_plain_characters() -> None:
+    tokenizer = support.tokenizer()
+    tags = {tokenizer.encode_source(["one"], language)[0][0] for language in support.WORDS}
+    assert len(tags) == 3
+    for line in ("<2de>", "one <2fr> two"):
+        (source,) = tokenizer.encode_source([line], "de")
+        assert tags.isdisjoint(source[1:])
+        assert tokenizer.decode([source]) == [line]
+
+
 def test_special_ids_vanish_in_decoding() -> None:
     (ids,) = support.tokenizer().encode_target(["one two"])
     assert support.tokenizer().decode([[0, 2, *ids, 0]]) == ["one two"]

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 
 from taskmoe.tests.wmt import support
+from taskmoe.wmt import training
 from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.data import TrainingData
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import load_model
-from taskmoe.wmt.step import cross_entropy
+from taskmoe.wmt.step import cross_entropy, make_train_step
 from taskmoe.wmt.training import Progress, train
 from taskmoe.wmt.validation import Validation
-from taskmoe.wmt.workdir import check_workdir, claim_workdir
+from taskmoe.wmt.workdir import alone_in, check_workdir, claim_workdir
 
 MODEL = support.model_config(encoder="token", decoder="target", dropout=0.1)
 
@@ -120,13 +121,16 @@ def test_scores_keep_the_best_model_and_end_the_run(tmp_path: Path) -> None:
     run(tmp_path, config, validation=validation, note=notes.append)
     assert "ended at step 16: no gain in 2 scores; the best, 3.00, was at step 8" in notes[-1]
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores == {"4": 1.0, "8": 3.0, "12": 2.0, "16": 3.0}
+    assert scores == {"text": "", "scores": {"4": 1.0, "8": 3.0, "12": 2.0, "16": 3.0}}
     best, last = (load_model(tmp_path / name) for name in ("best", "model"))
     assert differs(best.params, last.params)
     # It stays over, and with more patience it goes on.
     run(tmp_path, config, validation=validation, note=notes.append)
     assert "ended at step 16" in notes[-1]
-    run(tmp_path, dataclasses.replace(config, steps=20), validation=Validation(lambda _: 9.0, 4, 3))
+    longer = dataclasses.replace(config, steps=20)
+    with pytest.raises(InputError, match=r"scores\.json are of other valid text"):
+        run(tmp_path, longer, validation=Validation(lambda _: 9.0, 4, 3, "other"))
+    run(tmp_path, longer, validation=Validation(lambda _: 9.0, 4, 3))
     assert not differs(load_model(tmp_path / "best").params, load_model(tmp_path / "model").params)
 
 
@@ -143,24 +147,31 @@ def test_a_work_directory_serves_one_configuration(tmp_path: Path) -> None:
     config = support.train_config()
     assert not check_workdir(tmp_path / "w", MODEL, config, "numbers")
     assert not (tmp_path / "w").exists()
+    # Before the first checkpoint there is nothing to go on from, and another may take its place.
+    claim_workdir(tmp_path / "w", MODEL, dataclasses.replace(config, seed=7), "numbers")
     claim_workdir(tmp_path / "w", MODEL, config, "numbers")
+    assert not check_workdir(tmp_path / "w", MODEL, config, "numbers")
+    (tmp_path / "w" / "checkpoints" / "4").mkdir(parents=True)
     assert check_workdir(tmp_path / "w", MODEL, config, "numbers")
     longer = dataclasses.replace(config, steps=99, checkpoint_every=7, keep_checkpoints=1)
     assert check_workdir(tmp_path / "w", MODEL, longer, "numbers")
+    # The same text may have been moved, and less memory may be at hand.
+    less = dataclasses.replace(config, remat=True)
+    assert check_workdir(tmp_path / "w", MODEL, less, "numbers elsewhere")
     others = [
         (dataclasses.replace(MODEL, d_ff=32), config, "numbers", "model.d_ff is 16 there and 32"),
         (dataclasses.replace(MODEL, pairs=("en-de",)), config, "numbers", "model.pairs is"),
         (MODEL, dataclasses.replace(config, seed=3), "numbers", "train.seed is 0 there and 3 here"),
-        (MODEL, config, "letters", "data is 'numbers' there and 'letters' here"),
     ]
-    for model, training, source, message in others:
+    for model, other, source, message in others:
         with pytest.raises(InputError, match=f"belongs to another configuration: {message}"):
-            claim_workdir(tmp_path / "w", model, training, source)
+            claim_workdir(tmp_path / "w", model, other, source)
 
 
 def test_a_schedule_that_looks_at_steps_fixes_them(tmp_path: Path) -> None:
     config = support.train_config(schedule="cosine")
     claim_workdir(tmp_path, MODEL, config, "numbers")
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     with pytest.raises(InputError, match=r"train\.steps is 12 there and 24 here"):
         check_workdir(tmp_path, MODEL, dataclasses.replace(config, steps=24), "numbers")
 
@@ -175,6 +186,43 @@ def test_a_work_directory_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json is damaged"):
         claim_workdir(tmp_path, MODEL, support.train_config(), "numbers")
+
+
+def test_a_work_directory_has_one_run_at_a_time(tmp_path: Path) -> None:
+    with (
+        alone_in(tmp_path / "w"),
+        pytest.raises(InputError, match=r"another run is at work in .*w; wait"),
+    ):
+        run(tmp_path / "w", support.train_config(steps=1))
+    assert [p.name for p in (tmp_path / "w").iterdir()] == [".lock"]
+    run(tmp_path / "w", support.train_config(steps=1))
+
+
+def test_steps_are_the_total(tmp_path: Path) -> None:
+    notes: list[str] = []
+    whole = run(tmp_path, support.train_config(steps=4))
+    again = run(tmp_path, support.train_config(steps=3), note=notes.append)
+    assert notes == ["nothing to train: step 4 is done, and steps=3 is the total"]
+    assert not differs(again.params, whole.params)
+
+
+def test_steps_that_fail_between_two_reports_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*given: Any) -> Any:
+        step, in_row = make_train_step(*given), iter([0, 1, 2, 3, 0, 0])
+
+        def changed(state: Any, batch: Any) -> Any:
+            state, sums = step(state, batch)
+            return state, sums | {"skipped_in_row": next(in_row)}
+
+        return changed
+
+    config = support.train_config(steps=6, checkpoint_every=6)
+    monkeypatch.setattr(training, "make_train_step", failing)
+    run(tmp_path / "enough", dataclasses.replace(config, max_skipped=3))
+    with pytest.raises(FloatingPointError, match="at step 6 3 steps in a row"):
+        run(tmp_path / "few", dataclasses.replace(config, max_skipped=2))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -129,3 +129,12 @@ def test_dropout_needs_a_key_and_follows_it() -> None:
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - second).max() > 1e-2
     assert np.abs(first - still).max() > 1e-2
+
+
+def test_embeddings_are_dropped_too() -> None:
+    config = support.model_config(encoder="dense", decoder="dense", dropout=0.5)
+    # Layers that add nothing: what is left is the embeddings, normed.
+    layers = jax.tree.map(lambda leaf: leaf * 0, support.params(config)["encoder"])
+    params = support.params(config) | {"encoder": layers}
+    memory = encode(params, config, SOURCE, SOURCE != PAD, None, key=jax.random.key(0))[0]
+    assert 0.4 < np.mean(np.asarray(memory)[np.asarray(SOURCE != PAD)] == 0) < 0.6

@@ -76,7 +76,7 @@ def run(a: argparse.Namespace) -> None:
         f"{param_count(teacher.params):,}"
     )
     data = TrainingData(text, teacher.tokenizer, train_config)
-    with report_to("training") as report:
+    with report_to("training", train_config.steps) as (report, say):
         student = train(
             a.workdir,
             config,
@@ -86,7 +86,7 @@ def run(a: argparse.Namespace) -> None:
             source=identity,
             params=params,
             report=report,
-            note=out.print,
+            note=say,
         )
     if "--baseline" not in beside:
         return

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from taskmoe.wmt.command_line import write_text
 from taskmoe.wmt.commands.shared import add_decoding, decoding, load, out
@@ -37,7 +38,7 @@ def run(a: argparse.Namespace) -> None:
         with out.status("drawing bootstrap samples"):
             comparisons = {p: compare(p, ours[p], theirs[p], text[p][1]) for p in text}
         columns += ["BLEU of the other", "p"]
-    table = Table(*columns, title=f"{a.model} on {title}, {a.split}")
+    table = Table(*columns, title=Text(f"{a.model} on {title}, {a.split}"))
     for pair, found in scores.items():
         row = [pair, f"{found.bleu:.2f}", f"{found.chrf:.2f}", str(found.sentences)]
         if pair in comparisons:

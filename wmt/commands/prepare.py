@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from taskmoe.wmt import cldr
 from taskmoe.wmt.cleaning import account_table
@@ -102,7 +103,7 @@ def _embedded(a: argparse.Namespace) -> None:
     config = build(cldr.CldrConfig, {"seed": a.seed})
     with bar("writing the corpus", "sentences") as progress:
         own_words(cldr.write_corpus, a.out, config, progress=progress)
-    table = Table("pair", "train", "valid", "test", title=str(a.out))
+    table = Table("pair", "train", "valid", "test", title=Text(str(a.out)))
     for language in cldr.LANGUAGES:
         counts = [_count(a.out / f"{s}.en-{language}.en") for s in ("train", "valid", "test")]
         table.add_row(f"en-{language}", *(f"{n:,}" for n in counts))

@@ -14,7 +14,7 @@ from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import Model, load_model
 from taskmoe.wmt.translation import Decoding
 
-out = Console(soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 def add_decoding(p: argparse.ArgumentParser) -> None:

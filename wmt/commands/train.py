@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -23,19 +24,20 @@ from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import Model
 from taskmoe.wmt.progress import bar
 from taskmoe.wmt.scoring import averages, score
-from taskmoe.wmt.sources import read_split
+from taskmoe.wmt.sources import all_pairs, read_split
 from taskmoe.wmt.tokenizer import Tokenizer
 from taskmoe.wmt.training import Progress, train
 from taskmoe.wmt.transformer import param_count
 from taskmoe.wmt.translation import Decoding, translate
 from taskmoe.wmt.validation import Validation
-from taskmoe.wmt.workdir import SIZES, check_workdir
+from taskmoe.wmt.workdir import SIZES, alone_in, check_workdir
 
 
 def run(a: argparse.Namespace) -> None:
     """Train a model up to --steps in all; a run that was stopped goes on where it was."""
-    if a.distributed or a.coordinator is not None or a.num_processes or a.process_id is not None:
-        parallel.join(a.coordinator, a.num_processes, a.process_id)
+    by_hand = (a.coordinator, a.num_processes, a.process_id)
+    if a.distributed or any(part is not None for part in by_hand):
+        parallel.join(*by_hand)
     mesh = parallel.make_mesh(a.data_parallel, a.expert_parallel)
     out.quiet = not parallel.is_writer()
     model_fields, train_fields = configure(a)
@@ -44,6 +46,7 @@ def run(a: argparse.Namespace) -> None:
     model_config = build(ModelConfig, {"pairs": source.pairs, **model_fields})
     validation = _validation(a, source)
 
+    parallel.check_mesh(mesh, model_config, train_config)
     begun = check_workdir(a.workdir, model_config, train_config, source.identity)
     vocabulary = a.workdir / "spm.model"
     parallel.wait_for_all("work directory was looked at")
@@ -51,8 +54,11 @@ def run(a: argparse.Namespace) -> None:
         size = model_config.vocab_size
         tokenizer = make_vocabulary(source.text, size, train_config, a.cache, train_config.seed)
         data = TrainingData(source.text, tokenizer, train_config)
-        write_text(a.workdir / SIZES, json.dumps(data.sizes, indent=2) + "\n")
-        write_bytes(vocabulary, tokenizer.model)
+    if not begun:
+        with alone_in(a.workdir):
+            if parallel.is_writer():
+                write_text(a.workdir / SIZES, json.dumps(data.sizes, indent=2) + "\n")
+                write_bytes(vocabulary, tokenizer.model)
     parallel.wait_for_all("vocabulary is there")
     if begun or not parallel.is_writer():
         tokenizer = Tokenizer.load(vocabulary)
@@ -64,7 +70,7 @@ def run(a: argparse.Namespace) -> None:
             f"data {mesh.shape['data']} x expert {mesh.shape['expert']}"
         )
 
-    with report_to("training") as report:
+    with report_to("training", train_config.steps) as (report, say):
         model = train(
             a.workdir,
             model_config,
@@ -76,24 +82,31 @@ def run(a: argparse.Namespace) -> None:
             validation=validation,
             tensorboard=a.tensorboard,
             report=report,
-            note=out.print,
+            note=say,
         )
     out.print(f"{param_count(model.params):,} parameters in {a.workdir / 'model'}")
 
 
 @contextlib.contextmanager
-def report_to(title: str) -> Iterator[Callable[[Progress], None]]:
-    """A bar and lines for what training reports."""
-    with bar(title, "steps", enabled=sys.stderr.isatty() and not out.quiet) as progress:
+def report_to(
+    title: str, steps: int
+) -> Iterator[tuple[Callable[[Progress], None], Callable[[str], None]]]:
+    """A bar, and lines, for what training reports; and lines for what it notes."""
+    enabled = sys.stderr.isatty() and not out.quiet
+    with bar(title, "steps", total=steps, enabled=enabled) as progress:
+
+        def say(line: str) -> None:
+            if not out.quiet:
+                progress.print(line)
 
         def report(p: Progress) -> None:
-            progress(p.step, p.steps)
+            gist = f"loss {p.loss:.3f}  {p.tokens_per_s:,.0f} tokens/s"
+            progress(p.step, p.steps, gist)
             router = f"  busiest expert {p.busiest:.2f}x" if p.busiest else ""
             router += f"  {p.skipped} steps left out" if p.skipped else ""
-            speed = f"{p.tokens_per_s:,.0f} tokens/s"
-            out.print(f"step {p.step}/{p.steps}  loss {p.loss:.3f}  {speed}{router}")
+            say(f"step {p.step}/{p.steps}  {gist}{router}")
 
-        yield report
+        yield report, say
 
 
 def configure(a: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,7 +144,12 @@ def _validation(a: argparse.Namespace, source: TrainingText) -> Validation | Non
         value = getattr(a, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    text = read_split(source.sources, "valid", source.pairs)
+    there = set(all_pairs(source.sources, "valid"))
+    if unscored := [pair for pair in source.pairs if pair not in there]:
+        if len(unscored) == len(source.pairs):
+            raise InputError(f"--validate-every: {source.title} has no valid text of any direction")
+        out.print(f"no valid text, so not scored on the way: {', '.join(unscored)}")
+    text = read_split(source.sources, "valid", [p for p in source.pairs if p in there])
     n = a.validate_sentences
     text = {pair: (lines[:n], references[:n]) for pair, (lines, references) in text.items()}
     requests = [(pair, line) for pair, (lines, _) in text.items() for line in lines]
@@ -144,7 +162,8 @@ def _validation(a: argparse.Namespace, source: TrainingText) -> Validation | Non
         }
         return averages(scores)["all"]
 
-    return Validation(bleu, a.validate_every, a.patience)
+    scored = hashlib.sha256(json.dumps(text).encode()).hexdigest()[:32]
+    return Validation(bleu, a.validate_every, a.patience, scored)
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:

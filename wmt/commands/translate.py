@@ -48,7 +48,9 @@ def run(a: argparse.Namespace) -> None:
                 for i, hypotheses in enumerate(found)
                 for hypothesis in hypotheses
             )
-    sys.stdout.write(text)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode())  # UTF-8 in, UTF-8 out, whatever the terminal's is
+    sys.stdout.buffer.flush()
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
