@@ -3,14 +3,15 @@
 Eight host devices serve each system: one dense replica a device; one task's sub-network a device;
 or one token-routed model over all of them, expert-parallel, dropless and with GShard's capacity.
 Parameters are random unless --models names trained ones; random ones get their tokens given, drawn
-at random, so that their routers spread them. Before anything is timed, each system's
-tokens are compared with the whole model's on one device.
+at random, so that their routers spread them. Before anything is timed, what each system finds
+likely is compared with the whole model on one device.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--models",
         type=Path,
-        help="folder with dense/model, token/model and task/model, as the demo's work folder",
+        help="folder with dense/model, token/model and task/model, as the demo's work folder; or "
+        "with dense-0 and so on, as a study's",
     )
     p.add_argument("--json", type=Path, help="write the results here")
     p.add_argument("--png", type=Path, help="draw throughput over batch here")
@@ -75,8 +77,12 @@ def run(a: argparse.Namespace) -> int:
     if a.rounds < 1:
         raise InputError(f"--rounds must be at least 1, got {a.rounds}")
     serving.use_host_devices(a.devices)
-    models = random_models() if a.models is None else _trained(a.models)
-    systems, checks = build(models, a.devices)
+    random = a.models is None
+    models = random_models() if random else _trained(a.models)
+    experts = models["token"][1].num_experts
+    if experts % a.devices:
+        raise InputError(f"--devices must divide {experts} experts, got {a.devices}")
+    systems, checks = build(models, a.devices, given=random)
     for name, check in checks.items():
         if not check.error <= TOLERANCE:
             out.print(f"no timing: {name} differs from one device by {check.error:.2g}")
@@ -85,13 +91,13 @@ def run(a: argparse.Namespace) -> int:
         "command": "decode",
         "machine": machine.describe(),
         "model": dataclasses.asdict(models["token"][1]),
-        "trained": a.models is not None,
+        "trained": not random,
         "devices": a.devices,
         "positions": serving.POSITIONS,
         "source_length": serving.SOURCE_LENGTH,
         "rounds": 3 if a.quick else a.rounds,
         "checks": {name: check._asdict() for name, check in checks.items()},
-        "points": measure(systems, batches, 3 if a.quick else a.rounds, given=a.models is None),
+        "points": measure(systems, batches, 3 if a.quick else a.rounds, given=random),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
     keep(result, chart, a)
@@ -103,8 +109,6 @@ def run(a: argparse.Namespace) -> int:
 def _batches(a: argparse.Namespace) -> list[int]:
     if not 1 <= a.devices <= 64:
         raise InputError(f"--devices must be from 1 to 64 on one host, got {a.devices}")
-    if MODEL["num_experts"] % a.devices:
-        raise InputError(f"--devices must divide {MODEL['num_experts']} experts, got {a.devices}")
     if a.batches is None:
         return [b for b in (QUICK_BATCHES if a.quick else BATCHES) if b % a.devices == 0]
     try:
@@ -132,23 +136,26 @@ def random_models() -> Models:
 
 def _trained(folder: Path) -> Models:
     found = {}
-    for name, wanted in (
-        ("dense", ("dense",)),
-        ("token", ("token",)),
-        ("task", ("target", "pair")),
+    for name, wanted, other in (
+        ("dense", ("dense",), "dense"),
+        ("token", ("token",), "token"),
+        ("task", ("target", "source", "pair", "static"), "target"),
     ):
-        model = load_model(folder / name / "model")
+        of_study = sorted(folder.glob(f"{other}-[0-9]*/model"))
+        path = of_study[0] if of_study else folder / name / "model"
+        model = load_model(path)
         if model.config.decoder not in wanted:
             raise InputError(
-                f"{folder / name / 'model'} must have a {' or '.join(wanted)} decoder, its is "
-                f"{model.config.decoder}"
+                f"{path} must have a {' or '.join(wanted)} decoder, its is {model.config.decoder}"
             )
         found[name] = model.params, model.config
     return found
 
 
-def build(models: Models, devices: int) -> tuple[dict[str, System], dict[str, serving.Agreement]]:
-    """Every system in its place, and how the tokens of each agree with one device's."""
+def build(
+    models: Models, devices: int, *, given: bool
+) -> tuple[dict[str, System], dict[str, serving.Agreement]]:
+    """Every system in its place, and how each agrees with one device; given: as `inputs`."""
     mesh = serving.device_mesh(devices)
     (dense, dense_config), (token, token_config) = models["dense"], models["token"]
     task, task_config = models["task"]
@@ -171,14 +178,15 @@ def build(models: Models, devices: int) -> tuple[dict[str, System], dict[str, se
     tasks = np.repeat(served, rows // devices).astype(np.int32)
     # Capacity is counted on each device's own rows, so one device drops others: it cannot agree,
     # and stands on the dropless system's check of the same strategy and path.
+    agreement = functools.partial(serving.agreement, batch=rows, given=given)
     checks = {
-        DENSE: serving.agreement(systems[DENSE], dense, dense_config, rows),
-        DROPLESS: serving.agreement(systems[DROPLESS], token, token_config, rows),
-        TASK: serving.agreement(systems[TASK], task, task_config, rows, tasks),
+        DENSE: agreement(systems[DENSE], dense, dense_config),
+        DROPLESS: agreement(systems[DROPLESS], token, token_config),
+        TASK: agreement(systems[TASK], task, task_config, task=tasks),
     }
     roomy = dataclasses.replace(tight, capacity_factor=float(tight.num_experts))
     spread = serving.expert_parallel(token, roomy, mesh)
-    checks[CAPACITY] = serving.agreement(spread, token, roomy, rows)
+    checks[CAPACITY] = agreement(spread, token, roomy)
     return systems, checks
 
 
@@ -256,15 +264,19 @@ def verdict(result: dict[str, Any]) -> list[str]:
     task = best[TASK]["tokens_per_s"]
     ratio = {name: task / r["tokens_per_s"] for name, r in best.items() if name != TASK}
     checked = result["checks"].values()
+    tokens = ""
+    if result["trained"]:
+        same, of = (sum(c[name] for c in checked) for name in ("identical", "tokens"))
+        tokens = f"{same:,} of {of:,} tokens as one device decodes them, "
     tried = max(r["batch"] for r in result["points"])
     fits = ", ".join(f"{name} {n:,}" for name, n in largest(result).items())
     return [
         "Peaks, sub-networks over "
         + ", ".join(f"{name}: {value:.2f}" for name, value in ratio.items())
         + f" (the paper, over token-MoE on 32 cores of TPU v3: {paper.THROUGHPUT_RATIO})",
-        f"Numerics, checked first: {sum(c['identical'] for c in checked):,} of "
-        f"{sum(c['tokens'] for c in checked):,} tokens as one device decodes them, logits within "
-        f"{max(c['error'] for c in checked):.1g}",
+        # Random parameters repeat one token whatever their experts do: only logits tell of them.
+        f"Numerics, checked first: {tokens}logits within {max(c['error'] for c in checked):.1g} of "
+        "one device's, relative to the largest",
         f"Largest batch: {tried:,} ran, as many as were asked for. All devices share this "
         f"machine's {result['ram_bytes'] / 2**30:.0f} GiB, by which there would fit (modelled): "
         f"{fits or 'one batch tells nothing'}. The blog, on TPU v3: token-MoE 1,024 over 64 cores, "

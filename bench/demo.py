@@ -203,7 +203,7 @@ def _translate(title: str, model: Model, test: Pairs, *, mixed_tasks: bool) -> d
 def _scores(found: dict[str, list[str]], test: Pairs) -> dict[str, Any]:
     scores = {pair: score(pair, found[pair], references) for pair, (_, references) in test.items()}
     return {
-        "averages": averages(scores),
+        "averages": averages({pair: s.bleu for pair, s in scores.items()}),
         "directions": {pair: s.bleu for pair, s in scores.items()},
         "signatures": sorted({s.signature for s in scores.values()}),
     }

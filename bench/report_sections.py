@@ -73,7 +73,7 @@ def _exchange(root: Path) -> str:
         picture = ""
         if len(result["shapes"]) > 1:
             save_figure(exchange.chart(result), root / RESULTS / f"{name}.png")
-            picture = f"![Share of time in collectives](bench/results/{name}.png)\n\n"
+            picture = f"![Share of time in collectives](bench/results/{name}.png)"
         spec = result["spec"]
         where = exchange.devices_words(spec)
         rows = [
@@ -101,7 +101,8 @@ def _exchange(root: Path) -> str:
             markdown(("sequences", *exchange.STEP_HEADINGS), steps),
         )
         said = paragraph(*exchange.findings(result))
-        parts.append(f"{intro}\n\n{picture}\n\n{tables[0]}\n\n{second}\n\n{tables[1]}\n\n{said}")
+        shown = (intro, picture, tables[0], second, tables[1], said)
+        parts.append("\n\n".join(part for part in shown if part))
     meaning = paragraph(
         "Moving and waiting are shares of the time that devices spend in collectives, by the",
         "profiler; by copy is the share of time that the same program saves when it keeps every",
@@ -160,7 +161,8 @@ def _study(root: Path) -> str:
             f"Gathered and timed by {provenance(command, result['machine'])}",
             f"Tokens/s: the decoder, {study.ROWS} sentences of one direction,",
             f"{serving.POSITIONS} positions, systems in turns, median of {result['rounds']} rounds",
-            "(p10 to p90), one device, so nothing is exchanged.",
+            "(p10 to p90), one device, so nothing is exchanged. Extracted alike: greedy translations",
+            "of the validation text that sub-networks and the whole model have in common.",
         )
         said = paragraph(*study.findings(result), remark)
         found = markdown(study.HEADINGS, study.table_cells(result))

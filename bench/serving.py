@@ -260,14 +260,18 @@ def agreement(
     config: ModelConfig,
     batch: int,
     task: np.ndarray | None = None,
+    *,
+    given: bool = True,
 ) -> Agreement:
     """Decode a batch with a system and with the whole model on one device.
 
-    params, config: of the whole model. task: [batch] i32 for a task-routed decoder. After the first
-    token that differs a sequence is another one, and no longer compared. Of several processes each
-    compares the sequences that its devices hold.
+    params, config: of the whole model. task: [batch] i32 for a task-routed decoder. given: as
+    `inputs`; models of `random_model` would repeat one token and route all alike. What they find
+    likely is compared at every position; in greedy decoding a sequence is another one after the
+    first token that differs, and no longer compared. Of several processes each compares the
+    sequences that its devices hold.
     """
-    memory, token = inputs(config, batch)
+    memory, token = inputs(config, batch, given=given)
 
     def spread(params: Params, memory: Any, token: Any) -> Any:
         return system.program(params, memory, token, POSITIONS, True)
@@ -280,8 +284,9 @@ def agreement(
         _on_one_device(params, config, memory, token, POSITIONS, task),
     )
     same = have[0] == want[0]
-    before = np.concatenate([np.ones((len(mine), 1), bool), same[:, :-1]], axis=1)
-    counted = np.logical_and.accumulate(before, axis=1)
+    counted = np.ones_like(same)
+    if not given:
+        counted[:, 1:] = np.logical_and.accumulate(same[:, :-1], axis=1)
     error = np.abs(have[1] - want[1]).max(axis=-1)[counted].max() / np.abs(want[1]).max()
     return Agreement(same.size, int((same & counted).sum()), float(error))
 

@@ -72,10 +72,17 @@ def run(a: argparse.Namespace) -> int:
     """Gather, check, time and print; 1 where a sub-network translates otherwise than its model."""
     if a.rounds < 1:
         raise InputError(f"--rounds must be at least 1, got {a.rounds}")
-    systems = [gather(a.workdir, name) for name in SYSTEMS]
+    finished = {name: finished_seeds(a.workdir, name) for name in SYSTEMS}
+    seeds = sorted(set.intersection(*map(set, finished.values())))
+    if not seeds:
+        raise InputError(f"{a.workdir} has no seed that every system has a test.json of")
+    if left := sorted({seed for found in finished.values() for seed in found} - set(seeds)):
+        numbers = ", ".join(map(str, left))
+        out.print(f"left out, as not all systems have a test.json of it: seed {numbers}")
+    systems = [gather(a.workdir, name, seeds) for name in SYSTEMS]
     settings = same_training(a.workdir, systems)
-    models = {s.name: load(s.folders[0]) for s in systems}
-    pairs = models["dense"].config.pairs
+    pairs = load(systems[0].folders[0]).config.pairs
+    models = {s.name: _model_of(s, pairs[0]) for s in systems}
     text = read_split(open_sources(a.data), "valid", pairs)
     if a.quick:
         text = {pair: (x[:20], y[:20]) for pair, (x, y) in text.items()}
@@ -118,8 +125,8 @@ def run(a: argparse.Namespace) -> int:
 class System(NamedTuple):
     """A system's runs.
 
-    folders: of its models, one a seed; of "pruned" the first target language's. valid, test: mean
-    BLEU over the directions, a number a seed. directions: test BLEU of each, mean over seeds.
+    folders: of its models of the first seed: one, of "pruned" one a target language. valid, test:
+    mean BLEU over the directions, a number a seed. directions: test BLEU of each, mean over seeds.
     sentences: test sentences of all directions.
     """
 
@@ -132,17 +139,24 @@ class System(NamedTuple):
     sentences: int
 
 
-def gather(workdir: Path, name: str) -> System:
-    """Scores of one system's runs. Raises InputError where there is none or a file is damaged."""
-    runs = sorted(
-        (int(path.name[len(name) + 1 :]), path)
-        for path in workdir.glob(f"{name}-*")
-        if path.name[len(name) + 1 :].isdigit()
-    )
-    parts = {seed: sorted(path.glob("*/")) if name == "pruned" else [path] for seed, path in runs}
-    done = {s: p for s, p in parts.items() if p and all((x / "test.json").is_file() for x in p)}
+def finished_seeds(workdir: Path, name: str) -> list[int]:
+    """Seeds of a system whose models all have a test.json; InputError where there is none."""
+    numbers = (path.name[len(name) + 1 :] for path in workdir.glob(f"{name}-*"))
+    runs = {int(n): _folders(workdir, name, int(n)) for n in numbers if n.isdigit()}
+    done = [s for s, p in runs.items() if p and all((x / "test.json").is_file() for x in p)]
     if not done:
         raise InputError(f"{workdir} has no {name}-SEED with a test.json: runs/study-*.sh first")
+    return sorted(done)
+
+
+def _folders(workdir: Path, name: str, seed: int) -> list[Path]:
+    path = workdir / f"{name}-{seed}"
+    return sorted(path.glob("*/")) if name == "pruned" else [path]
+
+
+def gather(workdir: Path, name: str, seeds: list[int]) -> System:
+    """Scores of one system's runs. Raises InputError where a file is damaged."""
+    done = {seed: _folders(workdir, name, seed) for seed in seeds}
     means: dict[str, list[float]] = {"valid": [], "test": []}
     directions: dict[str, list[float]] = {}
     sentences = 0
@@ -153,7 +167,7 @@ def gather(workdir: Path, name: str) -> System:
         for pair, found in scores.items():  # of the test text, the last of the splits
             directions.setdefault(pair, []).append(found["bleu"])
         sentences = sum(s["sentences"] for s in scores.values())
-    models = [folders[0] for folders in done.values()]
+    models = done[seeds[0]]
     each = {pair: float(np.mean(bleu)) for pair, bleu in directions.items()}
     return System(name, models, list(done), means["valid"], means["test"], each, sentences)
 
@@ -201,6 +215,12 @@ def _read(path: Path, *wanted: str) -> dict[str, Any]:
         raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
+
+
+def _model_of(system: System, pair: str) -> Model:
+    """The model of a system's first seed; of several that which was made for a direction."""
+    models = map(load, system.folders)
+    return next(m for m in models if len(system.folders) == 1 or pair in m.config.pairs)
 
 
 def _served(model: Model, pair: str) -> Model:

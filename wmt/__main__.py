@@ -56,14 +56,22 @@ def main(argv: list[str] | None = None) -> int:
         words = " ".join(str(error).split())
         if isinstance(error, jax.errors.JaxRuntimeError) and "memory" not in words.lower():
             raise
-        hint = "a smaller model or batch_tokens, remat=true or accumulate above 1 need less"
+        hint = (
+            "a smaller model or batch_tokens, remat=true or accumulate above 1 need less"
+            if arguments.command in ("train", "distill")
+            else "a smaller --batch, --beam or --max-source needs less"
+        )
         print(
             f"{parser.prog} {arguments.command}: error: out of memory ({words}); {hint}",
             file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:
-        print("interrupted; a work directory goes on from its newest checkpoint", file=sys.stderr)
+        goes_on = "; the same command goes on from the newest checkpoint"
+        print(
+            f"interrupted{goes_on if arguments.command in ('train', 'distill') else ''}",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 import numpy as np
 
 from taskmoe.moe import MoEConfig
+from taskmoe.wmt.errors import InputError
 
 SideRouting = Literal["dense", "token", "sentence", "target", "source", "pair", "static"]
 _MOST_LAYERS = 1000
@@ -184,6 +185,14 @@ class ModelConfig(_Json):
             return None
         ids = [tasks.index(str(self.task_name(side, pair))) for pair in self.pairs]
         return np.array(ids, np.int32)
+
+
+def check_languages(config: ModelConfig, pair: str) -> None:
+    """Raise InputError where a direction's languages are not the model's: it may join them anew."""
+    source, target = split_pair(pair)
+    targets = {split_pair(p)[1] for p in config.pairs}
+    if target not in targets or source not in targets | {split_pair(p)[0] for p in config.pairs}:
+        raise InputError(f"pair {pair}: the model knows only {', '.join(config.pairs)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from taskmoe.wmt.config import ModelConfig
@@ -28,7 +29,20 @@ from taskmoe.wmt.transformer import (
     with_softmax,
 )
 
+MULTIPLE = 16  # source lengths are padded up to a multiple, so that few shapes are compiled
+_MOST_ALPHA = 10.0  # a length penalty beyond means nothing, and overflows
 _NEVER = -1e9  # log probability of what must not be chosen; finite, so that sums stay numbers
+
+
+def length_limit(tokens: Any) -> Any:
+    """Target positions for a sentence of so many source tokens: twice as many, padded, plus 16."""
+    return 2 * (-(-tokens // MULTIPLE) * MULTIPLE) + 16
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise ValueError for a length penalty that is out of range."""
+    if not 0 <= alpha <= _MOST_ALPHA:  # nan is not, either
+        raise ValueError(f"alpha must be in [0, {_MOST_ALPHA:.0f}], got alpha={alpha}")
 
 
 def search(
@@ -40,6 +54,7 @@ def search(
     max_length: int,
     beam: int = 1,
     alpha: float = 0.6,
+    limit: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Translate padded source ids [B, S] i32: the best hypothesis of `search_n_best`.
@@ -47,8 +62,9 @@ def search(
     Returns ids [B, max_length] i32 (PAD after `</s>`) and scores [B] f32.
     """
     ids, scores = search_n_best(
-        params, config, source, tasks, max_length=max_length, beam=beam, alpha=alpha, mesh=mesh
-    )
+        params, config, source, tasks, max_length=max_length, beam=beam, alpha=alpha, limit=limit,
+        mesh=mesh,
+    )  # fmt: skip
     return ids[:, 0], scores[:, 0]
 
 
@@ -62,23 +78,25 @@ def search_n_best(
     beam: int = 1,
     alpha: float = 0.6,
     n_best: int = 1,
+    limit: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Translate padded source ids [B, S] i32.
 
     max_length: target positions at most, `</s>` included (static). beam: hypotheses; 1 is greedy.
     alpha: strength of the length penalty. n_best: hypotheses to return, from 1 to beam.
+    limit: [B] i32 of positions that each sentence has, from 1 to max_length; None is max_length.
     mesh: as in `moe.apply`, for expert parallelism. tasks: scalar tasks run as their sub-network.
     Returns ids [B, n_best, max_length] i32 (PAD after `</s>`), best first, and scores [B, n_best]
     f32 (log probability, with a beam divided by the length penalty). A row of only padding ends at
     once. Where fewer hypotheses ended in time the rest are empty, with a score below -1e8.
-    Raises ValueError where beam or max_length is below 1, alpha below 0 or n_best out of range.
+    Raises ValueError where beam or max_length is below 1, or alpha or n_best out of range.
     """
-    if beam < 1 or max_length < 1 or alpha < 0:
+    if beam < 1 or max_length < 1:
         raise ValueError(
-            "beam and max_length must be at least 1 and alpha at least 0, "
-            f"got beam={beam}, max_length={max_length}, alpha={alpha}"
+            f"beam and max_length must be at least 1, got beam={beam}, max_length={max_length}"
         )
+    check_alpha(alpha)
     if not 1 <= n_best <= beam:
         raise ValueError(f"n_best must be in [1, beam={beam}], got n_best={n_best}")
     params, config, tasks = one_task(params, config, tasks)
@@ -86,10 +104,10 @@ def search_n_best(
     valid = source != PAD
     memory, _ = encode(params, config, source, valid, tasks.encoder, mesh=mesh)
     if beam == 1:
-        ids, score = _greedy(params, config, memory, valid, tasks.decoder, max_length, mesh)
+        ids, score = _greedy(params, config, memory, valid, tasks.decoder, max_length, limit, mesh)
         return ids[:, None], score[:, None]
     ends = beam, alpha, n_best
-    return _beam(params, config, memory, valid, tasks.decoder, max_length, ends, mesh)
+    return _beam(params, config, memory, valid, tasks.decoder, max_length, limit, ends, mesh)
 
 
 class _Greedy(NamedTuple):
@@ -107,6 +125,7 @@ def _greedy(
     valid: jax.Array,
     task: ArrayLike | None,
     max_length: int,
+    limit: jax.Array | None,
     mesh: jax.sharding.Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:
     def step(s: _Greedy) -> _Greedy:
@@ -117,11 +136,14 @@ def _greedy(
         chosen = most_likely(logits)
         gain = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.where(s.ended, PAD, chosen)
+        ended = s.ended | (chosen == EOS)
+        if limit is not None:
+            ended |= s.position + 1 >= limit
         return _Greedy(
             s.position + 1,
             jax.lax.dynamic_update_slice_in_dim(s.tokens, chosen[:, None], s.position + 1, 1),
             s.score + jnp.where(s.ended, 0, gain),
-            s.ended | (chosen == EOS),
+            ended,
             cache,
         )
 
@@ -154,6 +176,7 @@ def _beam(
     valid: jax.Array,
     task: ArrayLike | None,
     max_length: int,
+    limit: jax.Array | None,
     ends: tuple[int, float, int],
     mesh: jax.sharding.Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -163,18 +186,28 @@ def _beam(
     if task is not None and jnp.ndim(task) == 1:
         task = wide(task)
 
-    def penalty(length: jax.Array | int) -> Any:
+    def penalty(length: Any) -> Any:
         return ((5.0 + length) / 6.0) ** alpha
 
+    # Of the longest that a sentence may get: one number, or [B, 1].
+    longest: Any = penalty(max_length)
+    if limit is not None:
+        longest = jnp.asarray(penalty(np.arange(max_length + 1)), jnp.float32)[limit][:, None]
+
+    def alive(s: _Beam) -> jax.Array:
+        """[B, K] bool: hypotheses that may still grow."""
+        live = s.live_score > _NEVER / 2
+        return live if limit is None else live & (s.position < limit)[:, None]
+
     def running(s: _Beam) -> jax.Array:
-        return (s.position < max_length) & (s.live_score[:, 0] > _NEVER / 2).any()
+        return (s.position < max_length) & alive(s)[:, 0].any()
 
     def step(s: _Beam) -> _Beam:
         token = jax.lax.dynamic_index_in_dim(s.live, s.position, 2, keepdims=False).reshape(-1)
         # A sentence with no live hypothesis left takes no expert's time.
-        alive = (s.live_score > _NEVER / 2).reshape(-1)
+        growing = alive(s).reshape(-1)
         logits, cache = decode_step(
-            params, config, s.cache, valid, token, s.position, task, valid=alive, mesh=mesh
+            params, config, s.cache, valid, token, s.position, task, valid=growing, mesh=mesh
         )
         log_probs = jax.nn.log_softmax(logits).reshape(batch, beam, -1)
         vocab = log_probs.shape[-1]
@@ -187,6 +220,8 @@ def _beam(
         ends = chosen == EOS
 
         real = ends & (score > _NEVER / 2)
+        if limit is not None:
+            real &= (s.position < limit)[:, None]
         ended_score = jnp.where(real, score / penalty(s.position + 1), _NEVER)
         done_score, best = jax.lax.top_k(jnp.concatenate([s.done_score, ended_score], 1), beam)
         done = jnp.take_along_axis(jnp.concatenate([s.done, grown], 1), best[:, :, None], axis=1)
@@ -194,9 +229,13 @@ def _beam(
         live_score, best = jax.lax.top_k(jnp.where(ends, _NEVER, score), beam)
         # Scores only fall and the penalty divides by no more than this: what cannot overtake the
         # last of the best ended hypotheses any more is given up.
-        hopeless = live_score / penalty(max_length) <= done_score[:, n_best - 1 : n_best]
+        hopeless = live_score / longest <= done_score[:, n_best - 1 : n_best]
         live_score = jnp.where(hopeless, _NEVER, live_score)
         live = jnp.take_along_axis(grown, best[:, :, None], axis=1)
+        if limit is not None:  # what stands at its limit stays
+            over = (s.position >= limit)[:, None]
+            live_score = jnp.where(over, s.live_score, live_score)
+            live = jnp.where(over[:, :, None], s.live, live)
         rows = jnp.arange(batch)[:, None] * beam + jnp.take_along_axis(origin, best, axis=1)
         rows = rows.reshape(-1)
         cache = cache._replace(
@@ -222,5 +261,5 @@ def _beam(
     ids = end.done[:, :n_best, 1:]
     ids = ids.at[:, 0].set(jnp.where(none, end.live[:, 0, 1:], ids[:, 0]))
     score = end.done_score[:, :n_best]
-    late = end.live_score[:, :1] / penalty(max_length)
+    late = end.live_score[:, :1] / longest
     return ids, score.at[:, :1].set(jnp.where(none, late, score[:, :1]))

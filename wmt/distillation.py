@@ -105,7 +105,6 @@ def teacher_text(
                     raise InputError(f"{part} has {len(texts)} lines, should have {len(chunk)}")
             else:
                 texts = translate(teacher, [(pair, line) for line in chunk], decoding)
-                texts = [text.replace("\n", " ") for text in texts]
                 write_text(part, "".join(f"{text}\n" for text in texts))
             found += texts
             done += len(chunk)

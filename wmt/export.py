@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from taskmoe.wmt.decoding import search
+from taskmoe.wmt.decoding import length_limit, search
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import Model, flatten, save_model
 from taskmoe.wmt.tokenizer import BOS, EOS, PAD, UNK
@@ -33,7 +33,7 @@ def export(
     *,
     batch: int = 16,
     length: int = 64,
-    max_length: int = 128,
+    max_length: int | None = None,
     beam: int = 4,
     alpha: float = 0.6,
     platforms: tuple[str, ...] = ("cpu",),
@@ -41,7 +41,8 @@ def export(
     """Write a model and its search for a fixed batch into a new folder.
 
     batch, length: of the source ids, [batch, length], `<2xx> pieces </s>` padded with 0.
-    max_length: target positions at most. beam, alpha: of the search. platforms: that the program is
+    max_length: target positions at most; None is `decoding.length_limit` of each sentence, as
+      `translate` has it. beam, alpha: of the search. platforms: that the program is
       made for, of "cpu", "tpu", "cuda" and "rocm".
     Returns the size of the program in bytes. Raises InputError where the model is task-routed (a
     task's sub-network is what is served), a number does not fit or the folder is not empty.
@@ -52,18 +53,20 @@ def export(
             f"export wants a model that is not task-routed (encoder is {config.encoder}, decoder "
             f"is {config.decoder}): extract a task first"
         )
-    for name, value in (("batch", batch), ("length", length)):
-        if value < 1:
+    for name, value in (("batch", batch), ("length", length), ("max_length", max_length)):
+        if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
     for platform in platforms:
         if platform not in PLATFORMS:
             raise InputError(f"platforms must be of {', '.join(PLATFORMS)}, got {platform!r}")
+    positions = max_length or length_limit(length)
     flat = flatten(model.params)
     structure = jax.tree.structure(model.params)
 
     def program(leaves: list[jax.Array], source: jax.Array) -> jax.Array:
         params: Any = jax.tree.unflatten(structure, leaves)
-        options: Any = {"max_length": max_length, "beam": beam, "alpha": alpha}
+        own = None if max_length else length_limit((source != PAD).sum(axis=1))
+        options: Any = {"max_length": positions, "beam": beam, "alpha": alpha, "limit": own}
         return search(params, config, source, Tasks(None, None), **options)[0]
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat.values()]
@@ -76,7 +79,7 @@ def export(
         "parameters": list(flat),
         "batch": batch,
         "length": length,
-        "max_length": max_length,
+        "max_length": positions,
         "beam": beam,
         "alpha": alpha,
         "platforms": list(platforms),

@@ -32,6 +32,12 @@ class Model:
     tokenizer: Tokenizer
 
 
+def check_new(folder: Path) -> None:
+    """Raise InputError where a folder, or a file of that name, holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} already holds something; name a new folder")
+
+
 def save_model(
     model: Model, folder: Path, *, replace: bool = False, more: Mapping[str, bytes] | None = None
 ) -> None:
@@ -40,8 +46,8 @@ def save_model(
     replace: an older model in that folder gives way; without it InputError is raised where the
     folder already holds something. more: other files to lie in the folder.
     """
-    if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} already holds something; name a new folder")
+    if not replace:
+        check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -50,6 +56,7 @@ def save_model(
         save_file({k: np.asarray(v) for k, v in flatten(model.params).items()}, beside / PARAMS)
         for name, data in (more or {}).items():
             (beside / name).write_bytes(data)
+        (beside / PARAMS).chmod(0o644)  # safetensors makes files that their owner alone reads
         beside.chmod(0o755)
         if replace and folder.exists():
             old = folder.with_name(f".{folder.name}.old")

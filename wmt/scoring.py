@@ -76,13 +76,13 @@ def compare(
 
 
 def averages(
-    scores: Mapping[str, Score],
+    scores: Mapping[str, float],
     *,
     trained: tuple[str, ...] | None = None,
     sizes: Mapping[str, int] | None = None,
     high_resource: int = 1_000_000,
 ) -> dict[str, float]:
-    """Mean BLEU of groups of directions; groups without any are left out.
+    """Mean scores of groups of directions; groups without any are left out.
 
     trained: the directions that the model was trained on, None for all; others are "zero-shot" and
       in no other group. sizes: sentence pairs that each was trained on; with it those of at least
@@ -99,9 +99,7 @@ def averages(
         "zero-shot": [p for p in scores if p not in seen],
     }
     return {
-        name: float(np.mean([scores[p].bleu for p in pairs]))
-        for name, pairs in groups.items()
-        if pairs
+        name: float(np.mean([scores[p] for p in pairs])) for name, pairs in groups.items() if pairs
     }
 
 

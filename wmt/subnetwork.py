@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from taskmoe import moe
-from taskmoe.wmt.config import ModelConfig, split_pair
+from taskmoe.wmt.config import ModelConfig, check_languages, split_pair
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import Model
 from taskmoe.wmt.transformer import Params, Tasks
@@ -72,6 +72,7 @@ def extract(model: Model, task: str) -> Model:
     if not pairs or any(config.task_name(s, pairs[0]) not in config.tasks(s) for s in routed):
         known = sorted({name for side in routed for name in config.tasks(side)})
         raise InputError(f"task {task!r} is not the model's; it has {', '.join(known)}")
+    check_languages(config, pairs[0])
     tasks = Tasks(*(_task_id(config, side, pairs[0]) for side in ("encoder", "decoder")))
     params, config, _ = one_task(model.params, config, tasks)
     return Model(params, dataclasses.replace(config, pairs=pairs), model.tokenizer)

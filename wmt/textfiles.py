@@ -26,6 +26,11 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in _lines(path)]
 
 
+def lines_of(raw: bytes, name: Path | str) -> list[str]:
+    """As `read_lines`, of the bytes that stand in `name`."""
+    return [line.strip() for line in _split(raw, name)]
+
+
 def _lines(path: Path) -> list[str]:
     try:
         raw = path.read_bytes()
@@ -36,11 +41,15 @@ def _lines(path: Path) -> list[str]:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path} is no whole gzip file: {error}") from None
+    return _split(raw, path)
+
+
+def _split(raw: bytes, name: Path | str) -> list[str]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: not valid UTF-8 ({error.reason})") from None
+        raise InputError(f"{name}, line {line}: not valid UTF-8 ({error.reason})") from None
     lines = text.removeprefix("\ufeff").split("\n")
     if lines[-1] == "":
         lines.pop()

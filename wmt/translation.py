@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from taskmoe.wmt.config import ModelConfig, split_pair
-from taskmoe.wmt.decoding import search_n_best
+from taskmoe.wmt.config import ModelConfig, check_languages, split_pair
+from taskmoe.wmt.decoding import MULTIPLE, check_alpha, length_limit, search_n_best
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import Model
 from taskmoe.wmt.tokenizer import EOS, PAD
 from taskmoe.wmt.transformer import Params, Tasks
 
 TaskIds = tuple[int | None, int | None]
-_MULTIPLE = 16  # source lengths are padded up to a multiple, so that few shapes are compiled
+_ENDS_OF_LINES = str.maketrans("\r\n", "  ")  # byte pieces, which would break a line in two
+_SHORT = 128  # source tokens up to which a batch is full; of longer ones it has fewer rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How to search: hypotheses, length penalty, sentences a batch, and target positions.
+    """How to search: hypotheses, length penalty, sentences a batch, and lengths.
 
-    max_length: target positions at most; None is twice the padded source length plus 16.
+    batch: fewer are taken at once of sentences above 128 tokens, as many tokens.
+    max_length: target positions at most; None is `decoding.length_limit` of each sentence.
+    max_source: tokens of a sentence, its language and `</s>` included; the rest is cut off.
     mixed_tasks: batches hold whatever directions come, as when one full model serves all; else a
       batch holds one combination of tasks and a task-routed model runs as that sub-network.
     """
@@ -36,14 +39,16 @@ class Decoding:
     batch: int = 64
     max_length: int | None = None
     mixed_tasks: bool = False
+    max_source: int = 512
 
     def __post_init__(self) -> None:
         for name in ("beam", "batch", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.alpha < 0:
-            raise ValueError(f"alpha must be at least 0, got {self.alpha}")
+        if self.max_source < 3:  # the language, a piece, </s>
+            raise ValueError(f"max_source must be at least 3, got {self.max_source}")
+        check_alpha(self.alpha)
 
 
 class Hypothesis(NamedTuple):
@@ -58,13 +63,15 @@ def translate(
     requests: Iterable[tuple[str, str]],
     decoding: Decoding = Decoding(),
     progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[str]:
     """Translate (direction, sentence) requests; results in their order, "" for an empty sentence.
 
-    progress: called with (done, total) after each batch.
+    progress: called with (done, total) after each batch. note: called with a line for each sentence
+    that is cut to `decoding.max_source`.
     Raises InputError for a direction that the model cannot translate.
     """
-    found = translate_n_best(model, requests, decoding, 1, progress)
+    found = translate_n_best(model, requests, decoding, 1, progress, note)
     return [best[0].text if best else "" for best in found]
 
 
@@ -74,6 +81,7 @@ def translate_n_best(
     decoding: Decoding = Decoding(),
     n_best: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[list[Hypothesis]]:
     """As `translate`, with up to n_best hypotheses a request, best first; none for an empty one.
 
@@ -89,14 +97,20 @@ def translate_n_best(
         lines = [requests[i][1] for i in members]
         target = split_pair(pair)[1]
         encoded |= zip(members, model.tokenizer.encode_source(lines, target), strict=True)
+    number: Counter[str] = Counter()
+    for i, (pair, _) in enumerate(requests):
+        number[pair] += 1
+        if (length := len(encoded.get(i, ()))) > decoding.max_source:
+            note(f"{pair}, line {number[pair]}: cut to {decoding.max_source} of {length:,} tokens")
+            encoded[i] = [*encoded[i][: decoding.max_source - 1], EOS]
     groups: dict[tuple[int, TaskIds | None], list[int]] = defaultdict(list)
     for i in sorted(encoded):
-        width = -(-len(encoded[i]) // _MULTIPLE) * _MULTIPLE
+        width = -(-len(encoded[i]) // MULTIPLE) * MULTIPLE
         groups[width, None if decoding.mixed_tasks else ids[requests[i][0]]].append(i)
 
     # A full batch's shape for few sentences would be mostly padding; powers of two are few shapes.
     largest = max(map(len, groups.values()), default=1)
-    rows_a_batch = min(decoding.batch, 1 << (largest - 1).bit_length())
+    most_rows = min(decoding.batch, 1 << (largest - 1).bit_length())
     config = model.config
     if not any(config.tasks(side) for side in ("encoder", "decoder")):
         # Search does not look at directions then: one compilation serves every sub-network.
@@ -104,6 +118,7 @@ def translate_n_best(
     out: list[list[Hypothesis]] = [[] for _ in requests]
     done = 0
     for (width, one_task), group in groups.items():
+        rows_a_batch = max(1, min(most_rows, decoding.batch * _SHORT // width))
         for at in range(0, len(group), rows_a_batch):
             chunk = group[at : at + rows_a_batch]
             source = np.full((rows_a_batch, width), PAD, np.int32)
@@ -116,7 +131,7 @@ def translate_n_best(
                 config,
                 source,
                 _tasks(rows, one_task),
-                decoding.max_length or 2 * width + 16,
+                decoding.max_length or length_limit(width),
                 decoding.beam,
                 decoding.alpha,
                 n_best,
@@ -126,7 +141,8 @@ def translate_n_best(
                 [int(t) for t in row if t not in (PAD, EOS)]
                 for row in found.reshape(-1, found.shape[2])
             ]
-            texts = iter(model.tokenizer.decode(rows_of_ids))
+            decoded = model.tokenizer.decode(rows_of_ids)
+            texts = iter(text.translate(_ENDS_OF_LINES) for text in decoded)
             for i, row in zip(chunk, scores, strict=True):
                 best = [Hypothesis(next(texts), float(score)) for score in row]
                 # Places that no hypothesis reached in time have no score.
@@ -143,10 +159,7 @@ def task_ids(config: ModelConfig, pair: str) -> TaskIds:
     A direction that was not trained still has its ids where target and source were seen in others.
     Raises InputError where a language or task is not the model's.
     """
-    source, target = split_pair(pair)
-    targets = {split_pair(p)[1] for p in config.pairs}
-    if target not in targets or source not in targets | {split_pair(p)[0] for p in config.pairs}:
-        raise InputError(f"pair {pair}: the model knows only {', '.join(config.pairs)}")
+    check_languages(config, pair)
     ids = []
     for side in ("encoder", "decoder"):
         tasks = config.tasks(side)

@@ -15,7 +15,7 @@ DEVICES, BATCH = 8, 64
 @functools.cache
 def built() -> Any:
     """Systems in their places, and how their tokens agree with one device's."""
-    return decode.build(decode.random_models(), DEVICES)
+    return decode.build(decode.random_models(), DEVICES, given=True)
 
 
 @pytest.mark.parametrize("name", [decode.DENSE, decode.DROPLESS, decode.CAPACITY, decode.TASK])

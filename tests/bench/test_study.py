@@ -89,6 +89,30 @@ def test_what_is_gathered(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert cells["static by target"][5] == ""
 
 
+def test_a_seed_that_not_all_systems_have_is_left_out(
+    folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "dense-0" / "test.json").unlink()
+    found = tmp_path / "study.json"
+    assert main(words(copy, "--quick", "--json", str(found))) == 0
+    assert "not all systems have a test.json of it: seed 0" in capsys.readouterr().out
+    for row in json.loads(found.read_text())["rows"]:
+        assert row["seeds"] == [1]
+        assert row["test"] == [BLEU[row["system"]] + 1]
+    (copy / "token-1" / "test.json").unlink()
+    assert main(words(copy)) == 2
+    assert "no seed that every system has a test.json of" in capsys.readouterr().err
+
+
+def test_pruned_models_are_timed_on_a_direction_of_theirs(folder: Path) -> None:
+    pruned = study.gather(folder, "pruned", [0])
+    assert len(pruned.folders) == 3
+    for pair in support.PAIRS:
+        assert pair in study._model_of(pruned, pair).config.pairs
+
+
 def test_a_system_on_the_other_side_of_dense_is_named() -> None:
     rows = [{"system": name, "test": [level]} for name, level in BLEU.items()]
     worse = {"rows": [r | ({"test": [1.0]} if r["system"] == "token" else {}) for r in rows]}

@@ -76,6 +76,14 @@ def test_train_evaluate_extract_translate(
     assert ours.err == ""
     assert len(ours.out.splitlines()) == 3
     assert ours.out.splitlines()[1] == ""
+    stdin("\ufeffone two three \r\n\r\nfour five".encode())
+    assert main(["translate", "--model", str(small)]) == 0
+    assert capfd.readouterr().out == ours.out
+    stdin(b"one two three\n\nfour five six one two three\n")
+    assert main(["translate", "--model", str(small), "--max-source", "5"]) == 0
+    cut = capfd.readouterr()
+    assert re.fullmatch(r"en-de, line 3: cut to 5 of \d+ tokens\n", cut.err)
+    assert cut.out.splitlines()[0] == ours.out.splitlines()[0]
     lines = tmp_path / "lines.txt"
     lines.write_text("one two three\n\nfour five\n", encoding="utf-8")
     full = ["translate", "--model", str(work), "--pair", "en-de", "--input", str(lines)]
@@ -168,7 +176,23 @@ def test_a_model_that_does_not_fit(
         (["translate", "--model", full, "--pair", "en-xx"], "the model knows only en-de, de-en"),
         (["translate", "--model", small, "--pair", "de-en"], "the model knows only en-de"),
         (["translate", "--model", small, "--beam", "0"], "beam must be at least 1, got 0"),
-        (["translate", "--model", small, "--alpha", "-1"], "alpha must be at least 0, got -1.0"),
+        (
+            ["translate", "--model", small, "--alpha", "nan"],
+            "alpha must be in [0, 10], got alpha=n",
+        ),
+        (["translate", "--model", small, "--alpha", "11"], "alpha must be in [0, 10]"),
+        (["translate", "--model", small, "--max-source", "2"], "max_source must be at least 3"),
+        (["evaluate", "--model", full, "--data", str(data), "--limit", "0"], "--limit must be at"),
+        (
+            ["evaluate", "--model", full, "--data", str(data), "--against", small],
+            "pair de-en: the model knows only en-de",
+        ),
+        (["extract", "--model", full, "--task", "zz-de", "--out", f"{tmp_path}/x"], "knows only"),
+        (
+            ["extract", "--model", full, "--task", "fr", "--task", "de", "--out", str(tmp_path)],
+            "de already holds something",
+        ),
+        (["export", "--model", small, "--out", full], "full already holds something"),
         (["translate", "--model", small], "standard input, line 2: not valid UTF-8"),
         (["translate", "--model", small, "--input", f"{tmp_path}/no"], "/no: No such file"),
         (["translate", "--model", f"{tmp_path}/no"], "/no is no model folder: it has no config"),
@@ -214,6 +238,8 @@ def test_extract_several_prune_distill_export(
     exported = ["export", "--model", str(tmp_path / "cut" / "de"), "--length", "16"]
     assert main([*exported, "--beam", "1", "--out", str(tmp_path / "served")]) == 0
     assert (tmp_path / "served" / "translate.stablehlo").is_file()
+    for path in (tmp_path / "served").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o644, path
 
     token = tmp_path / "token"
     save_model(support.model(encoder="token", decoder="token"), token)
@@ -242,12 +268,30 @@ def test_extract_several_prune_distill_export(
     assert "of the teacher's gain over the baseline" in printed
     assert json.loads(kept.read_text())["task_moe"] is None
     assert load_model(tmp_path / "student" / "model").config.encoder == "dense"
+    taught = json.loads((tmp_path / "student" / "sizes.json").read_text())
+    assert 0 < taught["en-de"] <= 20
+    # What is made from a model knows what that was trained on.
+    (full / "sizes.json").write_text(json.dumps({"en-de": 7, "en-fr": 2_000_000}))
+    assert main([*several, str(tmp_path / "cut2")]) == 0
+    assert json.loads((tmp_path / "cut2" / "fr" / "sizes.json").read_text())["en-de"] == 7
+    score = ["evaluate", "--model", str(full), "--data", str(data), "--limit", "2", "--beam", "1"]
+    scores = tmp_path / "scores.json"
+    assert main([*score, "--against", str(full), "--json", str(scores)]) == 0
+    found = json.loads(scores.read_text())
+    assert found["averages"] == found["averages_against"]
+    assert set(found["averages_chrf"]) == set(found["averages"]) >= {"low resource", "all"}
+    chrf = [s["chrf"] for s in found["scores"].values()]
+    assert abs(found["averages_chrf"]["all"] - sum(chrf) / len(chrf)) < 1e-9
+    (line,) = (x for x in capfd.readouterr().out.splitlines() if "average all" in x)
+    means = (found[f"averages{name}"]["all"] for name in ("", "_chrf", "_against"))
+    assert re.findall(r"\d+\.\d\d", line) == [f"{mean:.2f}" for mean in means]
 
     for wrong, message in (
         ([*several[:-1], "--task", "de", "--out", str(tmp_path / "x")], "names a task twice"),
         ([*pruned, "9", "--out", str(tmp_path / "x")], "keep must be in [2, 4], got 9"),
         ([*exported[:2], str(full), "--out", str(tmp_path / "x")], "extract a task first"),
         ([*student, "--task-model", str(full)], "--task-model needs --baseline"),
+        ([*student, "--limit", "-1"], "--limit must be at least 1, got -1"),
         ([*student, "--set", "d_ff=9"], "the student has the teacher's sizes"),
     ):
         assert main(wrong) == 2

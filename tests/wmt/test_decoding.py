@@ -175,8 +175,42 @@ def test_scalar_tasks_run_as_their_sub_network() -> None:
     assert np.abs(other[1] - scalar[1]).max() > 1e-3
 
 
+@pytest.mark.parametrize(("beam", "n_best"), [(1, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_sentence_with_a_limit_is_found_as_alone_with_it(
+    ends: bool, beam: int, n_best: int
+) -> None:
+    most, params = 8, support.params(CONFIG, 0)
+    if not ends:  # with a `</s>` that is never likely, the best is a live one
+        params = params | {"embedding": params["embedding"].at[EOS].set(0)}
+
+    def run(source: Any, length: int, limit: Any) -> Any:
+        # With so large a penalty long ones are best.
+        options: Any = {"max_length": length, "beam": beam, "n_best": n_best, "alpha": 4.0}
+        find = functools.partial(search_n_best, params, CONFIG, tasks=NO_TASKS, **options)
+        return jax.jit(find)(source, limit=limit)
+
+    limits = np.array([2, 5, 8], np.int32)
+    ids, scores = run(SOURCE, most, limits)
+    free, _ = run(SOURCE, most, None)
+    assert (np.asarray(ids[0]) != np.asarray(free[0])).any()  # the limit is felt
+    for row, limit in enumerate(limits):
+        alone, score = run(SOURCE[row : row + 1], int(limit), None)
+        np.testing.assert_array_equal(ids[row, :, :limit], alone[0])
+        assert not np.asarray(ids[row, :, limit:]).any()
+        np.testing.assert_allclose(scores[row], score[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"beam": 0}, {"max_length": 0}, {"alpha": -1.0}, {"n_best": 2}, {"n_best": 0}]
+    "wrong",
+    [
+        {"beam": 0},
+        {"max_length": 0},
+        {"alpha": -1.0},
+        {"alpha": float("nan")},
+        {"n_best": 2},
+        {"n_best": 0},
+    ],
 )
 def test_what_does_not_fit_is_named(wrong: Any) -> None:
     with pytest.raises(ValueError, match=f"got .*{next(iter(wrong))}={next(iter(wrong.values()))}"):

@@ -41,6 +41,19 @@ def test_order_batches_and_progress() -> None:
     assert translate(small, REQUESTS[::-1], by_two) == whole[::-1]
 
 
+def test_long_sentences_have_fewer_rows_and_an_end() -> None:
+    small, said = extract(FULL, "de"), list[str]()
+    seen: list[tuple[int, int]] = []
+    long = " ".join(support.sentences("en", 90, seed=3))
+    requests = [("en-de", f"{long} {word}") for word in ("one", "two", "six")] + REQUESTS
+    how = Decoding(max_length=4, batch=4, max_source=256)
+    found = translate(small, requests, how, lambda *at: seen.append(at), said.append)
+    assert seen == [(2, 9), (3, 9), (7, 9), (9, 9)]  # 256 tokens: half as many rows
+    assert found[3:] == translate(small, REQUESTS, how)
+    assert [line.split(":")[0] for line in said] == [f"en-de, line {n}" for n in (1, 2, 3)]
+    assert found[0] == found[1] == found[2]  # they differ in what was cut off
+
+
 def test_a_sub_network_is_dense_and_knows_its_directions() -> None:
     small = extract(FULL, "en")
     assert small.config.pairs == ("de-en",)

@@ -13,6 +13,7 @@ from taskmoe.wmt.command_line import write_text
 from taskmoe.wmt.commands.shared import (
     add_decoding,
     build,
+    check_limit,
     decoding,
     load,
     out,
@@ -37,11 +38,13 @@ from taskmoe.wmt.scoring import score
 from taskmoe.wmt.training import train
 from taskmoe.wmt.transformer import param_count
 from taskmoe.wmt.translation import translate
-from taskmoe.wmt.workdir import check_workdir
+from taskmoe.wmt.workdir import SIZES, check_workdir
 
 
 def run(a: argparse.Namespace) -> None:
     """Train a dense student on a teacher's translations, from the teacher's non-expert weights."""
+    check_limit(a.limit)
+    how = decoding(a)
     teacher = load(a.teacher)
     references = {"--baseline": a.baseline, "--task-model": a.task_model}
     if a.task_model is not None and a.baseline is None:
@@ -67,7 +70,7 @@ def run(a: argparse.Namespace) -> None:
             a.workdir / "translations",
             teacher,
             {pair: lines for pair, (lines, _) in source.text.items()},
-            decoding(a),
+            how,
             progress,
         )
     params, taken = student_params(teacher.params, config, train_config.seed)
@@ -76,6 +79,7 @@ def run(a: argparse.Namespace) -> None:
         f"{param_count(teacher.params):,}"
     )
     data = TrainingData(text, teacher.tokenizer, train_config)
+    write_text(a.workdir / SIZES, json.dumps(data.sizes, indent=2) + "\n")
     with report_to("training", train_config.steps) as (report, say):
         student = train(
             a.workdir,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -11,22 +12,32 @@ from rich.table import Table
 from rich.text import Text
 
 from taskmoe.wmt.command_line import write_text
-from taskmoe.wmt.commands.shared import add_decoding, decoding, load, out
+from taskmoe.wmt.commands.shared import (
+    add_decoding,
+    check_limit,
+    decoding,
+    load,
+    out,
+    sizes_of,
+)
 from taskmoe.wmt.commands.text import add_data, text_to_score
-from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.folders import Pairs
 from taskmoe.wmt.model import Model
 from taskmoe.wmt.progress import bar
 from taskmoe.wmt.scoring import Comparison, averages, compare, score
-from taskmoe.wmt.translation import translate
-from taskmoe.wmt.workdir import SIZES
+from taskmoe.wmt.translation import task_ids, translate
 
 
 def run(a: argparse.Namespace) -> None:
     """Translate a split and print BLEU and chrF of each direction with sacreBLEU's signatures."""
+    check_limit(a.limit)
     model = load(a.model)
     other = None if a.against is None else load(a.against)
     text, title = text_to_score(a, a.split, model)
+    for pair in text:
+        task_ids(model.config, pair)
+        if other is not None:
+            task_ids(other.config, pair)
     if a.limit is not None:
         text = {p: (s[: a.limit], t[: a.limit]) for p, (s, t) in text.items()}
     ours = _translations(a, model, text)
@@ -44,14 +55,18 @@ def run(a: argparse.Namespace) -> None:
         if pair in comparisons:
             row += [f"{comparisons[pair].other:.2f}", f"{comparisons[pair].p:.4f}"]
         table.add_row(*row)
-    means = averages(
-        scores,
-        trained=model.config.pairs,
-        sizes=_sizes(a.model),
-        high_resource=a.high_resource,
-    )
-    for name, value in means.items():
-        table.add_row(f"average {name}", f"{value:.2f}")
+    means = {
+        name: averages(
+            {pair: getattr(found, name) for pair, found in table_of.items()},
+            trained=model.config.pairs,
+            sizes=sizes_of(a.model),
+            high_resource=a.high_resource,
+        )
+        for name, table_of in (("bleu", scores), ("chrf", scores), ("other", comparisons))
+    }
+    for name, value in means["bleu"].items():
+        row = [f"average {name}", f"{value:.2f}", f"{means['chrf'][name]:.2f}"]
+        table.add_row(*row, "", *(f"{level[name]:.2f}" for level in (means["other"],) if level))
     out.print(table)
     signatures = {x for s in scores.values() for x in (s.signature, s.chrf_signature)}
     for signature in sorted(signatures):
@@ -62,28 +77,20 @@ def run(a: argparse.Namespace) -> None:
         result = {
             "model": str(a.model),
             "scores": {p: s._asdict() for p, s in scores.items()},
-            "averages": means,
+            "averages": means["bleu"],
+            "averages_chrf": means["chrf"],
             "against": {p: c._asdict() for p, c in comparisons.items()},
+            "averages_against": means["other"],
         }
         write_text(a.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 def _translations(a: argparse.Namespace, model: Model, text: Pairs) -> dict[str, list[str]]:
     requests = [(pair, line) for pair, (source, _) in text.items() for line in source]
+    note = functools.partial(print, file=sys.stderr)
     with bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
-        found = iter(translate(model, requests, decoding(a), progress))
+        found = iter(translate(model, requests, decoding(a), progress, note))
     return {pair: [next(found) for _ in source] for pair, (source, _) in text.items()}
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Sentence pairs of each direction that a work directory was trained on; {} if unknown."""
-    for path in (folder / SIZES, folder.parent / SIZES):
-        if path.is_file():
-            try:
-                return {str(pair): int(n) for pair, n in json.loads(path.read_text()).items()}
-            except (ValueError, TypeError, AttributeError) as error:
-                raise InputError(f"{path} is damaged: {error}") from None
-    return {}
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:

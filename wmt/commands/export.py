@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from taskmoe.wmt.commands.shared import decoding, load, out
+from taskmoe.wmt.commands.shared import build, load, out
 from taskmoe.wmt.export import PROGRAM, export
+from taskmoe.wmt.model import check_new
+from taskmoe.wmt.translation import Decoding
 
 
 def run(a: argparse.Namespace) -> None:
     """Write a model's safetensors, vocabulary and its search as StableHLO for a fixed batch."""
     model = load(a.model)
-    how = decoding(a)
+    how = build(Decoding, {"beam": a.beam, "alpha": a.alpha, "batch": a.batch})
+    check_new(a.out)
     size = export(
         model,
         a.out,
         batch=how.batch,
         length=a.length,
-        max_length=a.max_length or 2 * a.length,
+        max_length=a.max_length,
         beam=how.beam,
         alpha=how.alpha,
         platforms=tuple(a.platforms.split(",")),
@@ -38,7 +41,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batch", type=int, default=16, help="sentences at once (default 16)")
     p.add_argument("--length", type=int, default=64, help="source tokens (default 64)")
     p.add_argument(
-        "--max-length", type=int, metavar="N", help="target tokens (default twice --length)"
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="target tokens (default: of each sentence as many as translate takes)",
     )
     p.add_argument(
         "--platforms", default="cpu", help="of cpu, tpu, cuda, rocm, with commas (default cpu)"

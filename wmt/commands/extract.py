@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from taskmoe.wmt.commands.shared import load, out
+from taskmoe.wmt.commands.shared import load, out, sizes_file
 from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import save_model
+from taskmoe.wmt.model import check_new, save_model
 from taskmoe.wmt.subnetwork import extract
 from taskmoe.wmt.transformer import param_count
 
@@ -17,12 +17,15 @@ def run(a: argparse.Namespace) -> None:
     model = load(a.model)
     if len(set(a.task)) != len(a.task):
         raise InputError(f"--task names a task twice: {', '.join(a.task)}")
-    # All are cut before any is written: a wrong name leaves nothing behind.
+    # All are cut before any is written: a wrong name or folder leaves nothing behind.
     small = {task: extract(model, task) for task in a.task}
+    folders = {task: a.out if len(small) == 1 else a.out / task for task in small}
+    for folder in folders.values():
+        check_new(folder)
     before = param_count(model.params)
     for task, network in small.items():
-        folder = a.out if len(small) == 1 else a.out / task
-        save_model(network, folder)
+        folder = folders[task]
+        save_model(network, folder, more=sizes_file(a.model))
         out.print(
             f"{folder}: task {task}, directions {', '.join(network.config.pairs)}; "
             f"{param_count(network.params):,} of {before:,} parameters"

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from taskmoe.wmt.commands.shared import load, out
+from taskmoe.wmt.commands.shared import check_limit, load, out, sizes_file
 from taskmoe.wmt.commands.text import add_data, text_to_score
-from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import Model, save_model
 from taskmoe.wmt.pruning import check_prunable, expert_usage, prune
 from taskmoe.wmt.transformer import param_count
@@ -20,8 +19,7 @@ def run(a: argparse.Namespace) -> None:
     """Keep the experts of a token-routed model that a text uses most, without training."""
     model = load(a.model)
     check_prunable(model.config)
-    if a.limit < 1:
-        raise InputError(f"--limit must be at least 1, got {a.limit}")
+    check_limit(a.limit)
     text, title = text_to_score(a, a.split, model)
     text = {pair: (x[: a.limit], y[: a.limit]) for pair, (x, y) in text.items()}
     with out.status(f"looking which experts {title} uses"):
@@ -30,7 +28,7 @@ def run(a: argparse.Namespace) -> None:
     small = Model(
         small.params, dataclasses.replace(small.config, pairs=tuple(text)), small.tokenizer
     )
-    save_model(small, a.out)
+    save_model(small, a.out, more=sizes_file(a.model))
     covered = [
         f"{side} {np.mean([np.sort(load)[::-1][: a.keep].sum() for load in loads]):.1%}"
         for side, loads in usage.items()

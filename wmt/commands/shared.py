@@ -13,6 +13,7 @@ from taskmoe.wmt.config import split_pair
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.model import Model, load_model
 from taskmoe.wmt.translation import Decoding
+from taskmoe.wmt.workdir import SIZES
 
 out = Console(soft_wrap=True, highlight=False, markup=False)
 
@@ -22,12 +23,42 @@ def add_decoding(p: argparse.ArgumentParser) -> None:
     p.add_argument("--beam", type=int, default=4, help="hypotheses; 1 is greedy (default 4)")
     p.add_argument("--alpha", type=float, default=0.6, help="length penalty (default 0.6)")
     p.add_argument("--batch", type=int, default=64, help="sentences at once (default 64)")
+    p.add_argument(
+        "--max-source",
+        type=int,
+        default=512,
+        metavar="N",
+        help="source tokens; what a sentence has beyond is cut off, and said (default 512)",
+    )
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise InputError where --limit leaves no sentence."""
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit must be at least 1, got {limit}")
 
 
 def check_pair(pair: str) -> str:
     """The direction itself; raises InputError where it is none."""
     own_words(split_pair, pair)
     return pair
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Sentence pairs of each direction that a model was trained on; {} if unknown."""
+    for path in (folder / SIZES, folder.parent / SIZES):
+        if path.is_file():
+            try:
+                return {str(pair): int(n) for pair, n in json.loads(path.read_text()).items()}
+            except (ValueError, TypeError, AttributeError) as error:
+                raise InputError(f"{path} is damaged: {error}") from None
+    return {}
+
+
+def sizes_file(folder: Path) -> dict[str, bytes]:
+    """What `sizes_of` says, as a file to lie in a folder of a model made from that one."""
+    sizes = sizes_of(folder)
+    return {SIZES: (json.dumps(sizes, indent=2) + "\n").encode()} if sizes else {}
 
 
 def load(folder: Path) -> Model:
@@ -39,7 +70,8 @@ def load(folder: Path) -> Model:
 
 def decoding(a: argparse.Namespace) -> Decoding:
     """What the arguments of `add_decoding` say."""
-    return build(Decoding, {"beam": a.beam, "alpha": a.alpha, "batch": a.batch})
+    fields = ("beam", "alpha", "batch", "max_source")
+    return build(Decoding, {name: getattr(a, name) for name in fields})
 
 
 def build(cls: Any, fields: dict[str, Any]) -> Any:

@@ -157,7 +157,7 @@ def _validation(a: argparse.Namespace, source: TrainingText) -> Validation | Non
     def bleu(model: Model) -> float:
         found = iter(translate(model, requests, Decoding()))
         scores = {
-            pair: score(pair, [next(found) for _ in references], references)
+            pair: score(pair, [next(found) for _ in references], references).bleu
             for pair, (_, references) in text.items()
         }
         return averages(scores)["all"]

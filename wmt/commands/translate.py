@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from taskmoe.wmt.commands.shared import (
 )
 from taskmoe.wmt.errors import InputError
 from taskmoe.wmt.progress import bar
+from taskmoe.wmt.textfiles import lines_of
 from taskmoe.wmt.translation import translate, translate_n_best
 
 
@@ -27,22 +29,18 @@ def run(a: argparse.Namespace) -> None:
         raise InputError(f"--pair must say which of {', '.join(model.config.pairs)}")
     check_pair(pair)
     stream = sys.stdin.buffer.read() if a.input is None else read_bytes(a.input)
-    try:
-        lines = stream.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        line = stream.count(b"\n", 0, error.start) + 1
-        name = a.input or "standard input"
-        raise InputError(f"{name}, line {line}: not valid UTF-8 ({error.reason})") from None
-    if lines[-1] == "":
-        lines.pop()
+    lines = lines_of(stream, a.input or "standard input")
+    note = functools.partial(print, file=sys.stderr)
     with bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
         requests = [(pair, line) for line in lines]
         if a.n_best is None:
             text = "".join(
-                f"{line}\n" for line in translate(model, requests, decoding(a), progress)
+                f"{line}\n" for line in translate(model, requests, decoding(a), progress, note)
             )
         else:
-            found = own_words(translate_n_best, model, requests, decoding(a), a.n_best, progress)
+            found = own_words(
+                translate_n_best, model, requests, decoding(a), a.n_best, progress, note
+            )
             text = "".join(
                 f"{i} ||| {hypothesis.text} ||| {hypothesis.score:.4f}\n"
                 for i, hypotheses in enumerate(found)
