@@ -161,8 +161,8 @@ def _study(root: Path) -> str:
             f"Gathered and timed by {provenance(command, result['machine'])}",
             f"Tokens/s: the decoder, {study.ROWS} sentences of one direction,",
             f"{serving.POSITIONS} positions, systems in turns, median of {result['rounds']} rounds",
-            "(p10 to p90), one device, so nothing is exchanged. Extracted alike: greedy translations",
-            "of the validation text that sub-networks and the whole model have in common.",
+            "(p10 to p90), one device, so nothing is exchanged. Extracted alike: greedy",
+            "translations of the validation text that sub-networks and the whole model share.",
         )
         said = paragraph(*study.findings(result), remark)
         found = markdown(study.HEADINGS, study.table_cells(result))
