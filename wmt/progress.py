@@ -14,7 +14,6 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
@@ -26,8 +25,9 @@ class _Rate(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        """Units a second, once there is a measurement."""
-        return Text(f"{task.speed:,.0f} {self.unit}/s" if task.speed else f"- {self.unit}/s")
+        """What was said with the last move, else units a second, once there is a measurement."""
+        speed = f"{task.speed:,.0f}" if task.speed else "-"
+        return Text(task.fields["text"] or f"{speed} {self.unit}/s")
 
 
 class Bar:
@@ -39,7 +39,7 @@ class Bar:
         self._moved = False
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
-        """Move to `done` of `total`; text: stands behind the rate."""
+        """Move to `done` of `total`; text: in place of the rate."""
         if not self._moved:  # where work that was stopped goes on is no speed
             self._progress.tasks[0].completed = done
             self._moved = True
@@ -58,11 +58,9 @@ def bar(title: str, unit: str, *, total: int | None = None, enabled: bool = True
     """A bar that is moved by calling what the block gets with (done, total)."""
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=14),  # all of it fits 80 columns
         MofNCompleteColumn(),
         _Rate(unit),
-        TextColumn("{task.fields[text]}", markup=False),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)

@@ -40,6 +40,7 @@ def test_lines_stand_above_the_bar_on_one_terminal(monkeypatch: pytest.MonkeyPat
     assert "training" in shown
     assert "40/60" in shown
     assert "loss 2.250  900 tokens/s" in shown
+    assert "steps/s" not in shown.rpartition("40/60")[2]
     # The bar is wiped (ESC[2K) before the line is written in its place.
     before, line, _ = shown.partition("step 20 [/of] 60")
     assert line
