@@ -125,9 +125,8 @@ _STUDIES = {
         "work/study-multi30k --data work/study-multi30k/data",
         "Mind: short runs tell of how fast each learns; a static table needs no "
         "learning of routes, which may be why it leads here and not in the paper. The student "
-        "learns from a small part of the text that the others see, so "
-        "its figure says little about distillation. Pruning keeps 2 of 8 experts without training, "
-        "as few as a sub-network has.",
+        "learns from its teacher's greedy translations of a third of the text that the others see. "
+        "Pruning keeps 2 of 8 experts without training, as few as a sub-network has.",
     ),
     "news": (
         "WMT news and everyday sentences (Tatoeba), English to and from 8 languages: 150 everyday "

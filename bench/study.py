@@ -329,6 +329,7 @@ def findings(result: dict[str, Any]) -> list[str]:
         if otherwise
         else "Every system is on the same side of dense as in the paper."
     )
+    lines += _doubtful(result)
     gain = gain_kept(bleu["dense"], bleu["token"], bleu["distilled"], bleu["target"])
     for whose, share, theirs in (
         ("the token-routed teacher's", gain.of_teacher, paper.DISTILLATION_KEEPS["teacher"]),
@@ -344,6 +345,21 @@ def findings(result: dict[str, Any]) -> list[str]:
         else:
             lines.append(f"The student keeps {share:.0f}% of {whose} gain (the paper: {theirs}%).")
     return lines
+
+
+def _doubtful(result: dict[str, Any]) -> list[str]:
+    """Systems whose differences to dense, seed by seed, spread more than they come to."""
+    tests = {r["system"]: np.array(r["test"]) for r in result["rows"]}
+    if len(tests["dense"]) < 2:
+        return []
+    apart = {n: tests[n] - tests["dense"] for n in tests if n != "dense"}
+    small = {n: d for n, d in apart.items() if abs(d.mean()) < d.std(ddof=1)}
+    said = ", ".join(
+        f"{SYSTEMS[n]} {d.mean():+.2f} ± {d.std(ddof=1):.2f}" for n, d in small.items()
+    )
+    return [f"No larger than its spread over seeds is the difference to dense of {said}."] * bool(
+        small
+    )
 
 
 def chart(result: dict[str, Any]) -> Figure:

@@ -89,6 +89,16 @@ def test_what_is_gathered(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert cells["static by target"][5] == ""
 
 
+def test_differences_within_their_spread_are_named() -> None:
+    tests = {name: [level, level + 1] for name, level in BLEU.items()} | {"sentence": [18.0, 22.0]}
+    result = {"rows": [{"system": name, "test": levels} for name, levels in tests.items()]}
+    (said,) = (line for line in study.findings(result) if "spread over seeds" in line)
+    # To dense's 20 and 21 it is -2 and +1.
+    assert said.endswith("the difference to dense of sentence/sentence -0.50 ± 2.12.")
+    one = {"rows": [{"system": name, "test": levels[:1]} for name, levels in tests.items()]}
+    assert not any("spread over seeds" in line for line in study.findings(one))
+
+
 def test_a_seed_that_not_all_systems_have_is_left_out(
     folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
