@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
 from taskmoe.bench import serving
-from taskmoe.moe.exchange import EXPERT_AXIS
+from taskmoe.moe.mesh import EXPERT_AXIS
 from taskmoe.moe.routing import capacity
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.subnetwork import one_task

@@ -32,7 +32,8 @@ from taskmoe.bench.exchange_step import (
 )
 from taskmoe.bench.serving import place
 from taskmoe.bench.timing import alternate
-from taskmoe.moe.exchange import EXPERT_AXIS, Peers, rows_sent
+from taskmoe.moe.exchange import Peers, rows_sent
+from taskmoe.moe.mesh import EXPERT_AXIS
 from taskmoe.wmt.command_line import write_text
 
 #: Begins the name of a layer's exchange that runs by itself.

@@ -49,14 +49,13 @@ def moved_bytes(chip: str, way: str, rows: int, sizes: tuple[int, ...]) -> int:
     w_in = jnp.zeros((EXPERTS, D_MODEL, D_FF), jnp.bfloat16)
     w_out = jnp.zeros((EXPERTS, D_FF, D_MODEL), jnp.bfloat16)
     groups = jnp.asarray(sizes, jnp.int32)
-    info = kernel_cases.chip_info(chip)
     if way.startswith("megablox"):
         return min(
-            _megablox_bytes(info, x, w_in, w_out, groups, block)
+            _megablox_bytes(chip, x, w_in, w_out, groups, block)
             for block in MEGABLOX_ROWS
             if rows % block == 0
         )
-    with recording(info) as calls:
+    with recording(chip) as calls:
         if way.endswith("expert_ffn"):
             expert_ffn(x, w_in, w_out, groups, implementation="mosaic")
             return sum(call.moved_bytes for call in calls)
@@ -65,11 +64,11 @@ def moved_bytes(chip: str, way: str, rows: int, sizes: tuple[int, ...]) -> int:
     return sum(call.moved_bytes for call in calls) + 2 * hidden.nbytes  # the activation's
 
 
-def _megablox_bytes(info: Any, x: Any, w_in: Any, w_out: Any, groups: Any, block: int) -> int:
+def _megablox_bytes(chip: str, x: Any, w_in: Any, w_out: Any, groups: Any, block: int) -> int:
     """Whole matrices a block: no other width or depth moves less."""
     product = kernel_cases.megablox().gmm
     hidden = jnp.zeros((x.shape[0], D_FF), x.dtype)
-    with recording(info) as calls:
+    with recording(chip) as calls:
         product(x, w_in, groups, x.dtype, (block, D_MODEL, D_FF))
         product(hidden, w_out, groups, x.dtype, (block, D_FF, D_MODEL))
     return sum(call.moved_bytes for call in calls) + 2 * hidden.nbytes

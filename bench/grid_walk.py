@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from taskmoe.kernels import tiling
+from taskmoe.kernels import for_chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +50,13 @@ class KernelCall:
 
 
 @contextlib.contextmanager
-def recording(chip: pltpu.TpuInfo) -> Iterator[list[KernelCall]]:
-    """Record kernel calls made in the block, with block sizes as for this chip.
+def recording(chip: str) -> Iterator[list[KernelCall]]:
+    """Record kernel calls made in the block, with block sizes as for this chip ("v5e", ...).
 
     Functions must be called outside of `jax.jit`, with arrays: index maps need real group sizes.
     """
     calls: list[KernelCall] = []
-    real_call, real_chip = pl.pallas_call, tiling.chip
-    real_constraint = pltpu.with_memory_space_constraint
+    real_call = pl.pallas_call
 
     def pallas_call(kernel: Callable[..., None], out_shape: Any = None, **options: Any) -> Any:
         def call(*operands: Any) -> Any:
@@ -68,17 +67,14 @@ def recording(chip: pltpu.TpuInfo) -> Iterator[list[KernelCall]]:
 
         return call
 
-    # All are looked up as attributes of their modules at each call. Interpret mode is what lets
-    # "mosaic" be chosen on a machine without TPU. Where an array lies is no matter here, and JAX
-    # takes such a constraint under jit only.
-    pl.pallas_call, tiling.chip = pallas_call, lambda: chip
-    pltpu.with_memory_space_constraint = lambda x, *_, **__: x
+    # It is looked up as an attribute of its module at each call. Interpret mode is what lets
+    # "mosaic" be chosen on a machine without TPU.
+    pl.pallas_call = pallas_call
     try:
-        with pltpu.force_tpu_interpret_mode(), jax.disable_jit():
+        with for_chip(chip), pltpu.force_tpu_interpret_mode(), jax.disable_jit():
             yield calls
     finally:
-        pl.pallas_call, tiling.chip = real_call, real_chip
-        pltpu.with_memory_space_constraint = real_constraint
+        pl.pallas_call = real_call
 
 
 def _record(
@@ -135,7 +131,7 @@ def walk_bytes(block: pl.BlockSpec, array: Any, grid: Sequence[int], scalars: Se
     return int(extent[changed].sum()) * itemsize
 
 
-def record(chip: pltpu.TpuInfo, f: Callable[..., Any], *args: Any) -> list[KernelCall]:
+def record(chip: str, f: Callable[..., Any], *args: Any) -> list[KernelCall]:
     """The kernel calls of f(*args), args being arrays."""
     with recording(chip) as calls:
         f(*args)

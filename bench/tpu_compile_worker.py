@@ -112,7 +112,7 @@ def walk(case: Case) -> tuple[list[KernelCall], int]:
         return np.asarray(sizes, np.int32) if is_sizes else order.reshape(s.shape)
 
     values, count = jax.tree.map(value, arguments), program.gradients
-    with recording(kernel_cases.chip_info(case.chip)) as calls:
+    with recording(case.chip) as calls:
         if case.direction == "backward" and count:
             _, pull = jax.vjp(
                 lambda *first: program.function(*first, *values[count:-1]), *values[:count]

@@ -1,13 +1,15 @@
 """Mixture-of-Experts ops: gating, row movement and grouped matmuls, with gradients.
 
-Each op has three implementations: "mosaic" (Pallas kernels for TPU), "xla" (fast anywhere) and
-"reference" (the definition); None chooses mosaic on TPU and xla elsewhere.
+Each op has several implementations: "mosaic" (Pallas kernels for TPU), "ragged_dot" (for GPU),
+"xla" (fast anywhere) and "reference" (the definition). None leaves the choice to the platform that
+is lowered for, see `taskmoe.kernels.platforms`; `for_chip` names a TPU that is not there.
 """
 
 from taskmoe.kernels.expert_network import expert_ffn
 from taskmoe.kernels.gating import Gating, top_k_gating
 from taskmoe.kernels.grouped_matmul import gmm, tgmm
 from taskmoe.kernels.planning import RowPlan, row_plan
+from taskmoe.kernels.platforms import for_chip
 from taskmoe.kernels.row_movement import combine, dispatch
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "combine",
     "dispatch",
     "expert_ffn",
+    "for_chip",
     "gmm",
     "row_plan",
     "tgmm",

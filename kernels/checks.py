@@ -1,86 +1,62 @@
-"""What every op asks of its arguments, and which implementation runs.
+"""What every op asks of its arguments.
 
-Errors name the argument, what it was and what fits. `None` as implementation means the Pallas
-kernel ("mosaic") on TPU and "xla" elsewhere. Arrays that meet inside `jax.shard_map` are brought to
-one set of varying axes, so that loops and custom gradients see operands of one kind.
+Errors name the argument, what it was and what fits. Arrays that meet inside `jax.shard_map` are
+brought to one set of varying axes, so that custom gradients see operands of one kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-
-IMPLEMENTATIONS = ("mosaic", "xla", "reference")
-#: Ops that have a Pallas TPU kernel.
-MOSAIC_OPS = ("combine", "dispatch", "expert_ffn", "gmm", "tgmm", "top_k_gating")
-
-
-def choose_implementation(op: str, implementation: str | None) -> str:
-    """The implementation that `op` runs with here; ValueError if the one asked for cannot run."""
-    if implementation is None:
-        return "mosaic" if op in MOSAIC_OPS and pltpu.is_tpu_device() else "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))} or None, "
-            f"got {implementation!r}"
-        )
-    if implementation == "mosaic":
-        if op not in MOSAIC_OPS:
-            raise ValueError(
-                f"implementation='mosaic' is not there for {op}, only for: "
-                f"{', '.join(MOSAIC_OPS) or 'no op yet'}; None, 'xla' and 'reference' fit"
-            )
-        if not pltpu.is_tpu_device() and not in_interpret_mode():
-            raise ValueError(
-                f"implementation='mosaic' of {op} runs on TPU, or inside "
-                "jax.experimental.pallas.tpu.force_tpu_interpret_mode(); the device here is "
-                f"{jax.default_backend()!r}: use None, 'xla' or 'reference'"
-            )
-    return implementation
-
-
-def in_interpret_mode() -> bool:
-    """Whether Pallas TPU kernels traced here would run in interpret mode."""
-
-    def copy(x_ref: Any, o_ref: Any) -> None:
-        o_ref[...] = x_ref[...]
-
-    def probe(x: jax.Array) -> jax.Array:
-        return pl.pallas_call(copy, out_shape=result_like(x, x.shape, x.dtype))(x)
-
-    jaxpr = jax.make_jaxpr(probe)(jax.ShapeDtypeStruct((8, 128), jnp.float32))
-    return any(eqn.params.get("interpret") for eqn in jaxpr.eqns)
 
 
 def check_shape(name: str, x: Any, shape: Sequence[int | str]) -> None:
     """ValueError unless x has this shape; a str stands for any size and is how it is written."""
     actual = jnp.shape(x)
     if len(actual) != len(shape) or any(
-        isinstance(want, int) and want != have for want, have in zip(shape, actual, strict=True)
+        not isinstance(want, str) and want != have for want, have in zip(shape, actual, strict=True)
     ):
         wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name} must have shape [{wanted}], got {list(actual)}")
 
 
-def check_float(name: str, x: Any, like: tuple[str, Any] | None = None) -> None:
-    """TypeError unless x is bf16, f32 or f64, and of the same dtype as `like` (name, array)."""
-    dtype = jnp.asarray(x).dtype if not hasattr(x, "dtype") else x.dtype
-    if dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
-        raise TypeError(f"{name} must be bfloat16 or float32, got {dtype}")
-    if like is not None and dtype != like[1].dtype:
-        raise TypeError(f"{name} must have the dtype of {like[0]}, {like[1].dtype}, got {dtype}")
+def as_floats(name: str, x: Any, like: tuple[str, jax.Array] | None = None) -> jax.Array:
+    """X as an array; TypeError unless bf16, f32 or f64, with the dtype of `like` (name, array)."""
+    x = jnp.asarray(x)
+    if x.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
+        raise TypeError(f"{name} must be bfloat16 or float32, got {x.dtype}")
+    if like is not None and x.dtype != like[1].dtype:
+        raise TypeError(f"{name} must have the dtype of {like[0]}, {like[1].dtype}, got {x.dtype}")
+    return x
 
 
-def check_int(name: str, x: Any) -> None:
-    """TypeError unless x is of an integer dtype."""
-    dtype = jnp.asarray(x).dtype if not hasattr(x, "dtype") else x.dtype
-    if not jnp.issubdtype(dtype, jnp.integer):
-        raise TypeError(f"{name} must be of an integer dtype such as int32, got {dtype}")
+def as_integers(name: str, x: Any) -> jax.Array:
+    """X as int32, anything that makes an array of integers; TypeError for another dtype.
+
+    64-bit values beyond 32 bits become the nearest that int32 holds.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must be of an integer dtype such as int32, got {x.dtype}")
+    if x.dtype.itemsize > 4 or x.dtype == jnp.uint32:
+        limits = jnp.iinfo(jnp.int32)
+        x = jnp.clip(x, max(limits.min, jnp.iinfo(x.dtype).min), limits.max)
+    return x.astype(jnp.int32)
+
+
+def as_size(name: str, value: Any) -> Any:
+    """The value as an int of at least 1, or a symbolic dimension; ValueError for anything else."""
+    if jax.export.is_symbolic_dim(value):
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    return operator.index(value)
 
 
 def match_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -89,10 +65,13 @@ def match_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     The transpose is a psum, so that an array shared by all devices gets its whole gradient.
     """
     axes = frozenset().union(*map(varying_axes, arrays))
-    return tuple(
-        jax.lax.pcast(x, tuple(missing), to="varying") if (missing := axes - varying_axes(x)) else x
-        for x in arrays
-    )
+    return tuple(vary_over(x, axes) for x in arrays)
+
+
+def vary_over(x: jax.Array, axes: Iterable[Any]) -> jax.Array:
+    """X as an array that may differ between devices along these manual mesh axes."""
+    missing = frozenset(axes) - varying_axes(x)
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
 def varying_axes(x: jax.Array) -> frozenset[Any]:
@@ -101,13 +80,9 @@ def varying_axes(x: jax.Array) -> frozenset[Any]:
     return aval.mat.varying if hasattr(aval, "mat") else aval.vma
 
 
-def result_like(x: jax.Array, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
-    """What a kernel returns: this shape and dtype, differing between devices as x does."""
-    aval: Any = jax.typeof(x)
-    if hasattr(aval, "mat"):
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=aval.mat)
-    make: Any = jax.ShapeDtypeStruct
-    return make(shape, dtype, vma=aval.vma)
+def zeros_like_all(shape: Sequence[int], dtype: Any, *arrays: jax.Array) -> jax.Array:
+    """Zeros that vary between devices as the arrays do: the result where one of them is empty."""
+    return match_varying(jnp.zeros(tuple(shape), dtype), *arrays)[0]
 
 
 def in_hbm(x: jax.Array) -> jax.Array:
@@ -115,6 +90,8 @@ def in_hbm(x: jax.Array) -> jax.Array:
 
     A BlockSpec alone does not tell XLA, which may choose VMEM or CMEM: jax-ml/jax issue 39744.
     """
+    if not isinstance(x, jax.core.Tracer):
+        return x  # under `jax.disable_jit` a kernel's operands are where they are
     return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 

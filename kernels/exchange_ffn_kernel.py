@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.checks import check_float, check_shape, in_hbm, match_varying
+from taskmoe.kernels.checks import as_floats, check_shape, in_hbm, match_varying
 from taskmoe.kernels.exchange_kernel import (
     COLLECTIVE_ID,
     Copies,
@@ -49,9 +49,10 @@ from taskmoe.kernels.exchange_plan import (
     to_words,
     unpack,
 )
-from taskmoe.kernels.expert_network import Activation, expert_ffn
-from taskmoe.kernels.ffn_kernel import ACTIVATIONS
+from taskmoe.kernels.expert_network import expert_ffn
 from taskmoe.kernels.ffn_kernel import cost as ffn_cost
+from taskmoe.kernels.options import ACTIVATIONS, Activation
+from taskmoe.kernels.platforms import chip, with_kernel_settings
 from taskmoe.kernels.tiling import HIDDEN_CHUNK
 
 if TYPE_CHECKING:
@@ -75,6 +76,15 @@ def row_block(x: jax.Array, num_experts: int, num_rows: int) -> int:
     return tilings.block_rows(min(x.shape[0], num_rows), num_experts, x.dtype.itemsize)
 
 
+def room_for(x: jax.Array, num_experts: int, num_rows: int) -> tuple[int, int]:
+    """Places that the kernel has for rows that arrive, num_rows at least, and rows a block.
+
+    x: [M, D]; num_experts: of this device, each of which begins a block.
+    """
+    rows = row_block(x, num_experts, num_rows)
+    return tilings.round_up(num_rows, rows) + num_experts * rows, rows
+
+
 def can_fuse(
     x: jax.Array, counts: jax.Array, w_in: jax.Array, w_gate: jax.Array | None, num_rows: int
 ) -> bool:
@@ -89,7 +99,7 @@ def can_fuse(
         counts.shape[1] <= MAX_EXPERTS
         and d % (4 // itemsize * tilings.LANES) == 0
         and f % tilings.LANES == 0
-        and vmem_bytes(rows, d, f, matrices, itemsize) <= tilings.vmem_budget_bytes(tilings.chip())
+        and vmem_bytes(rows, d, f, matrices, itemsize) <= tilings.vmem_budget_bytes(chip())
     )
 
 
@@ -238,6 +248,7 @@ def kernel(
     for_each(0, num_segments + 1, lambda hole: come.fill(hole, "wait"))
 
 
+@with_kernel_settings
 def exchange_ffn_mosaic(
     x: jax.Array,
     counts: jax.Array,
@@ -254,8 +265,7 @@ def exchange_ffn_mosaic(
     assert w_in is not None
     own, d, f = w_in.shape
     count, itemsize = 2 if w_gate is None else 3, x.dtype.itemsize
-    rows = row_block(x, own, num_rows)
-    places = tilings.round_up(num_rows, rows) + own * rows
+    places, rows = room_for(x, own, num_rows)
     order, devices = neighbours(axis_name)
     there, back = (
         segments(counts, order, x.shape[0], places, way, align=rows) for way in (False, True)
@@ -383,13 +393,13 @@ def exchange_ffn(
     Returns [M, D] in x's dtype; rows past those that count are zero. Raises ValueError or TypeError
     where an argument does not fit. Gradients as of the three.
     """
-    check_exchange("exchange_ffn", x, counts, num_rows, axis_name)
+    x, counts, num_rows = check_exchange("exchange_ffn", x, counts, num_rows, axis_name)
     local = counts.shape[1] // counts.shape[0]
     check_shape("w_in", w_in, (local, x.shape[1], "F"))
     check_shape("w_out", w_out, (local, w_in.shape[2], x.shape[1]))
     for name, weight in (("w_in", w_in), ("w_out", w_out), ("w_gate", w_gate)):
         if weight is not None:
-            check_float(name, weight, ("x", x))
+            as_floats(name, weight, ("x", x))
     if w_gate is not None:
         check_shape("w_gate", w_gate, w_in.shape)
     if activation not in ACTIVATIONS:

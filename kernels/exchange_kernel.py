@@ -33,11 +33,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels.checks import (
-    check_float,
-    check_int,
+    as_floats,
+    as_integers,
+    as_size,
     check_shape,
     in_hbm,
-    in_interpret_mode,
     match_varying,
 )
 from taskmoe.kernels.exchange_plan import (
@@ -48,6 +48,7 @@ from taskmoe.kernels.exchange_plan import (
     segments,
     to_words,
 )
+from taskmoe.kernels.platforms import interpret_mode, with_kernel_settings, with_plain_settings
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -58,6 +59,7 @@ BLOCK_ROWS, BLOCK_BYTES = 128, 1 << 20
 COLLECTIVE_ID = 11
 
 
+@with_plain_settings
 def exchange_rows_reference(
     x: jax.Array, counts: jax.Array, num_rows: int, back: bool = False, align: int = 1
 ) -> jax.Array:
@@ -251,6 +253,7 @@ def block_rows(num_rows: int, width: int) -> int:
     return 1 << (most.bit_length() - 1)
 
 
+@with_kernel_settings
 def exchange_mosaic(
     x: jax.Array, counts: jax.Array, num_rows: int, axis_name: str, back: bool, align: int
 ) -> jax.Array:
@@ -309,35 +312,40 @@ def _exchange_backward(
 _exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
-def check_can_run(what: str) -> None:
-    """ValueError unless kernels traced here run on TPU or in interpret mode."""
-    if not pltpu.is_tpu_device() and not in_interpret_mode():
+def check_can_run(what: str, platform: str) -> None:
+    """ValueError unless kernels traced for this platform run: on TPU, or in interpret mode."""
+    if platform != "tpu" and interpret_mode() is None:
         raise ValueError(
             f"{what} runs on TPU, or inside "
-            "jax.experimental.pallas.tpu.force_tpu_interpret_mode(); the device here is "
-            f"{jax.default_backend()!r}"
+            "jax.experimental.pallas.tpu.force_tpu_interpret_mode(); the devices of the mesh are "
+            f"{platform!r}"
         )
 
 
-def check_exchange(op: str, x: jax.Array, counts: jax.Array, num_rows: int, axis_name: str) -> None:
-    """ValueError or TypeError unless these are arguments of an exchange that can run here."""
+def check_exchange(
+    op: str, x: Any, counts: Any, num_rows: Any, axis_name: str
+) -> tuple[jax.Array, jax.Array, int]:
+    """Rows, counts and rows of the result of an exchange that can run here.
+
+    ValueError or TypeError where they do not fit.
+    """
+    x = as_floats("x", x)
     check_shape("x", x, ("M", "W"))
-    check_float("x", x)
     if x.dtype.itemsize > 4:
         raise TypeError(f"x must be bfloat16 or float32, got {x.dtype}")
     if x.size == 0:
         raise ValueError(f"x must not be empty, got shape {list(x.shape)}")
     peers = jax.lax.axis_size(axis_name)
+    counts = as_integers("counts", counts)
     check_shape("counts", counts, (peers, "E"))
-    check_int("counts", counts)
     if counts.shape[1] == 0 or counts.shape[1] % peers:
         raise ValueError(
             f"counts must have a multiple of {peers} experts (axis {axis_name!r}), "
             f"got {counts.shape[1]}"
         )
-    if not isinstance(num_rows, int) or num_rows < 1:
-        raise ValueError(f"num_rows must be an int of at least 1, got {num_rows!r}")
-    check_can_run(op)
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    check_can_run(op, jax.default_backend() if device is None else device.platform)
+    return x, counts, as_size("num_rows", num_rows)
 
 
 def exchange_rows(
@@ -368,6 +376,6 @@ def exchange_rows(
     nobody sends are zero; of what exceeds M or num_rows the last is dropped. Raises ValueError or
     TypeError where an argument does not fit, and off TPU. Gradient: the other way.
     """
-    check_exchange("exchange_rows", x, counts, num_rows, axis_name)
+    x, counts, num_rows = check_exchange("exchange_rows", x, counts, num_rows, axis_name)
     x, counts = match_varying(x, counts)
     return _exchange(x, counts, num_rows, axis_name, back, align)

@@ -3,121 +3,113 @@
     out[i] = act(x[i] W_in[g(i)]) W_out[g(i)]
     out[i] = (act(x[i] W_gate[g(i)]) * (x[i] W_in[g(i)])) W_out[g(i)]     gated (SwiGLU and kin)
 
-Backward of the Pallas kernel recomputes the hidden activations; the XLA twin keeps what comes
-before the activation, [M, F] in f32, which on CPU is cheaper than the product. Shazeer 2020, GLU
-variants (arXiv 2002.05202).
+The Pallas kernel's backward recomputes the hidden activations; the other implementations keep what
+comes before the activation, [M, F] in f32, under the name HIDDEN. Results are named OUT. Policies
+of `jax.checkpoint` see both names, so that a layer that is recomputed need not multiply again.
+Shazeer 2020, GLU variants (arXiv 2002.05202).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from taskmoe.kernels import row_tiles
+from taskmoe.kernels import ragged_products
 from taskmoe.kernels.checks import (
     accumulator,
-    check_float,
+    as_floats,
     check_shape,
-    choose_implementation,
     match_varying,
+    zeros_like_all,
 )
 from taskmoe.kernels.ffn_backward_kernel import expert_ffn_backward_mosaic
-from taskmoe.kernels.ffn_kernel import ACTIVATIONS, expert_ffn_mosaic
-from taskmoe.kernels.grouped_matmul import check_groups, gmm_reference
+from taskmoe.kernels.ffn_kernel import expert_ffn_mosaic
+from taskmoe.kernels.grouped_matmul import gmm_reference
+from taskmoe.kernels.groups import Groups, check_groups
+from taskmoe.kernels.options import ACTIVATIONS, Activation, FFNOptions, ProductOptions
+from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
+from taskmoe.kernels.tiled_ffn import (
+    expert_ffn_backward_xla,
+    expert_ffn_keeping_xla,
+    expert_ffn_xla,
+)
 from taskmoe.kernels.tiling import Tiling, check_tiling
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-Activation = Literal["relu", "gelu", "silu"]
+HIDDEN, OUT = "taskmoe_expert_hidden", "taskmoe_expert_out"
 
 
+@with_plain_settings
 def expert_ffn_reference(
+    options: FFNOptions,
     x: jax.Array,
     w_in: jax.Array,
     w_out: jax.Array,
     w_gate: jax.Array | None,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    activation: Activation,
+    groups: Groups,
 ) -> jax.Array:
     """The definition of `expert_ffn`."""
     acc = accumulator(x.dtype)
-    act = ACTIVATIONS[activation]
+    act = ACTIVATIONS[options.activation]
 
     def times(rows: jax.Array, matrices: jax.Array, dtype: Any) -> jax.Array:
-        return gmm_reference(rows, matrices, group_sizes, group_offset, False, dtype)
+        product = ProductOptions(dtype, matrices.shape[0], options.shifted, None)
+        return gmm_reference(product, rows, matrices, groups)
 
     hidden = times(x, w_in, acc)
     hidden = act(hidden) if w_gate is None else act(times(x, w_gate, acc)) * hidden
     return times(hidden.astype(x.dtype), w_out, x.dtype)
 
 
-def _dot(a: jax.Array, b: jax.Array, left: int = 1, right: int = 0) -> jax.Array:
-    dims: Any = (((left,), (right,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=accumulator(a.dtype))
+def _keeping_mosaic(options: FFNOptions, *operands: Any) -> tuple[jax.Array, list[jax.Array]]:
+    """Nothing is kept: the zeros that stand for it are never read, and XLA drops them."""
+    x, w_in, _, w_gate, _ = operands
+    shape, count = (x.shape[0], w_in.shape[2]), 1 if w_gate is None else 2
+    return expert_ffn_mosaic(options, *operands), [jnp.zeros(shape, jnp.float32)] * count
 
 
-def _forward_xla(
-    x: jax.Array,
-    w_in: jax.Array,
-    w_out: jax.Array,
-    w_gate: jax.Array | None,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    activation: Activation,
-    keep: bool,
-) -> tuple[jax.Array, list[jax.Array]]:
-    """The result, and if asked to keep them x W_in and x W_gate [M, F], in the accumulator's dtype.
-
-    They are not asked for where nothing is differentiated.
-    """
-    num_rows, (num_groups, _, hidden_size) = x.shape[0], w_in.shape
-    act = ACTIVATIONS[activation]
-    bounds = row_tiles.group_bounds(group_sizes, group_offset, num_groups, num_rows)
-    tiles = row_tiles.choose_tiles(num_rows, *w_in.shape)
-    into = [w_in] if w_gate is None else [w_in, w_gate]
-
-    def per_tile(group: jax.Array, tile: row_tiles.Tile, state: Any) -> tuple[Any, Any]:
-        out, kept = state
-        xs = row_tiles.take(x, tile)
-        up, *gates = (_dot(xs, row_tiles.pick(w, group)) for w in into)
-        hidden = act(gates[0]) * up if gates else act(up)
-        product = _dot(hidden.astype(x.dtype), row_tiles.pick(w_out, group))
-        values = zip(kept, [up, *gates], strict=False)  # kept may be empty
-        kept = [row_tiles.put(buffer, tile, value) for buffer, value in values]
-        return (row_tiles.put(out, tile, product), kept), ()
-
-    def zeros(width: int, dtype: Any) -> jax.Array:
-        return match_varying(jnp.zeros((num_rows, width), dtype), x)[0]
-
-    kept = [zeros(hidden_size, accumulator(x.dtype)) for _ in into] if keep else []
-    init = zeros(w_out.shape[2], x.dtype), kept
-    out, kept = row_tiles.for_each_tile(
-        bounds, tiles, num_rows, per_tile, lambda _, __, state: state, init
-    )
-    return out, kept
+def _backward_mosaic(options: FFNOptions, *operands: Any) -> Any:
+    x, w_in, w_out, w_gate, groups, _, grad = operands
+    return expert_ffn_backward_mosaic(options, x, w_in, w_out, w_gate, groups, grad)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+EXPERT_FFN = Op(
+    "expert_ffn",
+    xla=expert_ffn_xla,
+    mosaic=expert_ffn_mosaic,
+    ragged_dot=lambda *args: ragged_products.expert_ffn(*args)[0],
+)
+EXPERT_FFN_KEEPING = Op(
+    "expert_ffn_keeping",
+    xla=expert_ffn_keeping_xla,
+    mosaic=_keeping_mosaic,
+    ragged_dot=ragged_products.expert_ffn,
+)
+EXPERT_FFN_BACKWARD = Op(
+    "expert_ffn_backward",
+    xla=expert_ffn_backward_xla,
+    mosaic=_backward_mosaic,
+    ragged_dot=ragged_products.expert_ffn_backward,
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _expert_ffn(
     x: jax.Array,
     w_in: jax.Array,
     w_out: jax.Array,
     w_gate: jax.Array | None,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    activation: Activation,
-    implementation: str,
-    tiling: Tiling | None,
+    groups: Groups,
+    options: FFNOptions,
 ) -> jax.Array:
-    args = (x, w_in, w_out, w_gate, group_sizes, group_offset, activation)
-    if implementation == "mosaic":
-        return expert_ffn_mosaic(*args, tiling)
-    return _forward_xla(*args, keep=False)[0]
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return EXPERT_FFN(options, options.implementation, out, x, w_in, w_out, w_gate, groups)
 
 
 def _expert_ffn_forward(
@@ -125,70 +117,25 @@ def _expert_ffn_forward(
     w_in: jax.Array,
     w_out: jax.Array,
     w_gate: jax.Array | None,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    activation: Activation,
-    implementation: str,
-    tiling: Tiling | None,
+    groups: Groups,
+    options: FFNOptions,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    args = (x, w_in, w_out, w_gate, group_sizes, group_offset)
-    if implementation == "mosaic":
-        return _expert_ffn(*args, activation, implementation, tiling), (args, [])
-    out, kept = _forward_xla(*args, activation, keep=True)
-    return out, (args, kept)
+    operands = (x, w_in, w_out, w_gate, groups)
+    hidden = jax.ShapeDtypeStruct((x.shape[0], w_in.shape[2]), accumulator(x.dtype))
+    results = jax.ShapeDtypeStruct(x.shape, x.dtype), [hidden] * (1 if w_gate is None else 2)
+    out, kept = EXPERT_FFN_KEEPING(options, options.implementation, results, *operands)
+    return checkpoint_name(out, OUT), (operands, checkpoint_name(kept, HIDDEN))
 
 
 def _expert_ffn_backward(
-    activation: Activation,
-    implementation: str,
-    tiling: Tiling | None,
-    residuals: tuple[Any, ...],
-    grad: jax.Array,
+    options: FFNOptions, residuals: tuple[Any, ...], grad: jax.Array
 ) -> tuple[Any, ...]:
     operands, kept = residuals
-    if implementation == "mosaic":
-        return *expert_ffn_backward_mosaic(operands, grad, activation), None, None
-    x, w_in, w_out, w_gate, group_sizes, group_offset = operands
-    num_rows, num_groups = x.shape[0], w_in.shape[0]
-    act = ACTIVATIONS[activation]
-    bounds = row_tiles.group_bounds(group_sizes, group_offset, num_groups, num_rows)
-    tiles = row_tiles.choose_tiles(num_rows, *w_in.shape)
-    weights = [w_in, w_out] if w_gate is None else [w_in, w_out, w_gate]
-
-    def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return match_varying(jnp.zeros(shape, dtype), x)[0]
-
-    def per_tile(group: jax.Array, tile: row_tiles.Tile, state: Any) -> tuple[Any, Any]:
-        d_x, d_weights = state
-        inner, outer, *gates = (row_tiles.pick(w, group) for w in weights)
-        xs, g = row_tiles.take(x, tile), row_tiles.take(grad, tile)
-        up, *pre_gate = (row_tiles.take(value, tile) for value in kept)
-        d_hidden = _dot(g, outer, 1, 1)
-        if gates:
-            hidden, pull = jax.vjp(lambda s, u: act(s) * u, pre_gate[0], up)
-            d_gate, d_up = pull(d_hidden)
-        else:
-            hidden, pull = jax.vjp(act, up)
-            (d_up,) = pull(d_hidden)
-        d_up = d_up.astype(x.dtype)
-        d_rows = _dot(d_up, inner, 1, 1)
-        products = [_dot(xs, d_up, 0, 0), _dot(hidden.astype(x.dtype), g, 0, 0)]
-        if gates:
-            d_gate = d_gate.astype(x.dtype)
-            d_rows += _dot(d_gate, gates[0], 1, 1)
-            products.append(_dot(xs, d_gate, 0, 0))
-        return (row_tiles.put(d_x, tile, d_rows), d_weights), products
-
-    def per_group(group: jax.Array, sums: list[jax.Array], state: Any) -> Any:
-        d_x, d_weights = state
-        pairs = zip(d_weights, sums, strict=True)
-        return d_x, [row_tiles.put_group(d, group, total) for d, total in pairs]
-
-    init = zeros(x.shape, x.dtype), [zeros(w.shape, w.dtype) for w in weights]
-    d_x, (d_in, d_out, *d_gates) = row_tiles.for_each_tile(
-        bounds, tiles, num_rows, per_tile, per_group, init
+    results = tuple(
+        None if w is None else jax.ShapeDtypeStruct(w.shape, w.dtype) for w in operands[:4]
     )
-    return d_x, d_in, d_out, d_gates[0] if d_gates else None, None, None
+    grads = EXPERT_FFN_BACKWARD(options, options.implementation, results, *operands, kept, grad)
+    return *grads, None
 
 
 _expert_ffn.defvjp(_expert_ffn_forward, _expert_ffn_backward)
@@ -219,7 +166,8 @@ def expert_ffn(
     group_offset: scalar i32, the group that w_in[0] belongs to; None means 0 and wants E == G.
     tiling: a `Tiling` (m rows, k = D, n hidden units) that overrides the forward kernel's choice of
       block sizes ("mosaic" only).
-    implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by platform).
+    implementation: "mosaic" (Pallas TPU), "xla", "ragged_dot", "reference" or None (by the platform
+      that is lowered for).
 
     Returns [M, D] in x's dtype; hidden activations are rounded to x's dtype before W_out. Rows past
     sum(group_sizes) and of experts that are not held are zero, whatever x holds there; gradients of
@@ -227,31 +175,30 @@ def expert_ffn(
 
     Shazeer 2020 (arXiv 2002.05202) for the gated forms; Gale et al. 2022 (arXiv 2211.15841).
     """
+    x = as_floats("x", x)
     check_shape("x", x, ("M", "D"))
-    check_float("x", x)
+    w_in = as_floats("w_in", w_in, ("x", x))
     check_shape("w_in", w_in, ("E", x.shape[1], "F"))
-    check_float("w_in", w_in, ("x", x))
     num_groups, _, hidden = w_in.shape
+    w_out = as_floats("w_out", w_out, ("x", x))
     check_shape("w_out", w_out, (num_groups, hidden, x.shape[1]))
-    check_float("w_out", w_out, ("x", x))
     if w_gate is not None:
+        w_gate = as_floats("w_gate", w_gate, ("x", x))
         check_shape("w_gate", w_gate, w_in.shape)
-        check_float("w_gate", w_gate, ("x", x))
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
         )
-    offset = check_groups(group_sizes, group_offset, num_groups, "w_in.shape[0]")
+    groups = check_groups(group_sizes, group_offset, num_groups, "w_in.shape[0]")
     check_tiling(tiling, x.shape[1], hidden, x.dtype.itemsize)
     if tiling is not None and tiling.k != x.shape[1]:
         raise ValueError(f"tiling.k must be D={x.shape[1]} in expert_ffn, got {tiling.k}")
-    chosen = choose_implementation("expert_ffn", implementation)
-    arrays = (x, w_in, w_out, group_sizes, offset)
-    if w_gate is None:
-        x, w_in, w_out, group_sizes, offset = match_varying(*arrays)
-    else:
-        x, w_in, w_out, group_sizes, offset, w_gate = match_varying(*arrays, w_gate)
-    args = (x, w_in, w_out, w_gate, group_sizes, offset, activation)
-    if chosen == "reference":
-        return expert_ffn_reference(*args)
-    return _expert_ffn(*args, chosen, tiling)
+    check_implementation(implementation)
+    options = FFNOptions(activation, group_offset is not None, implementation, tiling)
+    leaves, tree = jax.tree.flatten((x, w_in, w_out, w_gate, groups))
+    operands = jax.tree.unflatten(tree, match_varying(*leaves))
+    if 0 in (*x.shape, *w_in.shape):
+        return zeros_like_all(x.shape, x.dtype, *leaves)
+    if implementation == "reference":
+        return expert_ffn_reference(options, *operands)
+    return _expert_ffn(*operands, options)

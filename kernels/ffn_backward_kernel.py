@@ -23,12 +23,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.checks import result_like
-from taskmoe.kernels.ffn_kernel import ACTIVATIONS
 from taskmoe.kernels.gmm_kernel import SUB_ROWS
 from taskmoe.kernels.group_visits import visit_blocks
-from taskmoe.kernels.row_tiles import group_bounds
-from taskmoe.kernels.tiling import Tiling
+from taskmoe.kernels.groups import Groups, group_bounds
+from taskmoe.kernels.options import ACTIVATIONS, FFNOptions
+from taskmoe.kernels.platforms import chip
 
 
 def cost(m: int, d: int, f: int, e: int, matrices: int, itemsize: int) -> pl.CostEstimate:
@@ -170,18 +169,23 @@ def kernel(
 
 
 def expert_ffn_backward_mosaic(
-    operands: tuple[Any, ...], dy: jax.Array, activation: str, tiling: Tiling | None = None
+    options: FFNOptions,
+    x: jax.Array,
+    w_in: jax.Array,
+    w_out: jax.Array,
+    w_gate: jax.Array | None,
+    groups: Groups,
+    dy: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """The kernel call.
 
-    operands: x, w_in, w_out, w_gate or None, group_sizes and group_offset as in `expert_ffn`.
-    dy: [M, D], gradient of its result. Returns the gradients of x, w_in, w_out and w_gate.
+    dy: [M, D], gradient of the result of `expert_ffn`, whose arguments the others are. Returns the
+    gradients of x, w_in, w_out and w_gate.
     """
-    x, w_in, w_out, w_gate, group_sizes, group_offset = operands
     (m, d), (e, _, f) = x.shape, w_in.shape
     itemsize, matrices = x.dtype.itemsize, 2 if w_gate is None else 3
-    t = tiling or tilings.ffn_backward_tiling(m, d, f, e, matrices, itemsize, tilings.chip())
-    walk = visit_blocks(group_bounds(group_sizes, group_offset, e, m), m, t.m, every_group=True)
+    t = tilings.ffn_backward_tiling(m, d, f, e, matrices, itemsize, chip())
+    walk = visit_blocks(group_bounds(groups, e, m), m, t.m, every_group=True)
     cuts = pl.cdiv(f, t.n)
     rows, into = pl.BlockSpec((t.m, d), rows_block), pl.BlockSpec((None, d, t.n), in_block)
     out = pl.BlockSpec((None, t.n, d), out_block)
@@ -198,13 +202,13 @@ def expert_ffn_backward_mosaic(
         ],
     )
     call = pl.pallas_call(
-        functools.partial(kernel, activation=activation, hidden_size=f),
+        functools.partial(kernel, activation=options.activation, hidden_size=f),
         grid_spec=grid_spec,
         out_shape=[
-            result_like(x, (cuts, m, d), x.dtype if cuts == 1 else jnp.float32),
-            result_like(x, w_in.shape, w_in.dtype),
-            result_like(x, w_in.shape, w_in.dtype) if gated else None,
-            result_like(x, w_out.shape, w_out.dtype),
+            jax.ShapeDtypeStruct((cuts, m, d), x.dtype if cuts == 1 else jnp.float32),
+            jax.ShapeDtypeStruct(w_in.shape, w_in.dtype),
+            jax.ShapeDtypeStruct(w_in.shape, w_in.dtype) if gated else None,
+            jax.ShapeDtypeStruct(w_out.shape, w_out.dtype),
         ],
         compiler_params=tilings.compiler_params(
             ("parallel", "arbitrary"), tilings.ffn_backward_vmem_bytes(t, matrices, itemsize)

@@ -20,13 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.gmm_kernel import SUB_ROWS, keep
 from taskmoe.kernels.group_visits import visit_blocks
-from taskmoe.kernels.row_tiles import group_bounds
-from taskmoe.kernels.tiling import HIDDEN_CHUNK, Tiling
-
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+from taskmoe.kernels.groups import Groups, group_bounds
+from taskmoe.kernels.options import ACTIVATIONS, FFNOptions
+from taskmoe.kernels.platforms import chip
+from taskmoe.kernels.tiling import HIDDEN_CHUNK
 
 
 def cost(m: int, d: int, f: int, e: int, matrices: int, itemsize: int) -> pl.CostEstimate:
@@ -140,20 +139,18 @@ def kernel(
 
 
 def expert_ffn_mosaic(
+    options: FFNOptions,
     x: jax.Array,
     w_in: jax.Array,
     w_out: jax.Array,
     w_gate: jax.Array | None,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    activation: str,
-    tiling: Tiling | None = None,
+    groups: Groups,
 ) -> jax.Array:
     """The kernel call; arguments as in `expert_ffn`, validated."""
     (m, d), (e, _, f) = x.shape, w_in.shape
     itemsize, matrices = x.dtype.itemsize, 2 if w_gate is None else 3
-    t = tiling or tilings.ffn_tiling(m, d, f, e, matrices, itemsize, tilings.chip())
-    walk = visit_blocks(group_bounds(group_sizes, group_offset, e, m), m, t.m)
+    t = options.tiling or tilings.ffn_tiling(m, d, f, e, matrices, itemsize, chip())
+    walk = visit_blocks(group_bounds(groups, e, m), m, t.m)
     into = pl.BlockSpec((None, d, t.n), in_block)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,
@@ -168,9 +165,9 @@ def expert_ffn_mosaic(
         scratch_shapes=[pltpu.VMEM((t.m, d), jnp.float32)],
     )
     call = pl.pallas_call(
-        functools.partial(kernel, activation=activation, hidden_size=f),
+        functools.partial(kernel, activation=options.activation, hidden_size=f),
         grid_spec=grid_spec,
-        out_shape=result_like(x, (m, d), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((m, d), x.dtype),
         compiler_params=tilings.compiler_params(
             ("arbitrary", "arbitrary"), tilings.ffn_vmem_bytes(t, matrices, itemsize)
         ),

@@ -10,23 +10,24 @@ The statistics that the auxiliary losses need come from the same pass.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from taskmoe.kernels.checks import (
-    accumulator,
-    check_float,
-    check_shape,
-    choose_implementation,
-    match_varying,
-)
+from taskmoe.kernels.checks import accumulator, as_floats, as_size, check_shape, match_varying
 from taskmoe.kernels.gating_kernel import gating_backward_mosaic, gating_mosaic
+from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
+
+
+#: What a policy of `jax.checkpoint` calls all that gating found.
+GATED = "taskmoe_gated"
 
 
 class Gating(NamedTuple):
@@ -48,13 +49,16 @@ class Gating(NamedTuple):
     z_loss: Float[Array, ""]
 
 
+@with_plain_settings
 def top_k_gating_reference(logits: jax.Array, top_k: int, valid: jax.Array) -> Gating:
     """The definition of `top_k_gating`."""
     num_experts = logits.shape[1]
     logits = jnp.where(valid[:, None], logits.astype(accumulator(logits.dtype)), 0)
     probs = jnp.where(valid[:, None], jax.nn.softmax(logits, axis=1), 0)
-    experts = jnp.argsort(-logits, axis=1, stable=True)[:, :top_k].astype(jnp.int32)
-    chosen = jnp.take_along_axis(logits, experts, axis=1)
+    lowest = jnp.finfo(logits.dtype).min
+    ranked = jnp.where(jnp.isnan(logits), lowest, jnp.maximum(logits, lowest))
+    experts = jnp.argsort(-ranked, axis=1, stable=True)[:, :top_k].astype(jnp.int32)
+    chosen = jnp.take_along_axis(ranked, experts, axis=1)
     weights = jnp.where(valid[:, None], jax.nn.softmax(chosen, axis=1), 0)
     assigned = jax.nn.one_hot(experts.T, num_experts, dtype=jnp.int32) * valid[None, :, None]
     queue = assigned.reshape(-1, num_experts)  # all first choices, then all second choices
@@ -72,18 +76,27 @@ def top_k_gating_reference(logits: jax.Array, top_k: int, valid: jax.Array) -> G
     )
 
 
-def _gating_mosaic(logits: jax.Array, top_k: int, valid: jax.Array) -> Gating:
-    experts, weights, slots, counts, probs, squares = gating_mosaic(logits, top_k, valid)
+@dataclasses.dataclass(frozen=True)
+class GatingOptions:
+    """What is fixed when gating is traced."""
+
+    top_k: int
+    implementation: str | None
+
+
+def _gating_mosaic(options: GatingOptions, logits: jax.Array, valid: jax.Array) -> Gating:
+    experts, weights, slots, counts, probs, squares = gating_mosaic(logits, options.top_k, valid)
     num_valid = jnp.maximum(jnp.sum(valid), 1)
     return Gating(experts, weights, slots, counts, probs / num_valid, squares / num_valid)
 
 
-def _gating_xla(logits: jax.Array, top_k: int, valid: jax.Array) -> Gating:
+def _gating_xla(options: GatingOptions, logits: jax.Array, valid: jax.Array) -> Gating:
     x = jnp.where(valid[:, None], logits.astype(accumulator(logits.dtype)), 0)
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    open_ = jnp.maximum(x, jnp.finfo(x.dtype).min)  # above the mark of those already chosen
+    # NaN comes last, and all lie above the mark of those already chosen.
+    open_ = jnp.where(jnp.isnan(x), jnp.finfo(x.dtype).min, jnp.maximum(x, jnp.finfo(x.dtype).min))
     experts, chosen = [], []
-    for _ in range(top_k):
+    for _ in range(options.top_k):
         best = jnp.max(open_, axis=1, keepdims=True)
         expert = jnp.min(jnp.where(open_ == best, lane, x.shape[1] - 1), axis=1, keepdims=True)
         open_ = jnp.where(lane == expert, -jnp.inf, open_)
@@ -91,11 +104,11 @@ def _gating_xla(logits: jax.Array, top_k: int, valid: jax.Array) -> Gating:
         chosen.append(best)
     unnormalised = jnp.exp(jnp.concatenate(chosen, axis=1) - chosen[0])
     weights = unnormalised / jnp.sum(unnormalised, axis=1, keepdims=True)
-    assigned = jnp.stack([(lane == expert) & valid[:, None] for expert in experts])
-    slots, counts = _queue_places(assigned)
-    shifted = jnp.exp(x - chosen[0])
+    slots, counts = _queue_places(experts, valid, x.shape[1])
+    largest = jnp.max(x, axis=1, keepdims=True)
+    shifted = jnp.exp(x - largest)
     total = jnp.sum(shifted, axis=1, keepdims=True)
-    lse = jnp.where(valid[:, None], jnp.log(total) + chosen[0], 0)
+    lse = jnp.where(valid[:, None], jnp.log(total) + largest, 0)
     num_valid = jnp.maximum(jnp.sum(valid), 1)
     return Gating(
         experts=jnp.concatenate(experts, axis=1),
@@ -107,23 +120,31 @@ def _gating_xla(logits: jax.Array, top_k: int, valid: jax.Array) -> Gating:
     )
 
 
-def _queue_places(assigned: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Slots [T, k] and counts [k, E], i32, of assigned [k, T, E] bool.
+def _queue_places(
+    experts: list[jax.Array], valid: jax.Array, num_experts: int
+) -> tuple[jax.Array, jax.Array]:
+    """Slots [T, k] and counts [k, E], i32, of k choices [T, 1] each.
 
     Prefix sums over tokens: inside blocks by a triangular matmul, which is exact in f32, and over
-    the blocks' totals.
+    the blocks' totals. One choice after the other, so that what each takes, [T, E], is used again.
     """
-    top_k, tokens, num_experts = assigned.shape
+    tokens = valid.shape[0]
     blocks = -(-tokens // QUEUE_BLOCK)
-    ones = jnp.pad(assigned, ((0, 0), (0, blocks * QUEUE_BLOCK - tokens), (0, 0)))
-    ones = ones.reshape(top_k * blocks, QUEUE_BLOCK, num_experts).astype(jnp.float32)
     earlier = jnp.tri(QUEUE_BLOCK, k=-1, dtype=jnp.float32)
-    inside = jnp.einsum("ts,bse->bte", earlier, ones, precision="highest")
-    totals = jnp.sum(ones, axis=1).astype(jnp.int32)
-    before = jnp.cumsum(totals, axis=0) - totals
-    places = jnp.sum((inside.astype(jnp.int32) + before[:, None]) * ones.astype(jnp.int32), axis=2)
-    slots = places.reshape(top_k, -1)[:, :tokens].T
-    return slots, jnp.sum(totals.reshape(top_k, blocks, num_experts), axis=1)
+    ahead = jnp.zeros((num_experts,), jnp.int32)
+    slots, counts = [], []
+    for expert in experts:
+        hit = (expert == jnp.arange(num_experts)) & valid[:, None]
+        ones = jnp.pad(hit, ((0, blocks * QUEUE_BLOCK - tokens), (0, 0)))
+        ones = ones.reshape(blocks, QUEUE_BLOCK, num_experts).astype(jnp.float32)
+        inside = jnp.einsum("ts,bse->bte", earlier, ones, precision="highest")
+        totals = jnp.sum(ones, axis=1).astype(jnp.int32)
+        before = jnp.cumsum(totals, axis=0) - totals + ahead
+        places = jnp.sum((inside.astype(jnp.int32) + before[:, None]) * ones.astype(jnp.int32), 2)
+        slots.append(places.reshape(-1)[:tokens])
+        counts.append(jnp.sum(totals, axis=0))
+        ahead = ahead + counts[-1]
+    return jnp.stack(slots, axis=1), jnp.stack(counts)
 
 
 #: Tokens whose queue places are counted by one small matmul.
@@ -131,7 +152,13 @@ QUEUE_BLOCK = 64
 
 
 def gating_gradient(
-    logits: jax.Array, valid: jax.Array, experts: jax.Array, weights: jax.Array, grads: Gating
+    logits: jax.Array,
+    valid: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    d_weights: jax.Array,
+    d_probs: jax.Array,
+    d_z: jax.Array,
 ) -> jax.Array:
     """Gradient of the logits [T, E] from those of weights, mean_probs and z_loss.
 
@@ -141,38 +168,62 @@ def gating_gradient(
     probs = jax.nn.softmax(x, axis=1)
     lse = jax.nn.logsumexp(x, axis=1, keepdims=True)
     num_valid = jnp.maximum(jnp.sum(valid), 1)
-    centred = grads.mean_probs - probs @ grads.mean_probs[:, None]
-    dense = probs * (centred + 2 * lse * grads.z_loss) / num_valid
-    dot = jnp.sum(weights * grads.weights, axis=1, keepdims=True)
-    chosen = weights * (grads.weights - dot)
+    centred = d_probs - probs @ d_probs[:, None]
+    dense = probs * (centred + 2 * lse * d_z) / num_valid
+    dot = jnp.sum(weights * d_weights, axis=1, keepdims=True)
+    chosen = weights * (d_weights - dot)
     for j in range(experts.shape[1]):
         hit = experts[:, j, None] == jnp.arange(logits.shape[1])
         dense = dense + jnp.where(hit, chosen[:, j, None], 0)
     return jnp.where(valid[:, None], dense, 0).astype(logits.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 3))
-def _gating(logits: jax.Array, top_k: int, valid: jax.Array, implementation: str) -> Gating:
-    run = _gating_mosaic if implementation == "mosaic" else _gating_xla
-    return run(logits, top_k, valid)
+def _gradient_xla(options: GatingOptions, *operands: Any) -> jax.Array:
+    logits, valid, experts, weights, *grads = operands
+    return gating_gradient(logits, valid, experts, weights, *grads)
+
+
+def _gradient_mosaic(options: GatingOptions, *operands: Any) -> jax.Array:
+    logits, valid, experts, weights, d_weights, d_probs, d_z = operands
+    num_valid = jnp.maximum(jnp.sum(valid), 1)
+    sums = d_weights, d_probs / num_valid, d_z / num_valid
+    return gating_backward_mosaic(logits, valid, experts, weights, *sums)
+
+
+GATING = Op("top_k_gating", xla=_gating_xla, mosaic=_gating_mosaic)
+GATING_BACKWARD = Op("top_k_gating_backward", xla=_gradient_xla, mosaic=_gradient_mosaic)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gating(logits: jax.Array, valid: jax.Array, options: GatingOptions) -> Gating:
+    (tokens, num_experts), k = logits.shape, options.top_k
+    real, whole = accumulator(logits.dtype), jnp.int32
+    result: Any = jax.ShapeDtypeStruct
+    results = Gating(
+        experts=result((tokens, k), whole),
+        weights=result((tokens, k), real),
+        slots=result((tokens, k), whole),
+        counts=result((k, num_experts), whole),
+        mean_probs=result((num_experts,), real),
+        z_loss=result((), real),
+    )
+    return GATING(options, options.implementation, results, logits, valid)
 
 
 def _gating_forward(
-    logits: jax.Array, top_k: int, valid: jax.Array, implementation: str
+    logits: jax.Array, valid: jax.Array, options: GatingOptions
 ) -> tuple[Gating, tuple[jax.Array, ...]]:
-    gating = _gating(logits, top_k, valid, implementation)
+    gating = checkpoint_name(_gating(logits, valid, options), GATED)
     return gating, (logits, valid, gating.experts, gating.weights)
 
 
 def _gating_backward(
-    top_k: int, implementation: str, residuals: tuple[jax.Array, ...], grads: Gating
+    options: GatingOptions, residuals: tuple[jax.Array, ...], grads: Gating
 ) -> tuple[Any, ...]:
-    logits, valid, experts, weights = residuals
-    if implementation != "mosaic":
-        return gating_gradient(logits, valid, experts, weights, grads), None
-    num_valid = jnp.maximum(jnp.sum(valid), 1)
-    sums = grads.weights, grads.mean_probs / num_valid, grads.z_loss / num_valid
-    return gating_backward_mosaic(logits, valid, experts, weights, *sums), None
+    logits = residuals[0]
+    result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
+    floats = grads.weights, grads.mean_probs, grads.z_loss
+    return GATING_BACKWARD(options, options.implementation, result, *residuals, *floats), None
 
 
 _gating.defvjp(_gating_forward, _gating_backward)
@@ -193,7 +244,9 @@ def top_k_gating(
     top_k: experts a token, 1 <= top_k <= E. Ties go to the lower expert index.
     valid: [T] bool, False at padding, which gets weight 0, joins no queue and counts nowhere;
       what its logits hold, NaN included, is never looked at. None means all valid.
-    implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by platform).
+      NaN at a valid token is chosen last; mean_probs and z_loss are then NaN.
+    implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by the platform that is
+      lowered for).
 
     Returns `Gating`; weights, mean_probs and z_loss carry gradients to the logits.
     Raises ValueError or TypeError that names the argument that does not fit.
@@ -201,18 +254,18 @@ def top_k_gating(
     Lepikhin et al. 2020, GShard (arXiv 2006.16668), Algorithm 1, without its capacity: `row_plan`
     applies that.
     """
+    logits = as_floats("logits", logits)
     check_shape("logits", logits, ("T", "E"))
-    check_float("logits", logits)
     num_tokens, num_experts = logits.shape
-    if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+    top_k = as_size("top_k", top_k)
+    if top_k > num_experts:
         raise ValueError(f"top_k must be an int in [1, E={num_experts}], got {top_k!r}")
-    if valid is None:
-        valid = jnp.ones((num_tokens,), jnp.bool_)
+    valid = jnp.ones((num_tokens,), jnp.bool_) if valid is None else jnp.asarray(valid)
     check_shape("valid", valid, (num_tokens,))
     if valid.dtype != jnp.bool_:
         raise TypeError(f"valid must be bool, got {valid.dtype}")
-    chosen = choose_implementation("top_k_gating", implementation)
+    check_implementation(implementation)
     logits, valid = match_varying(logits, valid)
-    if chosen == "reference":
+    if implementation == "reference" or num_tokens == 0:
         return top_k_gating_reference(logits, top_k, valid)
-    return _gating(logits, top_k, valid, chosen)
+    return _gating(logits, valid, GatingOptions(top_k, implementation))

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.checks import result_like
+from taskmoe.kernels.platforms import chip
 
 #: Tokens a block, unless E is so large that fewer fit.
 BLOCK = 256
@@ -89,14 +89,17 @@ def kernel(
     before = jax.lax.broadcasted_iota(jnp.int32, (block, block), 0)
     after = jax.lax.broadcasted_iota(jnp.int32, (block, block), 1)
     triangle = (before < after).astype(jnp.float32)
-    left = jnp.maximum(x, jnp.finfo(jnp.float32).min)  # above the mark of those already chosen
+    # NaN comes last, and all lie above the mark of those already chosen.
+    lowest = jnp.finfo(jnp.float32).min
+    left = jnp.where(x == x, jnp.maximum(x, lowest), lowest)
+    largest = jnp.max(left, axis=0, keepdims=True)
     odds = []
     for j in range(top_k):
         best = jnp.max(left, axis=0, keepdims=True)
         choice = jnp.min(jnp.where(left == best, expert, x.shape[0] - 1), axis=0, keepdims=True)
         chosen = expert == choice
         left = jnp.where(chosen, -jnp.inf, left)
-        odds.append(jnp.exp(best - jnp.max(x, axis=0, keepdims=True)))
+        odds.append(jnp.exp(best - largest))
         hit = jnp.where(chosen & valid, 1.0, 0.0)
         earlier = jnp.dot(hit, triangle, preferred_element_type=jnp.float32)
         counts = counts_ref[:, j : j + 1]
@@ -137,7 +140,7 @@ def backward_kernel(
 
 def block_tokens(tokens: int, num_experts: int) -> int:
     """Tokens a block: 256, or 128 where a dozen [E, 256] values do not fit or tokens are few."""
-    budget = tilings.vmem_budget_bytes(tilings.chip())
+    budget = tilings.vmem_budget_bytes(chip())
     largest = BLOCK if num_experts * BLOCK * 4 * 12 <= budget else tilings.LANES
     return min(largest, tilings.round_up(tokens, tilings.LANES))
 
@@ -165,14 +168,14 @@ def gating_mosaic(logits: jax.Array, top_k: int, valid: jax.Array) -> tuple[jax.
             pl.BlockSpec((1, 1), whole_block),
         ],
         out_shape=[
-            result_like(logits, (top_k, tokens), jnp.int32),
-            result_like(logits, (top_k, tokens), jnp.float32),
-            result_like(logits, (top_k, tokens), jnp.int32),
-            result_like(logits, (num_experts, top_k), jnp.float32),
-            result_like(logits, (num_experts, 1), jnp.float32),
-            result_like(logits, (1, 1), jnp.float32),
+            jax.ShapeDtypeStruct((top_k, tokens), jnp.int32),
+            jax.ShapeDtypeStruct((top_k, tokens), jnp.float32),
+            jax.ShapeDtypeStruct((top_k, tokens), jnp.int32),
+            jax.ShapeDtypeStruct((num_experts, top_k), jnp.float32),
+            jax.ShapeDtypeStruct((num_experts, 1), jnp.float32),
+            jax.ShapeDtypeStruct((1, 1), jnp.float32),
         ],
-        compiler_params=tilings.compiler_params(("arbitrary",), num_experts * block * 48),
+        compiler_params=tilings.compiler_params(None, num_experts * block * 48),
         cost_estimate=cost(tokens, num_experts, top_k, logits.dtype.itemsize),
         name="taskmoe_top_k_gating",
     )
@@ -215,8 +218,8 @@ def gating_backward_mosaic(
             pl.BlockSpec((1, 1), whole_block),
         ],
         out_specs=values,
-        out_shape=result_like(logits, (num_experts, tokens), logits.dtype),
-        compiler_params=tilings.compiler_params(("parallel",), num_experts * block * 48),
+        out_shape=jax.ShapeDtypeStruct((num_experts, tokens), logits.dtype),
+        compiler_params=tilings.compiler_params(None, num_experts * block * 48),
         cost_estimate=cost(tokens, num_experts, top_k, logits.dtype.itemsize),
         name="taskmoe_top_k_gating_backward",
     )

@@ -24,10 +24,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.group_visits import visit_blocks
-from taskmoe.kernels.row_tiles import group_bounds
-from taskmoe.kernels.tiling import Tiling
+from taskmoe.kernels.groups import Groups, group_bounds
+from taskmoe.kernels.options import ProductOptions
+from taskmoe.kernels.platforms import chip
 
 #: Rows of the sub-blocks that a visit works in when it owns a part of its block.
 SUB_ROWS = 128
@@ -158,23 +158,17 @@ def keep(x: jax.Array, left: Any, axis: int) -> jax.Array:
 
 
 def gmm_mosaic(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    transpose_rhs: bool,
-    out_dtype: Any,
-    tiling: Tiling | None = None,
+    options: ProductOptions, lhs: jax.Array, rhs: jax.Array, groups: Groups
 ) -> jax.Array:
     """The kernel call; arguments as in `gmm`, validated."""
     m, k = lhs.shape
-    e, n = rhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
-    itemsize, out_itemsize = lhs.dtype.itemsize, jnp.dtype(out_dtype).itemsize
-    t = tiling or tilings.gmm_tiling(m, k, n, e, itemsize, out_itemsize, tilings.chip())
-    walk = visit_blocks(group_bounds(group_sizes, group_offset, e, m), m, t.m)
+    e, n = rhs.shape[0], rhs.shape[1 if options.transpose_rhs else 2]
+    itemsize, out_itemsize = lhs.dtype.itemsize, jnp.dtype(options.out_dtype).itemsize
+    t = options.tiling or tilings.gmm_tiling(m, k, n, e, itemsize, out_itemsize, chip())
+    walk = visit_blocks(group_bounds(groups, e, m), m, t.m)
     rhs_spec = (
         pl.BlockSpec((None, t.n, t.k), rhs_block_transposed)
-        if transpose_rhs
+        if options.transpose_rhs
         else pl.BlockSpec((None, t.k, t.n), rhs_block)
     )
     grid_spec = pltpu.PrefetchScalarGridSpec(
@@ -189,11 +183,11 @@ def gmm_mosaic(
         functools.partial(
             kernel,
             depth_size=k,
-            transpose_rhs=transpose_rhs,
-            mxu_size=tilings.chip().mxu_column_size,
+            transpose_rhs=options.transpose_rhs,
+            mxu_size=chip().mxu_column_size,
         ),
         grid_spec=grid_spec,
-        out_shape=result_like(lhs, (m, n), out_dtype),
+        out_shape=jax.ShapeDtypeStruct((m, n), options.out_dtype),
         compiler_params=tilings.compiler_params(("parallel", "arbitrary", "arbitrary"), vmem),
         cost_estimate=cost(m, k, n, e, itemsize, out_itemsize),
         name="taskmoe_gmm",

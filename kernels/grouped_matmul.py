@@ -10,56 +10,53 @@ the experts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from taskmoe.kernels import row_tiles
+from taskmoe.kernels import ragged_products
 from taskmoe.kernels.checks import (
     accumulator,
-    check_float,
-    check_int,
+    as_floats,
+    as_size,
     check_shape,
-    choose_implementation,
     match_varying,
+    zeros_like_all,
 )
 from taskmoe.kernels.gmm_kernel import gmm_mosaic
+from taskmoe.kernels.groups import Groups, check_groups, group_bounds
+from taskmoe.kernels.options import ProductOptions
+from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
 from taskmoe.kernels.tgmm_kernel import tgmm_mosaic
+from taskmoe.kernels.tiled_products import gmm_xla, tgmm_xla
 from taskmoe.kernels.tiling import Tiling, check_tiling
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 
+@with_plain_settings
 def gmm_reference(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    transpose_rhs: bool,
-    out_dtype: Any,
+    options: ProductOptions, lhs: jax.Array, rhs: jax.Array, groups: Groups
 ) -> jax.Array:
     """The definition of `gmm`."""
-    own = _membership(group_sizes, group_offset, rhs.shape[0], lhs.shape[0])
+    own = _membership(groups, options.num_groups, lhs.shape[0])
     rows = jnp.where(own[:, :, None], lhs, 0)  # [E, M, K]
     acc = accumulator(lhs.dtype)
-    product = "emk,enk->emn" if transpose_rhs else "emk,ekn->emn"
+    product = "emk,enk->emn" if options.transpose_rhs else "emk,ekn->emn"
     out = jnp.einsum(product, rows, rhs, preferred_element_type=acc, precision="highest")
-    return jnp.sum(jnp.where(own[:, :, None], out, 0), axis=0).astype(out_dtype)
+    return jnp.sum(jnp.where(own[:, :, None], out, 0), axis=0).astype(options.out_dtype)
 
 
+@with_plain_settings
 def tgmm_reference(
-    lhs: jax.Array,
-    grad: jax.Array,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    num_groups: int,
-    out_dtype: Any,
+    options: ProductOptions, lhs: jax.Array, grad: jax.Array, groups: Groups
 ) -> jax.Array:
     """The definition of `tgmm`."""
-    own = _membership(group_sizes, group_offset, num_groups, lhs.shape[0])[:, :, None]
+    own = _membership(groups, options.num_groups, lhs.shape[0])[:, :, None]
     out = jnp.einsum(
         "emk,emn->ekn",
         jnp.where(own, lhs, 0),
@@ -67,170 +64,68 @@ def tgmm_reference(
         preferred_element_type=accumulator(lhs.dtype),
         precision="highest",
     )
-    return out.astype(out_dtype)
+    return out.astype(options.out_dtype)
 
 
-def _membership(
-    group_sizes: jax.Array, group_offset: jax.Array, num_groups: int, num_rows: int
-) -> jax.Array:
+def _membership(groups: Groups, num_groups: int, num_rows: Any) -> jax.Array:
     """[E, M] bool: whether row i belongs to local group e."""
-    starts, ends = row_tiles.group_bounds(group_sizes, group_offset, num_groups, num_rows)
+    starts, ends = group_bounds(groups, num_groups, num_rows)
     row = jnp.arange(num_rows)
     return (row >= starts[:, None]) & (row < ends[:, None])
 
 
-def _gmm_xla(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    transpose_rhs: bool,
-    out_dtype: Any,
-) -> jax.Array:
-    num_rows = lhs.shape[0]
-    width = rhs.shape[1] if transpose_rhs else rhs.shape[2]
-    contract: Any = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
-    bounds = row_tiles.group_bounds(group_sizes, group_offset, rhs.shape[0], num_rows)
-    tiles = row_tiles.choose_tiles(num_rows, rhs.shape[0], lhs.shape[1], width)
-
-    def per_tile(group: jax.Array, tile: row_tiles.Tile, out: jax.Array) -> tuple[jax.Array, Any]:
-        product = jax.lax.dot_general(
-            row_tiles.take(lhs, tile),
-            row_tiles.pick(rhs, group),
-            contract,
-            preferred_element_type=accumulator(lhs.dtype),
-        )
-        return row_tiles.put(out, tile, product), ()
-
-    (out,) = match_varying(jnp.zeros((num_rows, width), out_dtype), lhs)[:1]
-    return row_tiles.for_each_tile(bounds, tiles, num_rows, per_tile, lambda _, __, out: out, out)
+GMM = Op("gmm", xla=gmm_xla, mosaic=gmm_mosaic, ragged_dot=ragged_products.gmm)
+TGMM = Op("tgmm", xla=tgmm_xla, mosaic=tgmm_mosaic, ragged_dot=ragged_products.tgmm)
 
 
-def _tgmm_xla(
-    lhs: jax.Array,
-    grad: jax.Array,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    num_groups: int,
-    out_dtype: Any,
-) -> jax.Array:
-    num_rows = lhs.shape[0]
-    acc = accumulator(lhs.dtype)
-    bounds = row_tiles.group_bounds(group_sizes, group_offset, num_groups, num_rows)
-    tiles = row_tiles.choose_tiles(num_rows, num_groups, lhs.shape[1], grad.shape[1])
-    zeros = jnp.zeros((num_groups, lhs.shape[1], grad.shape[1]), out_dtype)
-    out, _ = match_varying(zeros, lhs)
-
-    def per_tile(_: jax.Array, tile: row_tiles.Tile, out: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return out, jax.lax.dot_general(
-            row_tiles.take(lhs, tile),
-            row_tiles.take(grad, tile),
-            (((0,), (0,)), ((), ())),
-            preferred_element_type=acc,
-        )
-
-    def per_group(group: jax.Array, total: jax.Array, out: jax.Array) -> jax.Array:
-        return row_tiles.put_group(out, group, total)
-
-    return row_tiles.for_each_tile(bounds, tiles, num_rows, per_tile, per_group, out)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _gmm(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    transpose_rhs: bool,
-    out_dtype: Any,
-    implementation: str,
-    tiling: Tiling | None = None,
-) -> jax.Array:
-    if implementation == "mosaic":
-        args = (lhs, rhs, group_sizes, group_offset, transpose_rhs, out_dtype)
-        return gmm_mosaic(*args, tiling)
-    return _gmm_xla(lhs, rhs, group_sizes, group_offset, transpose_rhs, out_dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gmm(lhs: jax.Array, rhs: jax.Array, groups: Groups, options: ProductOptions) -> jax.Array:
+    width = rhs.shape[1 if options.transpose_rhs else 2]
+    result = jax.ShapeDtypeStruct((lhs.shape[0], width), options.out_dtype)
+    return GMM(options, options.implementation, result, lhs, rhs, groups)
 
 
 def _gmm_forward(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    transpose_rhs: bool,
-    out_dtype: Any,
-    implementation: str,
-    tiling: Tiling | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out = _gmm(
-        lhs, rhs, group_sizes, group_offset, transpose_rhs, out_dtype, implementation, tiling
-    )
-    return out, (lhs, rhs, group_sizes, group_offset)
+    lhs: jax.Array, rhs: jax.Array, groups: Groups, options: ProductOptions
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    return _gmm(lhs, rhs, groups, options), (lhs, rhs, groups)
 
 
 def _gmm_backward(
-    transpose_rhs: bool,
-    out_dtype: Any,
-    implementation: str,
-    tiling: Tiling | None,
-    residuals: tuple[jax.Array, ...],
-    grad: jax.Array,
+    options: ProductOptions, residuals: tuple[Any, ...], grad: jax.Array
 ) -> tuple[Any, ...]:
-    lhs, rhs, sizes, offset = residuals
+    lhs, rhs, groups = residuals
     grad = grad.astype(lhs.dtype)
-    d_lhs = _gmm(grad, rhs, sizes, offset, not transpose_rhs, lhs.dtype, implementation)
-    left, right = (grad, lhs) if transpose_rhs else (lhs, grad)
-    d_rhs = _tgmm(left, right, sizes, offset, rhs.shape[0], rhs.dtype, implementation)
-    return d_lhs, d_rhs, None, None
+    plain = dataclasses.replace(options, out_dtype=lhs.dtype, tiling=None)
+    back = dataclasses.replace(plain, transpose_rhs=not options.transpose_rhs)
+    left, right = (grad, lhs) if options.transpose_rhs else (lhs, grad)
+    return _gmm(grad, rhs, groups, back), _tgmm(left, right, groups, plain), None
 
 
 _gmm.defvjp(_gmm_forward, _gmm_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _tgmm(
-    lhs: jax.Array,
-    grad: jax.Array,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    num_groups: int,
-    out_dtype: Any,
-    implementation: str,
-    tiling: Tiling | None = None,
-) -> jax.Array:
-    if implementation == "mosaic":
-        args = (lhs, grad, group_sizes, group_offset, num_groups, out_dtype)
-        return tgmm_mosaic(*args, tiling)
-    return _tgmm_xla(lhs, grad, group_sizes, group_offset, num_groups, out_dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _tgmm(lhs: jax.Array, grad: jax.Array, groups: Groups, options: ProductOptions) -> jax.Array:
+    shape = (options.num_groups, lhs.shape[1], grad.shape[1])
+    result = jax.ShapeDtypeStruct(shape, options.out_dtype)
+    return TGMM(options, options.implementation, result, lhs, grad, groups)
 
 
 def _tgmm_forward(
-    lhs: jax.Array,
-    grad: jax.Array,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    num_groups: int,
-    out_dtype: Any,
-    implementation: str,
-    tiling: Tiling | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out = _tgmm(lhs, grad, group_sizes, group_offset, num_groups, out_dtype, implementation, tiling)
-    return out, (lhs, grad, group_sizes, group_offset)
+    lhs: jax.Array, grad: jax.Array, groups: Groups, options: ProductOptions
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    return _tgmm(lhs, grad, groups, options), (lhs, grad, groups)
 
 
 def _tgmm_backward(
-    num_groups: int,
-    out_dtype: Any,
-    implementation: str,
-    tiling: Tiling | None,
-    residuals: tuple[jax.Array, ...],
-    d_out: jax.Array,
+    options: ProductOptions, residuals: tuple[Any, ...], d_out: jax.Array
 ) -> tuple[Any, ...]:
-    lhs, grad, sizes, offset = residuals
+    lhs, grad, groups = residuals
     d_out = d_out.astype(lhs.dtype)
-    d_lhs = _gmm(grad, d_out, sizes, offset, True, lhs.dtype, implementation)
-    d_grad = _gmm(lhs, d_out, sizes, offset, False, grad.dtype, implementation)
-    return d_lhs, d_grad, None, None
+    plain = dataclasses.replace(options, out_dtype=lhs.dtype, tiling=None, transpose_rhs=False)
+    back = dataclasses.replace(plain, transpose_rhs=True)
+    return _gmm(grad, d_out, groups, back), _gmm(lhs, d_out, groups, plain), None
 
 
 _tgmm.defvjp(_tgmm_forward, _tgmm_backward)
@@ -258,7 +153,8 @@ def gmm(
       groups; None means 0 and wants E == G.
     preferred_element_type: dtype of the result, lhs's if None. Sums are f32 always.
     tiling: a `Tiling` that overrides the kernel's choice of block sizes ("mosaic" only).
-    implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by platform).
+    implementation: "mosaic" (Pallas TPU), "xla", "ragged_dot", "reference" or None (by the platform
+      that is lowered for).
 
     Returns [M, N]; rows past sum(group_sizes) and of groups that rhs does not hold are zero,
     whatever lhs holds there. Gradients of empty groups are zero. Raises ValueError or TypeError
@@ -266,20 +162,29 @@ def gmm(
 
     Gale et al. 2022, MegaBlocks (arXiv 2211.15841), section 5.
     """
+    lhs = as_floats("lhs", lhs)
     check_shape("lhs", lhs, ("M", "K"))
-    check_float("lhs", lhs)
     depth = lhs.shape[1]
+    rhs = as_floats("rhs", rhs, ("lhs", lhs))
     check_shape("rhs", rhs, ("E", "N", depth) if transpose_rhs else ("E", depth, "N"))
-    check_float("rhs", rhs, ("lhs", lhs))
-    offset = check_groups(group_sizes, group_offset, rhs.shape[0], "rhs.shape[0]")
+    groups = check_groups(group_sizes, group_offset, rhs.shape[0], "rhs.shape[0]")
     width = rhs.shape[1 if transpose_rhs else 2]
     check_tiling(tiling, depth, width, lhs.dtype.itemsize)
-    chosen = choose_implementation("gmm", implementation)
-    out_dtype = _out_dtype(preferred_element_type, lhs)
-    lhs, rhs, group_sizes, offset = match_varying(lhs, rhs, group_sizes, offset)
-    if chosen == "reference":
-        return gmm_reference(lhs, rhs, group_sizes, offset, transpose_rhs, out_dtype)
-    return _gmm(lhs, rhs, group_sizes, offset, transpose_rhs, out_dtype, chosen, tiling)
+    check_implementation(implementation)
+    options = ProductOptions(
+        out_dtype=_out_dtype(preferred_element_type, lhs),
+        num_groups=rhs.shape[0],
+        shifted=group_offset is not None,
+        implementation=implementation,
+        transpose_rhs=bool(transpose_rhs),
+        tiling=tiling,
+    )
+    lhs, rhs, *pair = match_varying(lhs, rhs, *groups)
+    if 0 in (*lhs.shape, *rhs.shape):
+        return zeros_like_all((lhs.shape[0], width), options.out_dtype, lhs, rhs)
+    if implementation == "reference":
+        return gmm_reference(options, lhs, rhs, Groups(*pair))
+    return _gmm(lhs, rhs, Groups(*pair), options)
 
 
 def tgmm(
@@ -304,44 +209,36 @@ def tgmm(
     group_offset: scalar i32, the group that out[0] belongs to; None means 0.
     preferred_element_type: dtype of the result, lhs's if None. Sums are f32 always.
     tiling: a `Tiling` that overrides the kernel's choice of block sizes ("mosaic" only).
-    implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by platform).
+    implementation: as in `gmm`.
 
     Returns [E, K, N]; zero for empty groups. Rows of no group reach no output, whatever they hold.
     Raises ValueError or TypeError where an argument does not fit.
     """
+    lhs = as_floats("lhs", lhs)
     check_shape("lhs", lhs, ("M", "K"))
-    check_float("lhs", lhs)
+    grad = as_floats("grad", grad, ("lhs", lhs))
     check_shape("grad", grad, (lhs.shape[0], "N"))
-    check_float("grad", grad, ("lhs", lhs))
     if num_groups is None:
         num_groups = jnp.shape(group_sizes)[0]
-    if not isinstance(num_groups, int) or num_groups < 1:
-        raise ValueError(f"num_groups must be an int of at least 1, got {num_groups!r}")
-    offset = check_groups(group_sizes, group_offset, num_groups, "num_groups")
+    else:
+        num_groups = as_size("num_groups", num_groups)
+    groups = check_groups(group_sizes, group_offset, num_groups, "num_groups")
     check_tiling(tiling, lhs.shape[1], grad.shape[1], lhs.dtype.itemsize)
-    chosen = choose_implementation("tgmm", implementation)
-    out_dtype = _out_dtype(preferred_element_type, lhs)
-    lhs, grad, group_sizes, offset = match_varying(lhs, grad, group_sizes, offset)
-    if chosen == "reference":
-        return tgmm_reference(lhs, grad, group_sizes, offset, num_groups, out_dtype)
-    return _tgmm(lhs, grad, group_sizes, offset, num_groups, out_dtype, chosen, tiling)
-
-
-def check_groups(group_sizes: Any, group_offset: Any, num_groups: int, source: str) -> jax.Array:
-    """The group offset as an array, if it and the group sizes fit num_groups = `source`."""
-    check_shape("group_sizes", group_sizes, ("G",))
-    check_int("group_sizes", group_sizes)
-    total = group_sizes.shape[0]
-    if group_offset is None:
-        if num_groups != total:
-            raise ValueError(
-                f"group_sizes must have {source}={num_groups} entries, got {total}; "
-                "with group_offset it may have more"
-            )
-        group_offset = 0
-    check_shape("group_offset", group_offset, ())
-    check_int("group_offset", group_offset)
-    return jnp.asarray(group_offset, jnp.int32)
+    check_implementation(implementation)
+    options = ProductOptions(
+        out_dtype=_out_dtype(preferred_element_type, lhs),
+        num_groups=num_groups,
+        shifted=group_offset is not None,
+        implementation=implementation,
+        tiling=tiling,
+    )
+    lhs, grad, *pair = match_varying(lhs, grad, *groups)
+    shape = (num_groups, lhs.shape[1], grad.shape[1])
+    if 0 in (*shape, lhs.shape[0]):
+        return zeros_like_all(shape, options.out_dtype, lhs, grad)
+    if implementation == "reference":
+        return tgmm_reference(options, lhs, grad, Groups(*pair))
+    return _tgmm(lhs, grad, Groups(*pair), options)
 
 
 def _out_dtype(preferred: Any, lhs: jax.Array) -> Any:

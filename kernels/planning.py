@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from taskmoe.kernels.checks import as_size
 from taskmoe.kernels.gating import Gating
+from taskmoe.kernels.platforms import with_plain_settings
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int
@@ -35,6 +37,7 @@ class RowPlan:
     num_rows: int = dataclasses.field(metadata={"static": True})
 
 
+@with_plain_settings
 def row_plan(gating: Gating, *, capacity: int | None = None) -> RowPlan:
     """Lay assignments out as rows sorted by expert.
 
@@ -59,8 +62,7 @@ def row_plan(gating: Gating, *, capacity: int | None = None) -> RowPlan:
         placed = gating.slots >= 0
         rows = start[gating.experts] + gating.slots
     else:
-        if not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"capacity must be an int of at least 1, or None, got {capacity!r}")
+        capacity = as_size("capacity", capacity)
         num_rows = num_experts * capacity
         group_sizes = jnp.full((num_experts,), capacity, jnp.int32)
         placed = (gating.slots >= 0) & (gating.slots < capacity)

@@ -26,7 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.checks import in_hbm, result_like
+from taskmoe.kernels.checks import in_hbm
+from taskmoe.kernels.platforms import chip
 
 
 def cost(num_rows: int, top_k: int, width: int, itemsize: int) -> pl.CostEstimate:
@@ -141,14 +142,14 @@ def kernel(
 
 def rows_a_copy(itemsize: int) -> int:
     """Rows that one copy must take: 16-bit rows come in pairs; TPU v3 copies whole registers."""
-    if tilings.chip().generation <= 3:
+    if chip().generation <= 3:
         return tilings.sublanes(itemsize)
     return 4 // itemsize
 
 
 def block_sizes(num_rows: int, top_k: int, width: int, itemsize: int) -> tuple[int, int]:
     """Rows and columns a block: whole rows if 8 (16) fit, and of rows what fits, up to 128."""
-    budget = tilings.vmem_budget_bytes(tilings.chip()) // 2
+    budget = tilings.vmem_budget_bytes(chip()) // 2
     least = tilings.sublanes(itemsize)
     per_value = 2 * top_k * rows_a_copy(itemsize) * itemsize + 4 * itemsize + 8
     columns = width
@@ -167,16 +168,20 @@ def block_sizes(num_rows: int, top_k: int, width: int, itemsize: int) -> tuple[i
 
 
 def gather_rows(
-    source: jax.Array,
-    index: jax.Array,
-    weights: jax.Array | None = None,
-    grad: jax.Array | None = None,
+    source: jax.Array, index: jax.Array, weights: jax.Array | None, grad: jax.Array | None
 ) -> jax.Array:
     """The kernel call.
 
     source: [N, D] bf16|f32; index: [R, k] i32, below 0 for none; weights: [R, k] f32 or None.
     Returns [R, D] in source's dtype, or with grad [R, D] the dots [R, k] f32.
     """
+    traced = isinstance(source, jax.core.Tracer)  # it is not under `jax.disable_jit`
+    return (_batchable if traced else _gather_rows)(source, index, weights, grad)
+
+
+def _gather_rows(
+    source: jax.Array, index: jax.Array, weights: jax.Array | None, grad: jax.Array | None
+) -> jax.Array:
     (num_rows, top_k), width = index.shape, source.shape[1]
     weights = None if weights is None else weights.astype(jnp.float32)
     itemsize = source.dtype.itemsize
@@ -213,7 +218,7 @@ def gather_rows(
             pl.BlockSpec(memory_space=pltpu.HBM),
         ],
         out_specs=vector if dots else values,
-        out_shape=result_like(source, out_shape, out_dtype),
+        out_shape=jax.ShapeDtypeStruct(out_shape, out_dtype),
         scratch_shapes=[
             pltpu.VMEM((2, top_k, rows * pack, columns), source.dtype),
             pltpu.SemaphoreType.DMA((2,)),
@@ -226,3 +231,30 @@ def gather_rows(
     )
     out = call(scalars, scalars, index, weights, grad, in_hbm(source))
     return out if dots else out[:, :width]
+
+
+_batchable = jax.custom_batching.custom_vmap(_gather_rows)
+
+
+@_batchable.def_vmap
+def _gather_batch(
+    size: int,
+    batched: Any,
+    source: jax.Array,
+    index: jax.Array,
+    weights: jax.Array | None,
+    grad: jax.Array | None,
+) -> tuple[jax.Array, bool]:
+    """A batch as one call: its sources behind one another, which no operand in HBM can be else."""
+    if batched[0]:
+        starts = jnp.arange(size, dtype=jnp.int32)[:, None, None] * source.shape[1]
+        index = jnp.where(index >= 0, index + starts, -1)
+        source = source.reshape(-1, source.shape[-1])
+
+    def flat(x: jax.Array, mapped: bool) -> jax.Array:
+        whole = x if mapped else jnp.broadcast_to(x, (size, *x.shape))
+        return whole.reshape(-1, x.shape[-1])
+
+    rows = jax.tree.map(flat, (index, weights, grad), (batched[0] or batched[1], *batched[2:]))
+    out = _batchable(source, *rows)
+    return out.reshape(size, -1, out.shape[-1]), True

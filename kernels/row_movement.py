@@ -10,26 +10,34 @@ of the weights a row-wise dot.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from taskmoe.kernels.checks import (
     accumulator,
-    check_float,
-    check_int,
+    as_floats,
+    as_integers,
+    as_size,
     check_shape,
-    choose_implementation,
     match_varying,
+    zeros_like_all,
 )
+from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
 from taskmoe.kernels.row_gather_kernel import gather_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
+#: What a policy of `jax.checkpoint` calls the rows that `dispatch` moved.
+DISPATCHED = "taskmoe_dispatched"
 
+
+@with_plain_settings
 def dispatch_reference(
     x: jax.Array, rows: jax.Array, weights: jax.Array | None, num_rows: int
 ) -> jax.Array:
@@ -42,6 +50,7 @@ def dispatch_reference(
     return out.at[target.reshape(-1)].set(values.reshape(-1, x.shape[1]), mode="drop")
 
 
+@with_plain_settings
 def combine_reference(y: jax.Array, rows: jax.Array, weights: jax.Array) -> jax.Array:
     """The definition of `combine`."""
     placed = (rows >= 0) & (rows < y.shape[0])
@@ -50,39 +59,60 @@ def combine_reference(y: jax.Array, rows: jax.Array, weights: jax.Array) -> jax.
     return jnp.sum(picked.astype(acc) * weights[..., None].astype(acc), axis=1).astype(y.dtype)
 
 
-def _sources(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """For each destination row the assignment t*k+j that fills it, and whether there is one."""
+@dataclasses.dataclass(frozen=True)
+class MoveOptions:
+    """num_rows: of the buffer that `dispatch` fills; None in what reads it."""
+
+    num_rows: Any
+    implementation: str | None
+
+
+def _pulled(
+    rows: jax.Array, weights: jax.Array | None, num_rows: Any
+) -> tuple[jax.Array, jax.Array | None]:
+    """Moving rows out, seen from where they arrive: each row's token, -1 for none, and weight."""
     flat = rows.reshape(-1)
     order = jnp.arange(flat.size, dtype=jnp.int32)
     flat = jnp.where((flat >= 0) & (flat < num_rows), flat, num_rows + order)
     source = jnp.full((num_rows,), -1, jnp.int32)
     source = source.at[flat].set(order, mode="drop", unique_indices=True)
-    return jnp.maximum(source, 0), source >= 0
-
-
-def _move_out(
-    x: jax.Array, rows: jax.Array, weights: jax.Array | None, num_rows: int, implementation: str
-) -> jax.Array:
-    """y[rows[t, j]] = weights[t, j] * x[t], zero elsewhere."""
-    source, filled = _sources(rows, num_rows)
-    token = source // rows.shape[1]
+    found = jnp.maximum(source, 0)
     if weights is not None:
-        weights = weights.reshape(-1)[source][:, None]
-    if implementation == "mosaic":
-        return gather_rows(x, jnp.where(filled, token, -1)[:, None], weights)
-    values = x[token]
+        weights = weights.reshape(-1)[found][:, None]
+    return jnp.where(source >= 0, found // rows.shape[1], -1), weights
+
+
+def _move_out_mosaic(
+    options: MoveOptions, x: jax.Array, rows: jax.Array, weights: jax.Array | None
+) -> jax.Array:
+    token, weights = _pulled(rows, weights, options.num_rows)
+    return gather_rows(x, token[:, None], weights, None)
+
+
+def _move_out_xla(
+    options: MoveOptions, x: jax.Array, rows: jax.Array, weights: jax.Array | None
+) -> jax.Array:
+    token, weights = _pulled(rows, weights, options.num_rows)
+    values = x[jnp.maximum(token, 0)]
     if weights is not None:
         values = (values * weights).astype(x.dtype)
-    return jnp.where(filled[:, None], values, 0)
+    return jnp.where(token[:, None] >= 0, values, 0)
 
 
-def _bring_back(
-    y: jax.Array, rows: jax.Array, weights: jax.Array | None, implementation: str
+def _placed(y: jax.Array, rows: jax.Array) -> jax.Array:
+    return (rows >= 0) & (rows < y.shape[0])
+
+
+def _bring_back_mosaic(
+    _: MoveOptions, y: jax.Array, rows: jax.Array, weights: jax.Array | None
 ) -> jax.Array:
-    """out[t] = sum_j weights[t, j] * y[rows[t, j]], summed in f32."""
-    placed = (rows >= 0) & (rows < y.shape[0])
-    if implementation == "mosaic":
-        return gather_rows(y, jnp.where(placed, rows, -1), weights)
+    return gather_rows(y, jnp.where(_placed(y, rows), rows, -1), weights, None)
+
+
+def _bring_back_xla(
+    _: MoveOptions, y: jax.Array, rows: jax.Array, weights: jax.Array | None
+) -> jax.Array:
+    placed = _placed(y, rows)
     at = jnp.where(placed, rows, 0)
     total = jnp.zeros((rows.shape[0], y.shape[1]), accumulator(y.dtype))
     for j in range(rows.shape[1]):
@@ -91,11 +121,12 @@ def _bring_back(
     return total.astype(y.dtype)
 
 
-def _row_dots(y: jax.Array, rows: jax.Array, grad: jax.Array, implementation: str) -> jax.Array:
-    """dots[t, j] = <y[rows[t, j]], grad[t]> in f32; 0 where dropped."""
-    placed = (rows >= 0) & (rows < y.shape[0])
-    if implementation == "mosaic":
-        return gather_rows(y, jnp.where(placed, rows, -1), grad=grad)
+def _row_dots_mosaic(_: MoveOptions, y: jax.Array, rows: jax.Array, grad: jax.Array) -> jax.Array:
+    return gather_rows(y, jnp.where(_placed(y, rows), rows, -1), None, grad)
+
+
+def _row_dots_xla(_: MoveOptions, y: jax.Array, rows: jax.Array, grad: jax.Array) -> jax.Array:
+    placed = _placed(y, rows)
     at = jnp.where(placed, rows, 0)
     acc = accumulator(y.dtype)
     columns = [
@@ -107,43 +138,69 @@ def _row_dots(y: jax.Array, rows: jax.Array, grad: jax.Array, implementation: st
     return jnp.stack(columns, axis=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dispatch(x: jax.Array, rows: jax.Array, num_rows: int, implementation: str) -> jax.Array:
-    return _move_out(x, rows, None, num_rows, implementation)
+MOVE_OUT = Op("dispatch", xla=_move_out_xla, mosaic=_move_out_mosaic)
+BRING_BACK = Op("combine", xla=_bring_back_xla, mosaic=_bring_back_mosaic)
+ROW_DOTS = Op("row_dots", xla=_row_dots_xla, mosaic=_row_dots_mosaic)
+
+
+def _move_out(
+    options: MoveOptions, x: jax.Array, rows: jax.Array, weights: jax.Array | None = None
+) -> jax.Array:
+    """y[rows[t, j]] = weights[t, j] * x[t], zero elsewhere."""
+    out = jax.ShapeDtypeStruct((options.num_rows, x.shape[1]), x.dtype)
+    return MOVE_OUT(options, options.implementation, out, x, rows, weights)
+
+
+def _bring_back(
+    options: MoveOptions, y: jax.Array, rows: jax.Array, weights: jax.Array | None = None
+) -> jax.Array:
+    """out[t] = sum_j weights[t, j] * y[rows[t, j]], summed in f32."""
+    out = jax.ShapeDtypeStruct((rows.shape[0], y.shape[1]), y.dtype)
+    return BRING_BACK(options, options.implementation, out, y, rows, weights)
+
+
+def _row_dots(options: MoveOptions, y: jax.Array, rows: jax.Array, grad: jax.Array) -> jax.Array:
+    """dots[t, j] = <y[rows[t, j]], grad[t]> in f32; 0 where dropped."""
+    out = jax.ShapeDtypeStruct(rows.shape, accumulator(y.dtype))
+    return ROW_DOTS(options, options.implementation, out, y, rows, grad)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dispatch(x: jax.Array, rows: jax.Array, options: MoveOptions) -> jax.Array:
+    return _move_out(options, x, rows)
 
 
 def _dispatch_forward(
-    x: jax.Array, rows: jax.Array, num_rows: int, implementation: str
+    x: jax.Array, rows: jax.Array, options: MoveOptions
 ) -> tuple[jax.Array, jax.Array]:
-    return _dispatch(x, rows, num_rows, implementation), rows
+    return checkpoint_name(_dispatch(x, rows, options), DISPATCHED), rows
 
 
-def _dispatch_backward(
-    num_rows: int, implementation: str, rows: jax.Array, grad: jax.Array
-) -> tuple[Any, ...]:
-    return _bring_back(grad, rows, None, implementation), None
+def _dispatch_backward(options: MoveOptions, rows: jax.Array, grad: jax.Array) -> tuple[Any, ...]:
+    return _bring_back(options, grad, rows), None
 
 
 _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _combine(y: jax.Array, rows: jax.Array, weights: jax.Array, implementation: str) -> jax.Array:
-    return _bring_back(y, rows, weights, implementation)
+def _combine(y: jax.Array, rows: jax.Array, weights: jax.Array, options: MoveOptions) -> jax.Array:
+    return _bring_back(options, y, rows, weights)
 
 
 def _combine_forward(
-    y: jax.Array, rows: jax.Array, weights: jax.Array, implementation: str
+    y: jax.Array, rows: jax.Array, weights: jax.Array, options: MoveOptions
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _combine(y, rows, weights, implementation), (y, rows, weights)
+    return _combine(y, rows, weights, options), (y, rows, weights)
 
 
 def _combine_backward(
-    implementation: str, residuals: tuple[jax.Array, ...], grad: jax.Array
+    options: MoveOptions, residuals: tuple[jax.Array, ...], grad: jax.Array
 ) -> tuple[Any, ...]:
     y, rows, weights = residuals
-    d_y = _move_out(grad, rows, weights, y.shape[0], implementation)
-    return d_y, None, _row_dots(y, rows, grad, implementation).astype(weights.dtype)
+    d_weights = _row_dots(options, y, rows, grad).astype(weights.dtype)
+    back = dataclasses.replace(options, num_rows=y.shape[0])
+    return _move_out(back, grad, rows, weights), None, d_weights
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
@@ -164,20 +221,22 @@ def dispatch(
     rows: [T, k] i32, distinct destinations; values outside [0, num_rows) drop that copy. Where two
       are equal, either may win.
     num_rows: rows of the result, 1 or more (static).
-    implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by platform).
+    implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by the platform that is
+      lowered for).
 
     Returns [num_rows, D] in x's dtype. Raises ValueError or TypeError where an argument does not
     fit. Gradient: `combine` with unit weights.
     """
-    _check_rows("x", x, rows)
+    x, rows = _check_rows("x", x, rows)
     check_shape("rows", rows, (x.shape[0], "k"))
-    if not isinstance(num_rows, int) or num_rows < 1:
-        raise ValueError(f"num_rows must be an int of at least 1, got {num_rows!r}")
-    chosen = choose_implementation("dispatch", implementation)
+    num_rows = as_size("num_rows", num_rows)
+    check_implementation(implementation)
     x, rows = match_varying(x, rows)
-    if chosen == "reference":
+    if 0 in (*x.shape, *rows.shape):
+        return zeros_like_all((num_rows, x.shape[1]), x.dtype, x, rows)
+    if implementation == "reference":
         return dispatch_reference(x, rows, None, num_rows)
-    return _dispatch(x, rows, num_rows, chosen)
+    return _dispatch(x, rows, MoveOptions(num_rows, implementation))
 
 
 def combine(
@@ -194,26 +253,28 @@ def combine(
     y: [N, D] bf16|f32, rows as `dispatch` laid them out.
     rows: [T, k] i32; values outside [0, N) contribute zero. Distinct, for the gradient's sake.
     weights: [T, k] bf16|f32. Products and sums are f32.
-    implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by platform).
+    implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by the platform that is
+      lowered for).
 
     Returns [T, D] in y's dtype; rows of y that nobody names, NaN included, reach no output. Raises
     ValueError or TypeError where an argument does not fit. Gradients: a weighted `dispatch` for y,
     row-wise dots for the weights.
     """
-    _check_rows("y", y, rows)
-    check_float("weights", weights)
+    y, rows = _check_rows("y", y, rows)
+    weights = as_floats("weights", weights)
     check_shape("weights", weights, rows.shape)
-    chosen = choose_implementation("combine", implementation)
+    check_implementation(implementation)
     y, rows, weights = match_varying(y, rows, weights)
-    if chosen == "reference":
+    if 0 in (*y.shape, *rows.shape):
+        return zeros_like_all((rows.shape[0], y.shape[1]), y.dtype, y, rows, weights)
+    if implementation == "reference":
         return combine_reference(y, rows, weights)
-    return _combine(y, rows, weights, chosen)
+    return _combine(y, rows, weights, MoveOptions(None, implementation))
 
 
-def _check_rows(name: str, x: jax.Array, rows: jax.Array) -> None:
+def _check_rows(name: str, x: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x = as_floats(name, x)
     check_shape(name, x, ("rows", "D"))
-    check_float(name, x)
+    rows = as_integers("rows", rows)
     check_shape("rows", rows, ("T", "k"))
-    check_int("rows", rows)
-    if x.size == 0:
-        raise ValueError(f"{name} must not be empty, got shape {list(x.shape)}")
+    return x, rows

@@ -28,22 +28,6 @@ class Tile(NamedTuple):
     mask: jax.Array
 
 
-def group_bounds(
-    group_sizes: jax.Array, group_offset: jax.Array, num_groups: int, num_rows: int
-) -> tuple[jax.Array, jax.Array]:
-    """First and one past the last row, [num_groups] i32 each, of the local groups; both ascend.
-
-    Negative sizes count as 0, rows past num_rows are cut off, and groups that group_sizes does not
-    have are empty.
-    """
-    sizes = jnp.maximum(group_sizes.astype(jnp.int32), 0)
-    ends = jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), num_rows)
-    bounds = jnp.concatenate([jnp.zeros_like(ends[:1]), ends])
-    index = group_offset + jnp.arange(num_groups, dtype=jnp.int32)
-    last = sizes.shape[0]
-    return bounds[jnp.clip(index, 0, last)], bounds[jnp.clip(index + 1, 0, last)]
-
-
 class Tiles(NamedTuple):
     """How many rows a tile has, by size of its group; all static.
 
@@ -59,14 +43,18 @@ class Tiles(NamedTuple):
     whole: tuple[int, ...] = ()
 
 
-def choose_tiles(num_rows: int, num_groups: int, depth: int, width: int) -> Tiles:
+def choose_tiles(num_rows: Any, num_groups: int, depth: int, width: int) -> Tiles:
     """Tiles for products with matrices of [depth, width].
+
+    num_rows may be symbolic: then tiles are small, and rows must be `padded`.
 
     The mean group, as a power of two between 8 and 128. Groups up to the mean, and up to an eighth
     above it, both rounded up to 32 rows, go whole, where the mean is neither tiny nor above
     LARGEST_WHOLE. A product of fewer than SPLIT_WORK multiplications stays on one core, so where
     groups are large enough, tiles of small matrices grow up to that.
     """
+    if not isinstance(num_rows, int):
+        return Tiles(SYMBOLIC_ROWS)
     mean = num_rows // num_groups
     rows = 8
     while rows * 2 <= min(mean, 128):
@@ -80,6 +68,8 @@ def choose_tiles(num_rows: int, num_groups: int, depth: int, width: int) -> Tile
     return Tiles(min(rows, num_rows), tuple(n for n in sorted(set(whole)) if rows < n <= num_rows))
 
 
+#: Rows of a tile where the number of rows is not known when the op is traced.
+SYMBOLIC_ROWS = 32
 #: Multiplications from which XLA was seen to spread one product over two cores.
 SPLIT_WORK = 3 << 22
 #: Mean group up to which whole tiles were tried; larger groups spread what one tile would save.
@@ -89,7 +79,7 @@ LARGEST_WHOLE = 512
 def for_each_tile(
     bounds: tuple[jax.Array, jax.Array],
     tiles: Tiles,
-    num_rows: int,
+    num_rows: Any,
     body: Callable[[jax.Array, Tile, Any], tuple[Any, Any]],
     done: Callable[[jax.Array, Any, Any], Any],
     init: Any,
@@ -144,6 +134,11 @@ def _over(chosen: jax.Array, body: Callable[[jax.Array, Any], Any], state: Any) 
     order = jnp.argsort(~chosen, stable=True).astype(jnp.int32)
     count = jnp.sum(chosen, dtype=jnp.int32)
     return jax.lax.fori_loop(0, count, lambda i, state: body(order[i], state), state)
+
+
+def padded(x: jax.Array) -> jax.Array:
+    """X with rows enough for one tile where its number of rows [M, D] is symbolic."""
+    return x if isinstance(x.shape[0], int) else jnp.pad(x, ((0, SYMBOLIC_ROWS), (0, 0)))
 
 
 def take(x: jax.Array, tile: Tile) -> jax.Array:

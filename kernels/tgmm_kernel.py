@@ -18,11 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.gmm_kernel import SUB_ROWS
 from taskmoe.kernels.group_visits import visit_groups
-from taskmoe.kernels.row_tiles import group_bounds
-from taskmoe.kernels.tiling import Tiling
+from taskmoe.kernels.groups import Groups, group_bounds
+from taskmoe.kernels.options import ProductOptions
+from taskmoe.kernels.platforms import chip
 
 
 def cost(m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int) -> pl.CostEstimate:
@@ -102,19 +102,13 @@ def kernel(
 
 
 def tgmm_mosaic(
-    lhs: jax.Array,
-    grad: jax.Array,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    num_groups: int,
-    out_dtype: Any,
-    tiling: Tiling | None = None,
+    options: ProductOptions, lhs: jax.Array, grad: jax.Array, groups: Groups
 ) -> jax.Array:
     """The kernel call; arguments as in `tgmm`, validated."""
-    (m, k), n, e = lhs.shape, grad.shape[1], num_groups
-    itemsize, out_itemsize = lhs.dtype.itemsize, jnp.dtype(out_dtype).itemsize
-    t = tiling or tilings.tgmm_tiling(m, k, n, e, itemsize, out_itemsize, tilings.chip())
-    walk = visit_groups(group_bounds(group_sizes, group_offset, e, m), m, t.m)
+    (m, k), n, e = lhs.shape, grad.shape[1], options.num_groups
+    itemsize, out_itemsize = lhs.dtype.itemsize, jnp.dtype(options.out_dtype).itemsize
+    t = options.tiling or tilings.tgmm_tiling(m, k, n, e, itemsize, out_itemsize, chip())
+    walk = visit_groups(group_bounds(groups, e, m), m, t.m)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=5,
         grid=(pl.cdiv(n, t.n), pl.cdiv(k, t.k), walk.num),
@@ -126,7 +120,7 @@ def tgmm_mosaic(
     call = pl.pallas_call(
         kernel,
         grid_spec=grid_spec,
-        out_shape=result_like(lhs, (e, k, n), out_dtype),
+        out_shape=jax.ShapeDtypeStruct((e, k, n), options.out_dtype),
         compiler_params=tilings.compiler_params(("parallel", "arbitrary", "arbitrary"), vmem),
         cost_estimate=cost(m, k, n, e, itemsize, out_itemsize),
         name="taskmoe_tgmm",

@@ -1,8 +1,7 @@
 """Block sizes by one rule: of the candidates that fit in VMEM, the one that moves fewest bytes.
 
-What fits is counted with double buffering of every block that is streamed. The chip is the one that
-Pallas compiles for, and TPU v5e in interpret mode. Where several candidates move the same bytes the
-largest blocks win: fewest grid steps.
+What fits is counted with double buffering of every block that is streamed. Where several
+candidates move the same bytes the largest blocks win: fewest grid steps.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from jax.experimental.pallas import tpu as pltpu
+
+from taskmoe.kernels.platforms import chip
 
 #: Lanes of a vector register: the unit of a block's last dimension on every TPU.
 LANES = 128
@@ -32,13 +33,6 @@ class Tiling:
     m: int
     k: int
     n: int
-
-
-def chip() -> pltpu.TpuInfo:
-    """The TPU core that kernels traced here are for."""
-    if pltpu.is_tpu_device():
-        return pltpu.get_tpu_info()
-    return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
 
 
 def vmem_budget_bytes(info: pltpu.TpuInfo) -> int:
@@ -204,9 +198,13 @@ def ffn_backward_tiling(
 
 
 def compiler_params(
-    semantics: Sequence[Literal["parallel", "arbitrary"]], vmem_bytes: int
+    semantics: Sequence[Literal["parallel", "arbitrary"]] | None, vmem_bytes: int
 ) -> pltpu.CompilerParams:
-    """How Mosaic may order the grid, and VMEM for the blocks and what the compiler itself needs."""
+    """How Mosaic may order the grid, and VMEM for the blocks and what the compiler itself needs.
+
+    semantics: None is all "arbitrary"; kernels that `jax.vmap` gives one more axis of the grid must
+    leave it so, because the interpreter looks for as many entries as axes.
+    """
     capacity = chip().vmem_capacity_bytes
     limit = min(capacity, max(16 << 20, vmem_bytes + (vmem_bytes >> 2) + (4 << 20)))
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)

@@ -5,12 +5,13 @@ task's sub-network out, and `ffn` runs that; `extract_tasks` and `prune` make sm
 """
 
 from taskmoe.moe.config import Metrics, MoEConfig
-from taskmoe.moe.expert_parallel import param_specs
 from taskmoe.moe.extraction import FFNParams, extract, extract_tasks, ffn, prune
 from taskmoe.moe.layer import apply, init
+from taskmoe.moe.mesh import MeshAxes, param_specs
 
 __all__ = [
     "FFNParams",
+    "MeshAxes",
     "Metrics",
     "MoEConfig",
     "apply",

@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 
+from taskmoe.kernels.options import Activation
+
 Routing = Literal["token", "sentence", "task", "static"]
 SecondPolicy = Literal["all", "random", "sampling"]
-Activation = Literal["relu", "gelu", "silu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,10 @@ class MoEConfig:
       (GShard); "sampling" draws them from the gate's probabilities without replacement (Lingvo).
     jitter: while training, what the gate sees is multiplied by uniform noise from
       [1 - jitter, 1 + jitter] (Switch Transformer, section 2.4).
+    buffer_factor: None gives each device of a mesh room for all rows that can come to it, which is
+      `min(devices, E / top_k)` times what comes when the experts are equally busy; a number f gives
+      it room for f times that, and what comes beyond it is dropped and counted as with a capacity.
+      Only without a capacity factor; the strategies "ragged", "all_gather" and "mosaic" heed it.
     activation: "relu", "gelu" or "silu"; with `gated`, `act(x w_gate) * (x w_in)`.
     load_balance_weight, z_loss_weight: coefficients of the two auxiliary losses (Lingvo's and
       ST-MoE's by default).
@@ -53,6 +58,7 @@ class MoEConfig:
     table_weights: tuple[tuple[float, ...], ...] | None = None
     capacity_factor: float | None = None
     group_size: int | None = None
+    buffer_factor: float | None = None
     second_policy: SecondPolicy = "all"
     jitter: float = 0.0
     activation: Activation = "relu"
@@ -61,6 +67,10 @@ class MoEConfig:
     z_loss_weight: float = 1e-3
 
     def __post_init__(self) -> None:
+        for name, kind in (("table", int), ("table_weights", float)):  # lists have no hash
+            if (rows := getattr(self, name)) is not None:
+                rows = tuple(tuple(kind(value) for value in row) for row in rows)
+                object.__setattr__(self, name, rows)
         for name in ("d_model", "d_ff", "num_experts", "top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -88,6 +98,13 @@ class MoEConfig:
                 )
             if self.capacity_factor <= 0:
                 raise ValueError(f"capacity_factor must be above 0, got {self.capacity_factor}")
+        if self.buffer_factor is not None and (
+            self.buffer_factor <= 0 or self.capacity_factor is not None
+        ):
+            raise ValueError(
+                "buffer_factor must be above 0 without a capacity_factor and None with one, got "
+                f"{self.buffer_factor} with capacity_factor={self.capacity_factor}"
+            )
         if self.group_size is not None and (self.capacity_factor is None or self.group_size < 1):
             raise ValueError(
                 "group_size must be at least 1 with a capacity_factor and None without, got "
@@ -151,7 +168,8 @@ class Metrics(NamedTuple):
       group_size the mean over groups. 0 with routing "static", where nothing is to be learned, and
       so is the z-loss.
     z_loss: [] f32, mean of `logsumexp(logits)^2` (ST-MoE).
-    dropped: [] f32, share of the valid assignments that found no room.
+    dropped: [] f32, share of the valid assignments that found no room, with their expert or (with a
+      buffer_factor) on its device.
     load: [E] f32, share of the valid assignments that went to each expert.
     entropy: [] f32, nats, entropy of the mean gate probabilities (log E when balanced).
     """

@@ -2,54 +2,74 @@
 
 Each device routes its own U units to E experts, of which every device holds E/n. Whatever the
 strategy, results and gradients are those of one device, up to the order of sums. Rows that a device
-sends for one layer, there and back (n devices, C rows of room an expert):
+sends for one layer, there and back, and rows of its largest buffers, with C rows of room an expert
+and B rows of room for what comes to a device: min(k, E/n) n U, or f k U with a buffer_factor f:
 
-    all_to_all   2 (n-1)/n E C   a padded [E, C] buffer by `lax.all_to_all`, as in GShard; C is the
-                                 capacity, or U when dropless
-    ragged       2 (n-1)/n k U   the rows themselves by `lax.ragged_all_to_all`; where the backend
-                                 has none, 2 (n-1) min(k, E/n) U: packed, padded for each peer
-    all_gather   2 (n-1) U       every device gets all units, runs its experts' rows, and a
-                                 reduce-scatter adds the parts up
-    mosaic       2 (n-1)/n k U   the rows themselves, by remote DMA of a Pallas TPU kernel straight
-                                 to their places among their expert's rows: no row is padded, or
-                                 sorted again. Where tokens are routed and two experts fit in
-                                 VMEM the experts run in the same kernel, block by block as rows
-                                 arrive, while other rows and results are on the wire; gradients
-                                 travel before and after their matmuls. TPU, or interpret mode
+                 sent              held
+    all_to_all   2 (n-1)/n E C     3 E C          a padded [E, C] buffer by `lax.all_to_all`, as in
+                                                  GShard; C is the capacity, or U when dropless
+    ragged       2 (n-1)/n k U     2 k U + 2 B    the rows themselves by `lax.ragged_all_to_all`;
+                                                  a backend that has none sends them packed and
+                                                  padded for each peer: 2 (n-1) min(k, E/n) U
+    all_gather   2 (n-1) U         n U + 2 B      every device gets all units, runs its experts'
+                                                  rows, and a reduce-scatter adds the parts up
+    mosaic       2 (n-1)/n k U     2 k U + 2 B    the rows themselves, by remote DMA of a Pallas TPU
+                                                  kernel straight to their places among their
+                                                  expert's rows: no row is padded, or sorted again
 
-"auto" takes of the first three the one with the fewest rows: "mosaic" sends as few as "ragged"
-does on TPU, and is for the caller to choose. "kept" is all_to_all with every part kept instead of
-sent: it gives wrong results, and what a step costs without its exchange.
+Where tokens are routed and two experts fit in VMEM, "mosaic" runs the experts in the same kernel,
+block by block as rows arrive, while other rows and results are on the wire; gradients travel before
+and after their matmuls.
+
+"auto" takes of the first three the one with the fewest rows sent and held; "mosaic" is for the
+caller to choose. "kept" is all_to_all with every part kept instead of sent: it gives wrong results,
+and what a step costs without its exchange.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from taskmoe.kernels import combine, dispatch, expert_ffn
-from taskmoe.kernels.checks import choose_implementation
-from taskmoe.kernels.exchange_ffn_kernel import can_fuse, exchange_ffn
+from taskmoe.kernels.exchange_ffn_kernel import can_fuse, exchange_ffn, room_for
 from taskmoe.kernels.exchange_kernel import exchange_rows
+from taskmoe.kernels.exchange_plan import neighbours, segments
 from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.routing import Assignment, Params, capacity
 
-EXPERT_AXIS = "expert"
 STRATEGIES = ("auto", "all_to_all", "ragged", "all_gather", "mosaic", "kept")
 
 
 class Peers(NamedTuple):
     """The devices that exchange rows.
 
-    number: how many. ragged: whether they have `lax.ragged_all_to_all`. connected: False keeps
-    every part instead of sending it.
+    number: how many. ragged: whether they have `lax.ragged_all_to_all`. axis: of the mesh.
+    connected: False keeps every part instead of sending it.
     """
 
     number: int
     ragged: bool
+    axis: str = "expert"
     connected: bool = True
+
+
+class Job(NamedTuple):
+    """One device's part of a layer, inside `jax.shard_map`.
+
+    params: the device's own experts. x: [U, W] units. assigned: where they go, with a padded plan
+    for "all_to_all", any plan else.
+    """
+
+    params: Params
+    config: MoEConfig
+    x: jax.Array
+    assigned: Assignment
+    peers: Peers
+    implementation: str | None
 
 
 def rows_sent(strategy: str, config: MoEConfig, units: int, peers: Peers) -> float:
@@ -59,231 +79,260 @@ def rows_sent(strategy: str, config: MoEConfig, units: int, peers: Peers) -> flo
         return 0.0
     if strategy == "all_to_all":
         return 2 * (n - 1) / n * e * (_room(config, units) or units)
-    if strategy == "mosaic":
-        return 2 * (n - 1) / n * k * units
-    if strategy == "ragged":
-        return (
-            2 * (n - 1) / n * k * units if peers.ragged else 2 * (n - 1) * _most(config, units, n)
-        )
-    return 2.0 * (n - 1) * units
+    if strategy == "all_gather":
+        return 2.0 * (n - 1) * units
+    if strategy == "ragged" and not peers.ragged:
+        return 2.0 * (n - 1) * _most(config, units, n)
+    return 2 * (n - 1) / n * k * units
+
+
+def rows_held(strategy: str, config: MoEConfig, units: int, peers: Peers) -> float:
+    """Rows of the largest buffers that one device holds at once, by the table above."""
+    come = _most_come(config, units, peers.number)
+    if strategy in ("all_to_all", "kept"):
+        return 3.0 * config.num_experts * (_room(config, units) or units)
+    if strategy == "all_gather":
+        return peers.number * units + 2.0 * come
+    padded = (
+        0
+        if peers.ragged or strategy == "mosaic"
+        else peers.number * _most(config, units, peers.number)
+    )
+    return 2.0 * config.top_k * units + 2 * come + padded
 
 
 def choose(strategy: str, config: MoEConfig, units: int, peers: Peers) -> str:
-    """The strategy itself, or for "auto" the one that sends the fewest rows."""
+    """The strategy itself, or for "auto" the one that sends and holds the fewest rows."""
     if strategy != "auto":
         return strategy
-    return min(STRATEGIES[1:4], key=lambda name: rows_sent(name, config, units, peers))
+
+    def cost(name: str) -> float:
+        of = (name, config, units, peers)
+        return rows_sent(*of) + rows_held(*of)
+
+    return min(STRATEGIES[1:4], key=cost)
 
 
-def run_experts(
-    strategy: str,
-    params: Params,
-    config: MoEConfig,
-    x: jax.Array,
-    assigned: Assignment,
-    peers: Peers,
-    implementation: str | None,
-) -> jax.Array:
+def run_experts(strategy: str, job: Job) -> tuple[jax.Array, jax.Array]:
     """Units [U, W] through their experts on whichever device: [U, W], weighted and added up.
 
-    Inside `jax.shard_map` over the axis "expert". params: the device's own experts. assigned: with
-    a padded plan for "all_to_all", any plan else.
+    Also the number of assignments, [] i32, that found no room on this device, or of its own that
+    found none elsewhere; the sum over devices is that of all that were dropped on the way.
     """
     runs = {
         "all_to_all": _all_to_all,
-        "ragged": _ragged,
+        "ragged": _ragged if job.peers.ragged else _packed,
         "all_gather": _all_gather,
         "mosaic": _mosaic,
     }
     if strategy == "kept":
-        strategy, peers = "all_to_all", peers._replace(connected=False)
-    run = runs[strategy]
-    return run(params, config, x, assigned, peers, implementation)
+        return _all_to_all(job._replace(peers=job.peers._replace(connected=False)))
+    return runs[strategy](job)
 
 
-def _all_to_all(
-    params: Params,
-    config: MoEConfig,
-    x: jax.Array,
-    assigned: Assignment,
-    peers: Peers,
-    implementation: str | None,
-) -> jax.Array:
-    gating, plan, _ = assigned
-    swap = _swap if peers.connected else jnp.copy
-    room = plan.num_rows // config.num_experts
-    sent = dispatch(x, plan.rows, plan.num_rows, implementation=implementation)
-    received = swap(sent.reshape(peers.number, -1, x.shape[1]))
+def run_here(job: Job) -> jax.Array:
+    """Units [U, W] through the experts of this device, which has all that they were assigned to."""
+    gating, plan, _ = job.assigned
+    rows = dispatch(job.x, plan.rows, plan.num_rows, implementation=job.implementation)
+    out = _experts(job, rows, plan.group_sizes)
+    return combine(out, plan.rows, gating.weights, implementation=job.implementation)
+
+
+def _all_to_all(job: Job) -> tuple[jax.Array, jax.Array]:
+    gating, plan, _ = job.assigned
+    n, width = job.peers.number, job.x.shape[1]
+    swap = _swap if job.peers.connected else lambda x, _: jnp.copy(x)
+    room = plan.num_rows // job.config.num_experts
+    sent = dispatch(job.x, plan.rows, plan.num_rows, implementation=job.implementation)
+    received = swap(sent.reshape(n, -1, width), job.peers)
     filled = jnp.zeros(plan.num_rows, bool).at[plan.rows].set(True, mode="drop")
-    place = swap(filled.reshape(peers.number, -1)).reshape(peers.number, -1, room)
+    place = swap(filled.reshape(n, -1), job.peers).reshape(n, -1, room)
     # Rows of one expert lie behind one another, peer by peer; empty places go nowhere.
     place = place.transpose(1, 0, 2)
     rank = jnp.cumsum(place.reshape(-1), dtype=jnp.int32).reshape(place.shape) - 1
     rows = jnp.where(place, rank, plan.num_rows).transpose(1, 0, 2).reshape(-1, 1)
     sizes = jnp.sum(place, axis=(1, 2), dtype=jnp.int32)
-    out = _local_experts(params, config, received, rows, sizes, implementation)
-    back = swap(out.reshape(received.shape)).reshape(plan.num_rows, -1)
-    return combine(back, plan.rows, gating.weights, implementation=implementation)
+    out = _sorted_experts(job, received, rows, sizes, plan.num_rows)
+    back = swap(out.reshape(received.shape), job.peers).reshape(plan.num_rows, -1)
+    y = combine(back, plan.rows, gating.weights, implementation=job.implementation)
+    return y, jnp.zeros_like(sizes[0])
 
 
-def _ragged(
-    params: Params,
-    config: MoEConfig,
-    x: jax.Array,
-    assigned: Assignment,
-    peers: Peers,
-    implementation: str | None,
-) -> jax.Array:
-    units, width = x.shape
-    n, local = peers.number, config.num_experts // peers.number
-    rows, counts = _pack(assigned, config.num_experts)
-    packed = dispatch(x, rows, units * config.top_k, implementation=implementation)
-    counts = counts.reshape(n, local)
-    theirs = _swap(counts)  # [n, local]: what each peer sends to my experts
-    most = _most(config, units, n)
-    sizes, starts = _spans(counts.sum(1))
-    if peers.ragged:
-        all_sizes = jax.lax.all_gather(sizes, EXPERT_AXIS)  # [from, to]
-        me = jax.lax.axis_index(EXPERT_AXIS)
-        before = jnp.cumsum(all_sizes, axis=0) - all_sizes
-        incoming = all_sizes[:, me]
-        travel = _Travel(starts, sizes, before[me], incoming)
-        buffer = jnp.zeros((n * most, width), x.dtype)
-        received = _ragged_swap(packed, buffer, travel)
-        # A row's peer and expert follow from its place alone.
-        place = jnp.arange(n * most, dtype=jnp.int32)
-        ends = jnp.cumsum(theirs.reshape(-1))
-        segment = jnp.sum(place[:, None] >= ends, axis=1)
-        inside = place - jnp.concatenate([jnp.zeros(1, ends.dtype), ends])[segment]
-        held = place < ends[-1]
-    else:
-        lane = jnp.arange(most, dtype=jnp.int32)
-        source = starts[:, None] + lane
-        sent = jnp.where(
-            (lane < sizes[:, None])[..., None],
-            packed[jnp.minimum(source, packed.shape[0] - 1)],
-            0,
-        )
-        received = _swap(sent).reshape(n * most, width)
-        ends = jnp.cumsum(theirs, axis=1)
-        segment = jnp.sum(lane[None, :, None] >= ends[:, None], axis=2)  # expert of each row
-        begin = jnp.concatenate([jnp.zeros((n, 1), ends.dtype), ends], axis=1)
-        inside = (lane - jnp.take_along_axis(begin, segment, axis=1)).reshape(-1)
-        held = (lane < ends[:, -1:]).reshape(-1)
-        segment = (segment + local * jnp.arange(n)[:, None]).reshape(-1)
-    # Where each of my experts' rows from each peer begin, in rows packed by expert.
-    by_expert = theirs.T.reshape(-1)
+class _Parcels(NamedTuple):
+    """Rows that a device sends to its peers, and gets from them, cut to the room that there is.
+
+    packed: [kU, W], my rows by expert. rows: [U, k], where each assignment lies there. starts,
+    sizes: [n], each peer's part of them. places: [n], where my part begins among the peer's.
+    coming: [n, E/n], rows that each peer sends to each of my experts. home: [n], where each peer's
+    part of what I got begins among its own rows. lost: [] i32, rows of mine that go nowhere.
+    """
+
+    packed: jax.Array
+    rows: jax.Array
+    starts: jax.Array
+    sizes: jax.Array
+    places: jax.Array
+    coming: jax.Array
+    home: jax.Array
+    lost: jax.Array
+
+
+def _parcel(job: Job) -> _Parcels:
+    n, local = job.peers.number, job.config.num_experts // job.peers.number
+    rows, counts = _pack(job.assigned, job.config.num_experts)
+    count = job.x.shape[0] * job.config.top_k
+    packed = dispatch(job.x, rows, count, implementation=job.implementation)
+    me = jax.lax.axis_index(job.peers.axis)
+    wanted = jax.lax.all_gather(counts.reshape(n, local).sum(1), job.peers.axis)  # [from, to]
+    places = jnp.cumsum(wanted, axis=0) - wanted
+    room = _most_come(job.config, job.x.shape[0], n)
+    sizes = jnp.clip(room - places, 0, wanted)  # the last to come find none
+    starts = jnp.cumsum(wanted, axis=1) - wanted
+    ends = jnp.cumsum(_swap(counts.reshape(n, local), job.peers), axis=1)
+    ends = jnp.minimum(ends, sizes[:, me, None])
+    return _Parcels(
+        packed=packed,
+        rows=rows,
+        starts=starts[me],
+        sizes=sizes[me],
+        places=places[me],
+        coming=jnp.diff(ends, axis=1, prepend=0),
+        home=starts[:, me],
+        lost=jnp.sum(wanted[me] - sizes[me]),
+    )
+
+
+def _targets(parcels: _Parcels, segment: jax.Array, inside: jax.Array) -> jax.Array:
+    """Where rows go that came as the `inside`-th of a segment, peer * E/n + expert, by expert."""
+    n, local = parcels.coming.shape
+    by_expert = parcels.coming.T.reshape(-1)
     first = (jnp.cumsum(by_expert) - by_expert).reshape(local, n).T.reshape(-1)
-    segment = jnp.minimum(segment, n * local - 1)
-    target = jnp.where(held, first[segment] + inside, n * most).astype(jnp.int32)
-    out = _local_experts(params, config, received, target[:, None], theirs.sum(0), implementation)
-    if peers.ragged:
-        home = _Travel(
-            jnp.cumsum(incoming) - incoming,
-            incoming,
-            (jnp.cumsum(all_sizes, axis=1) - all_sizes)[:, me],
-            sizes,
-        )
-        back = _ragged_swap(out, jnp.zeros_like(packed), home)
-    else:
-        returned = _swap(out.reshape(n, most, width)).reshape(n * most, width)
-        owner = jnp.sum(jnp.arange(packed.shape[0])[:, None] >= (starts + sizes), axis=1)
-        owner = jnp.minimum(owner, n - 1)
-        lane = jnp.arange(packed.shape[0], dtype=jnp.int32) - starts[owner]
-        back = returned[jnp.minimum(owner * most + lane, n * most - 1)]
-    return combine(back, rows, assigned.gating.weights, implementation=implementation)
+    return first[jnp.minimum(segment, n * local - 1)] + inside
 
 
-def _all_gather(
-    params: Params,
-    config: MoEConfig,
-    x: jax.Array,
-    assigned: Assignment,
-    peers: Peers,
-    implementation: str | None,
-) -> jax.Array:
-    n, local = peers.number, config.num_experts // peers.number
+def _ragged(job: Job) -> tuple[jax.Array, jax.Array]:
+    parcels = _parcel(job)
+    room = _most_come(job.config, job.x.shape[0], job.peers.number)
+    incoming = parcels.coming.sum(1)
+    arrive = jnp.cumsum(incoming) - incoming
+    buffer = jnp.zeros((room, job.x.shape[1]), job.x.dtype)
+    there = (parcels.starts, parcels.sizes, parcels.places, incoming)
+    received = _ragged_swap(parcels.packed, buffer, there, job.peers)
+    # A row's peer and expert follow from its place alone.
+    place = jnp.arange(room, dtype=jnp.int32)
+    ends = jnp.cumsum(parcels.coming.reshape(-1))
+    segment = jnp.sum(place[:, None] >= ends, axis=1)
+    inside = place - jnp.concatenate([jnp.zeros(1, ends.dtype), ends])[segment]
+    target = jnp.where(place < ends[-1], _targets(parcels, segment, inside), room)
+    out = _sorted_experts(job, received, target[:, None], parcels.coming.sum(0), room)
+    home = (arrive, incoming, parcels.home, parcels.sizes)
+    back = _ragged_swap(out, jnp.zeros_like(parcels.packed), home, job.peers)
+    weights = job.assigned.gating.weights
+    return combine(back, parcels.rows, weights, implementation=job.implementation), parcels.lost
+
+
+def _packed(job: Job) -> tuple[jax.Array, jax.Array]:
+    """`_ragged` where the backend has no such collective: each peer's part is padded."""
+    parcels = _parcel(job)
+    n, width = job.peers.number, job.x.shape[1]
+    room = _most_come(job.config, job.x.shape[0], n)
+    most = min(_most(job.config, job.x.shape[0], n), room)
+    lane = jnp.arange(most, dtype=jnp.int32)
+    source = jnp.minimum(parcels.starts[:, None] + lane, parcels.packed.shape[0] - 1)
+    mine = (lane < parcels.sizes[:, None])[..., None]
+    received = _swap(jnp.where(mine, parcels.packed[source], 0), job.peers)
+    ends = jnp.cumsum(parcels.coming, axis=1)
+    expert = jnp.sum(lane[None, :, None] >= ends[:, None], axis=2)
+    begin = jnp.concatenate([jnp.zeros((n, 1), ends.dtype), ends], axis=1)
+    inside = lane - jnp.take_along_axis(begin, expert, axis=1)
+    segment = expert + parcels.coming.shape[1] * jnp.arange(n)[:, None]
+    target = jnp.where(lane < ends[:, -1:], _targets(parcels, segment, inside), room)
+    sizes = parcels.coming.sum(0)
+    out = _sorted_experts(job, received, target.reshape(-1, 1), sizes, room)
+    returned = _swap(out.reshape(n, most, width), job.peers).reshape(n * most, width)
+    row = jnp.arange(parcels.packed.shape[0], dtype=jnp.int32)
+    owner = jnp.minimum(jnp.sum(row[:, None] >= parcels.starts[1:], axis=1), n - 1)
+    lane = row - parcels.starts[owner]
+    back = returned[jnp.minimum(owner * most + lane, n * most - 1)]
+    back = jnp.where((lane < parcels.sizes[owner])[:, None], back, 0)
+    weights = job.assigned.gating.weights
+    return combine(back, parcels.rows, weights, implementation=job.implementation), parcels.lost
+
+
+def _all_gather(job: Job) -> tuple[jax.Array, jax.Array]:
+    n, local = job.peers.number, job.config.num_experts // job.peers.number
 
     def gather(part: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(part, EXPERT_AXIS, tiled=True)
+        return jax.lax.all_gather(part, job.peers.axis, tiled=True)
 
-    first = jax.lax.axis_index(EXPERT_AXIS) * local
-    placed = assigned.plan.rows < assigned.plan.num_rows
+    first = jax.lax.axis_index(job.peers.axis) * local
+    placed = job.assigned.plan.rows < job.assigned.plan.num_rows
     # Experts relative to mine; one that is dropped or another's goes nowhere.
-    experts = gather(jnp.where(placed, assigned.gating.experts, -1)) - first
+    experts = gather(jnp.where(placed, job.assigned.gating.experts, -1)) - first
     mine = (experts >= 0) & (experts < local)
     rows, sizes = _counting_sort(jnp.where(mine, experts, local), local)
-    num_rows = n * _most(config, x.shape[0], n)
-    packed = dispatch(gather(x), rows, num_rows, implementation=implementation)
-    out = _experts(params, config, packed, sizes, implementation)
-    weights = gather(assigned.gating.weights)
-    part = combine(out, rows, weights, implementation=implementation)
-    return jax.lax.psum_scatter(part, EXPERT_AXIS, tiled=True)
+    room = _most_come(job.config, job.x.shape[0], n)
+    packed = dispatch(gather(job.x), rows, room, implementation=job.implementation)
+    out = _experts(job, packed, sizes)
+    weights = gather(job.assigned.gating.weights)
+    part = combine(out, rows, weights, implementation=job.implementation)
+    y = jax.lax.psum_scatter(part, job.peers.axis, tiled=True)
+    return y, jnp.maximum(jnp.sum(sizes) - room, 0)
 
 
-def _mosaic(
-    params: Params,
-    config: MoEConfig,
-    x: jax.Array,
-    assigned: Assignment,
-    peers: Peers,
-    implementation: str | None,
-) -> jax.Array:
-    n, local = peers.number, config.num_experts // peers.number
-    rows, counts = _pack(assigned, config.num_experts)
-    packed = dispatch(x, rows, x.shape[0] * config.top_k, implementation=implementation)
-    counts = jax.lax.all_gather(counts, EXPERT_AXIS)  # [n, E]
-    most = n * _most(config, x.shape[0], n)
-    w_in, w_out, w_gate = params["w_in"], params["w_out"], params.get("w_gate")
+def _mosaic(job: Job) -> tuple[jax.Array, jax.Array]:
+    n, local = job.peers.number, job.config.num_experts // job.peers.number
+    axis, weights = job.peers.axis, job.assigned.gating.weights
+    rows, counts = _pack(job.assigned, job.config.num_experts)
+    num_packed = job.x.shape[0] * job.config.top_k
+    packed = dispatch(job.x, rows, num_packed, implementation=job.implementation)
+    counts = jax.lax.all_gather(counts, axis)  # [n, E]
+    room, align = _most_come(job.config, job.x.shape[0], n), 1
+    w_in, w_out, w_gate = job.params["w_in"], job.params["w_out"], job.params.get("w_gate")
     fuse = (
-        choose_implementation("expert_ffn", implementation) == "mosaic"
-        and x.shape[1] == config.d_model
-        and can_fuse(packed, counts, w_in, w_gate, most)
+        job.implementation in (None, "mosaic")
+        and job.x.shape[1] == job.config.d_model
+        and can_fuse(packed, counts, w_in, w_gate, room)
     )
     if fuse:
-        options: Any = {"activation": config.activation, "w_gate": w_gate}
-        back = exchange_ffn(packed, counts, w_in, w_out, most, axis_name=EXPERT_AXIS, **options)
+        options: Any = {"activation": job.config.activation, "w_gate": w_gate}
+        back = exchange_ffn(packed, counts, w_in, w_out, room, axis_name=axis, **options)
+        room, align = room_for(packed, local, room)
     else:
-        received = exchange_rows(packed, counts, most, axis_name=EXPERT_AXIS)
-        mine = counts.sum(0).reshape(n, local)[jax.lax.axis_index(EXPERT_AXIS)]
-        out = _experts(params, config, received, mine, implementation)
-        back = exchange_rows(out, counts, packed.shape[0], axis_name=EXPERT_AXIS, back=True)
-    return combine(back, rows, assigned.gating.weights, implementation=implementation)
+        received = exchange_rows(packed, counts, room, axis_name=axis)
+        mine = counts.sum(0).reshape(n, local)[jax.lax.axis_index(axis)]
+        out = _experts(job, received, mine)
+        back = exchange_rows(out, counts, num_packed, axis_name=axis, back=True)
+    sent = segments(counts, neighbours(axis)[0], num_packed, room, back=False, align=align).sizes
+    lost = counts[jax.lax.axis_index(axis)].sum() - sent.sum()
+    return combine(back, rows, weights, implementation=job.implementation), lost
 
 
-def _local_experts(
-    params: Params,
-    config: MoEConfig,
-    received: jax.Array,
-    rows: jax.Array,
-    sizes: jax.Array,
-    implementation: str | None,
+def _sorted_experts(
+    job: Job, received: jax.Array, rows: jax.Array, sizes: jax.Array, room: int
 ) -> jax.Array:
-    """Received rows through my experts and back into the places they were received in."""
+    """Received rows through my experts and back into the places they were received in.
+
+    rows: [R, 1], each one's place sorted by expert. room: rows that any can be sorted into.
+    """
     received = received.reshape(-1, received.shape[-1])
-    packed = dispatch(received, rows, rows.shape[0], implementation=implementation)
-    out = _experts(params, config, packed, sizes, implementation)
+    packed = dispatch(received, rows, room, implementation=job.implementation)
+    out = _experts(job, packed, sizes)
     ones = jnp.ones(rows.shape, jnp.float32)
-    return combine(out, rows, ones, implementation=implementation)
+    return combine(out, rows, ones, implementation=job.implementation)
 
 
-def _experts(
-    params: Params,
-    config: MoEConfig,
-    rows: jax.Array,
-    sizes: jax.Array,
-    implementation: str | None,
-) -> jax.Array:
+def _experts(job: Job, rows: jax.Array, sizes: jax.Array) -> jax.Array:
     """Rows [N, W] of whole units, sorted by expert, through the experts; sizes count units."""
     width = rows.shape[1]
     return expert_ffn(
-        rows.reshape(-1, config.d_model),
-        params["w_in"],
-        params["w_out"],
-        sizes * (width // config.d_model),
-        activation=config.activation,
-        w_gate=params.get("w_gate"),
-        implementation=implementation,
+        rows.reshape(-1, job.config.d_model),
+        job.params["w_in"],
+        job.params["w_out"],
+        sizes * (width // job.config.d_model),
+        activation=job.config.activation,
+        w_gate=job.params.get("w_gate"),
+        implementation=job.implementation,
     ).reshape(-1, width)
 
 
@@ -296,14 +345,14 @@ def _pack(assigned: Assignment, num_experts: int) -> tuple[jax.Array, jax.Array]
 def _counting_sort(experts: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
     """Row of each assignment [U, k], sorted by expert, and rows an expert [number].
 
-    An expert of `number` goes nowhere: its row is past the end.
+    An expert of `number` goes nowhere: its row is past the end, whatever room there is.
     """
     flat = experts.T.reshape(-1)  # first choices before any second, as everywhere
     hit = (flat[:, None] == jnp.arange(number)).astype(jnp.int32)
     counts = jnp.sum(hit, axis=0)
     place = jnp.cumsum(hit, axis=0) - hit + jnp.cumsum(counts) - counts
     row = jnp.sum(place * hit, axis=1)
-    row = jnp.where(flat < number, row, flat.size)
+    row = jnp.where(flat < number, row, jnp.iinfo(jnp.int32).max)
     return row.reshape(experts.shape[1], experts.shape[0]).T.astype(jnp.int32), counts
 
 
@@ -319,28 +368,20 @@ def _most(config: MoEConfig, units: int, peers: int) -> int:
     return min(config.top_k, config.num_experts // peers) * units
 
 
-def _swap(x: jax.Array) -> jax.Array:
+def _most_come(config: MoEConfig, units: int, peers: int) -> int:
+    """Rows that a device has room for: all that can come to it, or as many as it was told."""
+    most = peers * _most(config, units, peers)
+    if config.buffer_factor is None:
+        return most
+    return min(most, math.ceil(config.buffer_factor * config.top_k * units))
+
+
+def _swap(x: jax.Array, peers: Peers) -> jax.Array:
     """[peers, ...]: part p goes to peer p; part p of the result came from peer p."""
-    return jax.lax.all_to_all(x, EXPERT_AXIS, split_axis=0, concat_axis=0)
+    return jax.lax.all_to_all(x, peers.axis, split_axis=0, concat_axis=0)
 
 
-class _Travel(NamedTuple):
-    """Where each peer's part begins in mine, how long it is, where it begins there, what I get."""
-
-    starts: jax.Array
-    sizes: jax.Array
-    starts_there: jax.Array
-    sizes_here: jax.Array
-
-
-def _ragged_swap(x: jax.Array, out: jax.Array, travel: _Travel) -> jax.Array:
-    args: Any = (part.astype(jnp.int32) for part in travel)
-    starts, sizes, starts_there, sizes_here = args
-    return jax.lax.ragged_all_to_all(
-        x, out, starts, sizes, starts_there, sizes_here, axis_name=EXPERT_AXIS
-    )
-
-
-def _spans(sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sizes and where each span begins when they lie behind one another."""
-    return sizes, jnp.cumsum(sizes) - sizes
+def _ragged_swap(x: jax.Array, out: jax.Array, travel: Any, peers: Peers) -> jax.Array:
+    """travel: [n] each, where each peer's part begins in x, its size, its place there, my sizes."""
+    starts, sizes, places, incoming = (part.astype(jnp.int32) for part in travel)
+    return jax.lax.ragged_all_to_all(x, out, starts, sizes, places, incoming, axis_name=peers.axis)

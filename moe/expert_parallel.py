@@ -1,106 +1,220 @@
-"""Expert parallelism: each device holds E/n experts and its own sequences; rows travel.
+"""The layer's work on one device, and the same on a mesh: each holds E/n experts and its sequences.
 
 What is local (routing, losses) and what is summed over devices stands here; how rows travel stands
-in `exchange`.
+in `exchange`, what the axes of a mesh are for in `mesh`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from taskmoe.kernels.checks import in_interpret_mode
+from taskmoe.kernels import Gating, top_k_gating
+from taskmoe.kernels.checks import vary_over
 from taskmoe.kernels.exchange_kernel import check_can_run
+from taskmoe.kernels.platforms import interpret_mode
 from taskmoe.moe.config import Metrics, MoEConfig
-from taskmoe.moe.exchange import EXPERT_AXIS, Peers, choose, run_experts
-from taskmoe.moe.routing import Noise, Params, assign, metrics, unit_logits
-
-SHARDED = ("w_in", "w_out", "w_gate")
-
-
-def param_specs(params: Params) -> dict[str, P]:
-    """How parameters lie on a mesh: experts over the axis "expert", the rest everywhere."""
-    return {name: P(EXPERT_AXIS) if name in SHARDED else P() for name in params}
+from taskmoe.moe.exchange import Job, Peers, choose, run_experts, run_here
+from taskmoe.moe.extraction import dense_ffn, fold
+from taskmoe.moe.mesh import EXPERT_PARAMS, Layout
+from taskmoe.moe.nested import nested_shard_map
+from taskmoe.moe.routing import Noise, Params, assign, metrics, task_logits, unit_logits
 
 
-def exchange_apply(
+class Batch(NamedTuple):
+    """What a layer is applied to; every array but a scalar task begins with the sequences.
+
+    x: [B, S, D]. valid: [B, S] bool. task: [B] or [] i32. sentence: [B, D]. noise: of the routing.
+    """
+
+    x: jax.Array
+    valid: jax.Array
+    task: jax.Array | None = None
+    sentence: jax.Array | None = None
+    noise: Noise = Noise()
+
+
+def apply_here(
     params: Params,
     config: MoEConfig,
-    x: jax.Array,
-    valid: jax.Array | None,
-    task: jax.Array | None,
-    sentence: jax.Array | None,
-    noise: Noise,
-    mesh: Mesh,
-    strategy: str,
+    batch: Batch,
     implementation: str | None,
+    strategy: str = "auto",
+    layout: Layout | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """The layer over a mesh with an axis "expert"; arguments and results as in `apply`.
-
-    x [B, S, D] is sharded over all mesh axes by sequence. Capacity, where there is one, is counted
-    on each device's own units, in groups of `group_size` where that is given.
-    """
-    if strategy == "mosaic":
-        check_can_run("strategy='mosaic'")
-    axes = mesh.axis_names
-    peers = Peers(mesh.shape[EXPERT_AXIS], mesh.devices.flat[0].platform != "cpu")
-    batch, length, _ = x.shape
-    if valid is None:
-        valid = jnp.ones((batch, length), bool)
-
-    def local(
-        params: Params,
-        x: jax.Array,
-        valid: jax.Array,
-        task: jax.Array | None,
-        sentence: jax.Array | None,
-        noise: Noise,
-    ) -> tuple[jax.Array, Metrics]:
-        logits, unit_valid = unit_logits(params, config, x, valid, task, sentence, noise)
-        units = logits.shape[0]
+    """The layer on one device, or with a layout one device's part of it, inside `jax.shard_map`."""
+    axes = () if layout is None else layout.batch
+    logits, unit_valid = unit_logits(params, config, *batch)
+    units = logits.shape[0]
+    x = batch.x.reshape(units, -1)
+    if layout is None or layout.expert is None:
+        assigned = assign(config, logits, unit_valid, batch.noise, implementation)
+        here = Peers(1, ragged=False)
+        y, lost = run_here(Job(params, config, x, assigned, here, implementation)), jnp.int32(0)
+    else:
+        peers = Peers(layout.peers, layout.platform != "cpu", layout.expert)
         chosen = choose(strategy, config, units, peers)
         padded = units if chosen in ("all_to_all", "kept") else None
-        assigned = assign(config, logits, unit_valid, noise, implementation, padded)
-        y = run_experts(
-            chosen, params, config, x.reshape(units, -1), assigned, peers, implementation
-        ).reshape(x.shape)
+        assigned = assign(config, logits, unit_valid, batch.noise, implementation, padded)
+        y, lost = run_experts(chosen, Job(params, config, x, assigned, peers, implementation))
+    gating, plan, balance = assigned
+    num_valid = jnp.sum(unit_valid)
+    placed = jnp.sum(plan.rows < plan.num_rows) - lost
+    report = _over_devices(config, gating, num_valid, placed, balance, axes)
+    return _whole(y, layout).reshape(batch.x.shape), report
 
-        gating, plan, balance = assigned
-        num_local = jnp.sum(unit_valid)
-        num_valid = jax.lax.psum(num_local, axes)
-        share = num_local / jnp.maximum(num_valid, 1).astype(jnp.float32)
-        whole = gating._replace(
-            counts=jax.lax.psum(gating.counts, axes),
-            mean_probs=jax.lax.psum(gating.mean_probs * share, axes),
-            z_loss=jax.lax.psum(gating.z_loss * share, axes),
-        )
-        if balance is not None:
-            balance = jax.lax.psum(balance * share, axes)
-        placed = jax.lax.psum(jnp.sum(plan.rows < plan.num_rows), axes)
-        return y, metrics(config, whole, num_valid, placed, balance)
 
-    by_sequence: Any = P(axes)
-    arguments = (params, x, valid, task, sentence, noise)
-    in_specs = (
-        param_specs(params),
-        *jax.tree.map(lambda _: by_sequence, arguments[1:]),
+def apply_one_task(
+    params: Params,
+    config: MoEConfig,
+    batch: Batch,
+    implementation: str | None,
+    layout: Layout | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """The layer for a batch of one task, as the dense FFN that its experts fold into.
+
+    On a mesh the devices that hold the task's experts hand them to all others.
+    """
+    assert batch.task is not None
+    axes = () if layout is None else layout.batch
+    some = batch.valid.any()[None]  # only padding counts nowhere
+    logits = task_logits(params, config)[batch.task][None]
+    gating = top_k_gating(logits, config.top_k, valid=jnp.ones(1, bool))
+    experts, weights = gating.experts[0], gating.weights[0]
+    if layout is not None and layout.expert is not None:
+        own = params["w_in"].shape[0]
+        local = experts - jax.lax.axis_index(layout.expert) * own
+        mine = (local >= 0) & (local < own)
+        held = {name: params[name] for name in EXPERT_PARAMS if name in params}
+        picked = {
+            name: jax.lax.psum(
+                jnp.where(mine[:, None, None], w[jnp.clip(local, 0, own - 1)], 0), layout.expert
+            )
+            for name, w in held.items()
+        }
+        params, experts = params | picked, jnp.arange(config.top_k)
+    y = dense_ffn(fold(params, config, experts, weights), batch.x, jnp.float32)
+    y = _whole(y, layout).astype(batch.x.dtype)
+    counted = top_k_gating(logits, config.top_k, valid=some, implementation=implementation)
+    num_valid = jnp.sum(some)
+    return y, _over_devices(config, counted, num_valid, config.top_k * num_valid, None, axes)
+
+
+def _whole(y: jax.Array, layout: Layout | None) -> jax.Array:
+    """Sums over the shares of hidden units, in f32."""
+    if layout is None or not layout.hidden:
+        return y
+    return jax.lax.psum(vary_over(y.astype(jnp.float32), layout.hidden), layout.hidden).astype(
+        y.dtype
     )
-    explicit = AxisType.Explicit in mesh.axis_types
-    if explicit:  # shardings are part of the types there
+
+
+def _over_devices(
+    config: MoEConfig,
+    gating: Gating,
+    num_local: jax.Array,
+    placed: jax.Array,
+    balance: jax.Array | None,
+    axes: tuple[str, ...],
+) -> Metrics:
+    """Metrics of the whole batch from those of each device's part of it."""
+    if not axes:
+        return metrics(config, gating, num_local, placed, balance)
+
+    def total(x: jax.Array) -> jax.Array:
+        return jax.lax.psum(vary_over(x, axes), axes)
+
+    num_valid = total(num_local)
+    share = num_local / jnp.maximum(num_valid, 1).astype(jnp.float32)
+    whole = gating._replace(
+        counts=total(gating.counts),
+        mean_probs=total(gating.mean_probs * share),
+        z_loss=total(gating.z_loss * share),
+    )
+    balance = None if balance is None else total(balance * share)
+    return metrics(config, whole, num_valid, total(placed), balance)
+
+
+def apply_on_mesh(
+    params: Params,
+    config: MoEConfig,
+    batch: Batch,
+    implementation: str | None,
+    strategy: str,
+    layout: Layout,
+) -> tuple[jax.Array, Metrics]:
+    """The layer over a mesh; arguments and results as in `apply`.
+
+    Capacity, where there is one, is counted on each device's own units, in groups of `group_size`
+    where that is given. A batch that the mesh does not divide is padded by sequences that are not
+    valid.
+    """
+    if strategy == "mosaic":
+        check_can_run("strategy='mosaic'", layout.platform)
+    size, one_task = batch.x.shape[0], batch.task is not None and batch.task.ndim == 0
+    task, batch = batch.task, batch._replace(task=None if one_task else batch.task)
+    if layout.explicit:
+        kept = jax.typeof(batch.x).sharding.spec
+        if size % layout.batch_parts:
+            batch = jax.tree.map(lambda a: jax.reshard(a, NamedSharding(_mesh(layout), P())), batch)
+    batch = _padded(batch, -size % layout.batch_parts)
+
+    def local(params: Params, batch: Batch, task: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        if one_task:
+            whole = batch._replace(task=task)
+            return apply_one_task(params, config, whole, implementation, layout)
+        return apply_here(params, config, batch, implementation, strategy, layout)
+
+    arguments = (params, batch, task if one_task else None)
+    specs = (
+        layout.of_params(params),
+        jax.tree.map(lambda _: layout.of_batch(), batch),
+        P() if one_task else None,
+    )
+    if not layout.free:  # all axes are manual already
+        y, report = local(*arguments)
+        return y[:size], report
+    if layout.explicit:  # shardings are part of the types there
         arguments = jax.tree.map(
-            lambda leaf, spec: jax.reshard(leaf, NamedSharding(mesh, spec)), arguments, in_specs
+            lambda leaf, spec: jax.reshard(leaf, NamedSharding(_mesh(layout), spec)),
+            arguments,
+            specs,
         )
+    if len(layout.free) < len(layout.mesh.axis_names):
+        results = (layout.of_batch(), P())
+        y, report = nested_shard_map(local, layout.free, specs, results)(*arguments)
+        return y[:size], report
     y, report = jax.shard_map(
         local,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=(by_sequence, P()),
-        check_vma=not in_interpret_mode(),  # JAX's interpreter does not know varying axes
+        mesh=None if _in_use(layout) else layout.mesh,
+        in_specs=specs,
+        out_specs=(layout.of_batch(), P()),
+        axis_names=set(layout.free),
+        # JAX's interpreter does not know varying axes where kernels talk to peers.
+        check_vma=strategy != "mosaic" or interpret_mode() is None,
     )(*arguments)
-    if explicit:
-        y = jax.reshard(y, NamedSharding(mesh, jax.typeof(x).sharding.spec))
-    return y, report
+    if layout.explicit:
+        y = jax.reshard(y, NamedSharding(_mesh(layout), kept if y.shape[0] == size else P()))
+        y = y if y.shape[0] == size else jax.reshard(y[:size], NamedSharding(_mesh(layout), kept))
+    return y[:size], report
+
+
+def _in_use(layout: Layout) -> bool:
+    """Whether the layout's mesh is the one that code is traced under."""
+    current = jax.sharding.get_abstract_mesh()
+    return not current.empty and current.axis_names == layout.mesh.axis_names
+
+
+def _mesh(layout: Layout) -> Any:
+    return jax.sharding.get_abstract_mesh() if _in_use(layout) else layout.mesh
+
+
+def _padded(batch: Batch, rows: int) -> Batch:
+    """The batch with more sequences, none of them valid."""
+    if rows == 0:
+        return batch
+    return jax.tree.map(lambda a: jnp.pad(a, [(0, rows)] + [(0, 0)] * (a.ndim - 1)), batch)

@@ -13,6 +13,7 @@ section 3.2; the folding is ours). The layer itself runs a batch of one task thr
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,10 +23,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from taskmoe.kernels import top_k_gating
-from taskmoe.moe.config import Activation, MoEConfig
+from taskmoe.kernels.options import ACTIVATIONS, Activation
+from taskmoe.kernels.platforms import with_plain_settings
+from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.routing import Params, task_logits
-
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
 @jax.tree_util.register_dataclass
@@ -45,15 +46,23 @@ class FFNParams:
     activation: Activation = dataclasses.field(default="relu", metadata={"static": True})
 
 
+@jax.jit
 def ffn(params: FFNParams, x: jax.Array) -> jax.Array:
     """Apply a dense feed-forward layer: `act(x W_in) W_out`, or gated.
 
     x: [..., D] bf16|f32. Returns [..., D] in x's dtype. Products accumulate in float32.
     """
+    x = jnp.asarray(x)
+    return dense_ffn(params, x, x.dtype)
+
+
+@with_plain_settings
+def dense_ffn(params: FFNParams, x: jax.Array, out_dtype: Any) -> jax.Array:
+    """`ffn` with a result of this dtype."""
     act = ACTIVATIONS[params.activation]
     hidden = _matmul(x, params.w_in)
     hidden = act(hidden) if params.w_gate is None else act(_matmul(x, params.w_gate)) * hidden
-    return _matmul(hidden.astype(x.dtype), params.w_out).astype(x.dtype)
+    return _matmul(hidden.astype(x.dtype), params.w_out).astype(out_dtype)
 
 
 def extract(params: Params, config: MoEConfig, task: ArrayLike) -> FFNParams:
@@ -65,10 +74,18 @@ def extract(params: Params, config: MoEConfig, task: ArrayLike) -> FFNParams:
     Raises ValueError if the layer does not route by task or a concrete id is out of range.
     """
     _check_task(config, task)
-    gating = top_k_gating(task_logits(params, config)[jnp.asarray(task)][None], config.top_k)
+    return _extract(params, jnp.asarray(task), config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+@with_plain_settings
+def _extract(params: Params, task: jax.Array, config: MoEConfig) -> FFNParams:
+    logits = task_logits(params, config)[jnp.clip(task, 0, config.tasks - 1)]
+    gating = top_k_gating(logits[None], config.top_k)
     return fold(params, config, gating.experts[0], gating.weights[0])
 
 
+@with_plain_settings
 def extract_tasks(
     params: Params, config: MoEConfig, tasks: Sequence[int]
 ) -> tuple[Params, MoEConfig]:

@@ -8,20 +8,22 @@ A scalar task goes further: the layer folds the task's experts into one dense FF
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from taskmoe.kernels import combine, dispatch, expert_ffn, top_k_gating
+from taskmoe.kernels.platforms import check_implementation, with_plain_settings
 from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.exchange import STRATEGIES
-from taskmoe.moe.expert_parallel import exchange_apply
-from taskmoe.moe.extraction import ffn, fold
-from taskmoe.moe.routing import Params, assign, draw_noise, metrics, task_logits, unit_logits
+from taskmoe.moe.expert_parallel import Batch, apply_here, apply_on_mesh, apply_one_task
+from taskmoe.moe.mesh import MeshAxes, find_layout
+from taskmoe.moe.routing import Params, draw_noise
 
 
+@with_plain_settings
 def init(key: jax.Array, config: MoEConfig, dtype: Any = jnp.float32) -> Params:
     """Fresh parameters of one layer.
 
@@ -56,8 +58,9 @@ def apply(
     valid: jax.Array | None = None,
     task: ArrayLike | None = None,
     sentence: jax.Array | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    strategy: str = "all_to_all",
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+    axes: MeshAxes | None = None,
+    strategy: str = "auto",
     key: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -72,11 +75,16 @@ def apply(
     sentence: [B, D], what stands for each sequence at the gate, only with routing "sentence"; None
       is the mean of its valid tokens. A causal decoder must not look at tokens to come: it gives
       the mean of the encoder's output.
-    mesh: a mesh with an axis "expert": expert weights are sharded over that axis, sequences over
-      all axes, and rows travel between the devices of that axis. None runs on one device.
-    strategy: how they travel: "all_to_all", "ragged", "all_gather", "mosaic" (remote DMA by Pallas
-      TPU kernels), or "auto", which sends the fewest bytes; see `taskmoe.moe.exchange`. Results are
-      the same but for the order of sums.
+    mesh: experts are spread over its axis "expert", sequences over all its axes, and rows travel
+      between the devices of that axis. A batch that it does not divide is padded by sequences that
+      count nowhere. None is the mesh of `jax.set_mesh` or of an outer `jax.shard_map` where that
+      has such an axis, and one device where not. In an outer `jax.shard_map` that cuts the experts'
+      axis, `params` hold the device's own experts; where they hold all, nothing travels.
+    axes: a `MeshAxes`, where the mesh's axes have other names or purposes: which carry the batch,
+      the experts, and the hidden units of each expert.
+    strategy: how rows travel: "all_to_all", "ragged", "all_gather", "mosaic" (remote DMA by Pallas
+      TPU kernels), or "auto", which sends and holds the fewest rows; see `taskmoe.moe.exchange`.
+      Results are the same but for the order of sums.
     key: while training, where second_policy or jitter draw from; None routes without noise.
     implementation: of the kernels; None chooses by platform.
 
@@ -84,71 +92,57 @@ def apply(
     (with a capacity factor) contribute 0: they pass by the residual.
     Raises ValueError or TypeError that names the argument where one does not fit.
     """
+    x = jnp.asarray(x)
+    valid = jnp.ones(x.shape[:2], bool) if valid is None else jnp.asarray(valid)
     task = None if task is None else jnp.asarray(task)
-    _check(config, x, valid, task, sentence, mesh)
+    sentence = None if sentence is None else jnp.asarray(sentence)
+    _check(config, x, valid, task, sentence)
+    check_implementation(implementation)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    if valid is not None:  # sequences travel whole; zero rows give zero rows
-        valid = jnp.asarray(valid)
-        x = jnp.where(valid[..., None], x, 0)
-    if task is not None and task.ndim == 0:
-        return _apply_one_task(params, config, x, valid, task, implementation)
-    noise = draw_noise(config, key, *x.shape[:2])
-    if mesh is not None:
-        return exchange_apply(
-            params, config, x, valid, task, sentence, noise, mesh, strategy, implementation
-        )
-    logits, unit_valid = unit_logits(params, config, x, valid, task, sentence, noise)
-    gating, plan, balance = assign(config, logits, unit_valid, noise, implementation)
-    units = logits.shape[0]
-    width = x.shape[1] if units == x.shape[0] else 1  # tokens a unit
-    rows = dispatch(
-        x.reshape(units, -1), plan.rows, plan.num_rows, implementation=implementation
-    ).reshape(-1, config.d_model)
-    out = expert_ffn(
-        rows,
-        params["w_in"],
-        params["w_out"],
-        plan.group_sizes * width,
-        activation=config.activation,
-        w_gate=params.get("w_gate"),
-        implementation=implementation,
-    )
-    y = combine(
-        out.reshape(plan.num_rows, -1), plan.rows, gating.weights, implementation=implementation
-    ).reshape(x.shape)
-    placed = jnp.sum(plan.rows < plan.num_rows)
-    return y, metrics(config, gating, jnp.sum(unit_valid), placed, balance)
+    batch = Batch(x, valid, task, sentence)
+    return _apply(params, batch, key, config, mesh, axes, strategy, implementation)
 
 
-def _apply_one_task(
+@functools.partial(
+    jax.jit, static_argnames=("config", "mesh", "axes", "strategy", "implementation")
+)
+@with_plain_settings
+def _apply(
     params: Params,
+    batch: Batch,
+    key: jax.Array | None,
     config: MoEConfig,
-    x: jax.Array,
-    valid: jax.Array | None,
-    task: jax.Array,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None,
+    axes: MeshAxes | None,
+    strategy: str,
     implementation: str | None,
 ) -> tuple[jax.Array, Metrics]:
-    some = jnp.ones(1, bool) if valid is None else valid.any()[None]  # only padding counts nowhere
-    logits = task_logits(params, config)[task][None]
-    gating = top_k_gating(logits, config.top_k, valid=some, implementation=implementation)
-    y = ffn(fold(params, config, gating.experts[0], gating.weights[0]), x)
-    return y, metrics(config, gating, jnp.sum(some), config.top_k * jnp.sum(some))
+    """`apply`, validated; jitted, so that calls at a prompt compile once."""
+    x = jnp.where(batch.valid[..., None], batch.x, 0)  # sequences travel whole; zeros give zeros
+    task = None if batch.task is None else jnp.clip(batch.task, 0, config.tasks - 1)
+    noise = draw_noise(config, key, *x.shape[:2])
+    batch = batch._replace(x=x, task=task, noise=noise)
+    layout = find_layout(mesh, axes, config, params, x)
+    if layout is not None:
+        return apply_on_mesh(params, config, batch, implementation, strategy, layout)
+    if task is not None and task.ndim == 0:
+        return apply_one_task(params, config, batch, implementation)
+    return apply_here(params, config, batch, implementation)
 
 
 def _check(
     config: MoEConfig,
     x: jax.Array,
-    valid: jax.Array | None,
+    valid: jax.Array,
     task: jax.Array | None,
     sentence: jax.Array | None,
-    mesh: jax.sharding.Mesh | None,
 ) -> None:
     if x.ndim != 3 or x.shape[2] != config.d_model:
         raise ValueError(f"x must be [B, S, D] with D={config.d_model}, got {list(x.shape)}")
     if x.size == 0:
         raise ValueError(f"x must not be empty, got {list(x.shape)}")
-    if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != jnp.bool_):
+    if valid.shape != x.shape[:2] or valid.dtype != jnp.bool_:
         raise ValueError(
             f"valid must be bool {list(x.shape[:2])}, got {valid.dtype} {list(valid.shape)}"
         )
@@ -170,16 +164,4 @@ def _check(
         if sentence.shape != (x.shape[0], x.shape[2]):
             raise ValueError(
                 f"sentence must be {[x.shape[0], x.shape[2]]}, got {list(sentence.shape)}"
-            )
-    if mesh is not None:
-        if "expert" not in mesh.axis_names:
-            raise ValueError(f"mesh must have an axis 'expert', got axes {mesh.axis_names}")
-        if config.num_experts % mesh.shape["expert"]:
-            raise ValueError(
-                f"mesh axis 'expert' must divide num_experts={config.num_experts}, "
-                f"got size {mesh.shape['expert']}"
-            )
-        if x.shape[0] % mesh.size:
-            raise ValueError(
-                f"x must have a batch that the mesh's {mesh.size} devices divide, got {x.shape[0]}"
             )

@@ -68,15 +68,13 @@ def unit_logits(
     params: Params,
     config: MoEConfig,
     x: jax.Array,
-    valid: jax.Array | None,
+    valid: jax.Array,
     task: jax.Array | None,
     sentence: jax.Array | None,
     noise: Noise,
 ) -> tuple[jax.Array, jax.Array]:
     """Gate logits [U, E] f32 of the units that are routed, and which of them are valid [U] bool."""
     batch, length, d = x.shape
-    if valid is None:
-        valid = jnp.ones((batch, length), bool)
     if config.by_task:
         return task_logits(params, config)[task], valid.any(axis=1)
     if config.routing == "token":

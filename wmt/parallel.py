@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from taskmoe.moe.expert_parallel import SHARDED
+from taskmoe.moe.mesh import EXPERT_PARAMS
 from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.data import Batch
 from taskmoe.wmt.errors import InputError
@@ -99,7 +99,7 @@ def shardings(tree: Any, num_experts: int, mesh: Mesh | None) -> Any:
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         names = [getattr(key, "key", None) for key in path]
-        of_expert = "moe" in names and any(name in SHARDED for name in names)
+        of_expert = "moe" in names and any(name in EXPERT_PARAMS for name in names)
         split = of_expert and leaf.ndim > 0 and leaf.shape[0] == num_experts
         return NamedSharding(mesh, P("expert") if split else P())
 

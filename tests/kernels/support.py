@@ -30,9 +30,30 @@ def running(implementation: str) -> Iterator[None]:
 
 
 def call(implementation: str, f: Callable[..., Any], *args: Any) -> Any:
-    """f(*args) jitted, with every leaf brought to numpy while the implementation can run."""
+    """f(*args) jitted, with every leaf brought to numpy while the implementation can run.
+
+    It is called at the prompt as well, and must give the same there. The definitions are not: they
+    are plain JAX.
+    """
     with running(implementation):
-        return jax.tree.map(np.asarray, jax.jit(f)(*args))
+        jitted = jax.tree.map(np.asarray, jax.jit(f)(*args))
+        if implementation != "reference":
+            assert_same(jax.tree.map(np.asarray, f(*args)), jitted)
+        return jitted
+
+
+def assert_same(eager: Any, jitted: Any) -> None:
+    """Equal but for what XLA may fuse: a few units in the last place of the largest value."""
+    assert jax.tree.structure(eager) == jax.tree.structure(jitted)
+    for have, want in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
+        assert (have.dtype, have.shape) == (want.dtype, want.shape)
+        if jnp.issubdtype(want.dtype, jnp.floating):
+            largest = float(np.max(np.abs(want.astype(np.float64)), initial=0))
+            units = 8 * float(jnp.finfo(want.dtype).eps) * largest
+            difference = np.abs(have.astype(np.float64) - want.astype(np.float64))
+            assert np.max(difference, initial=0) <= units
+        else:
+            np.testing.assert_array_equal(have, want)
 
 
 def in_float64(f: Callable[..., Any], *args: Any) -> Any:

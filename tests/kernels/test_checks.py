@@ -10,31 +10,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import taskmoe.kernels
-from taskmoe.kernels.checks import MOSAIC_OPS, choose_implementation, in_interpret_mode
+from taskmoe.kernels.platforms import interpret_mode
 from taskmoe.tests.kernels import support
 
 
 def test_public_names() -> None:
     assert sorted(taskmoe.kernels.__all__) == [
-        "Gating", "RowPlan", "combine", "dispatch", "expert_ffn", "gmm", "row_plan", "tgmm",
-        "top_k_gating",
+        "Gating", "RowPlan", "combine", "dispatch", "expert_ffn", "for_chip", "gmm", "row_plan",
+        "tgmm", "top_k_gating",
     ]  # fmt: skip
     assert all(getattr(taskmoe.kernels, name).__doc__ for name in taskmoe.kernels.__all__)
 
 
-def test_off_tpu_the_choice_is_xla() -> None:
-    for op in MOSAIC_OPS:
-        assert choose_implementation(op, None) == "xla"
-        with pytest.raises(ValueError, match=f"'mosaic' of {op} runs on TPU, or inside"):
-            choose_implementation(op, "mosaic")
-
-
 def test_interpret_mode_is_noticed() -> None:
-    assert not in_interpret_mode()
+    assert interpret_mode() is None
     with support.running("mosaic"):
-        assert in_interpret_mode()
-        assert choose_implementation("gmm", "mosaic") == "mosaic"
-    assert not in_interpret_mode()
+        found = interpret_mode()
+        assert found is not None
+        assert found.params == support.INTERPRET
+    assert interpret_mode() is None
 
 
 def test_a_planted_race_is_caught() -> None:

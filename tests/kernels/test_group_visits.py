@@ -9,14 +9,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling
 from taskmoe.kernels.group_visits import visit_blocks, visit_groups
-from taskmoe.kernels.row_tiles import group_bounds
+from taskmoe.kernels.groups import Groups, group_bounds
 from taskmoe.tests.kernels import support
 
 V5E = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
 
 
 def walk_of(sizes: list[int], offset: int, held: int, m: int, block: int, kind: str) -> list:
-    bounds = group_bounds(jnp.asarray(sizes, jnp.int32), jnp.int32(offset), held, m)
+    bounds = group_bounds(Groups(jnp.asarray(sizes, jnp.int32), jnp.int32(offset)), held, m)
     if kind == "groups":
         visits = visit_groups(bounds, m, block)
     else:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from taskmoe.kernels import row_tiles
+from taskmoe.kernels.groups import Groups, group_bounds
 from taskmoe.kernels.row_tiles import Tiles, choose_tiles, for_each_tile
 from taskmoe.tests.kernels import support
 
@@ -16,7 +17,7 @@ from taskmoe.tests.kernels import support
 def visits(sizes: list[int], num_rows: int, tiles: Tiles) -> tuple[Any, Any, Any]:
     """How often each row is visited, how often each group is done, and the rows of its sum."""
     groups = jnp.asarray(sizes, jnp.int32)
-    bounds = row_tiles.group_bounds(groups, jnp.int32(0), len(sizes), num_rows)
+    bounds = group_bounds(Groups(groups, jnp.int32(0)), len(sizes), num_rows)
 
     def body(_: Any, tile: row_tiles.Tile, state: Any) -> tuple[Any, Any]:
         seen, done, rows = state

@@ -1,0 +1,51 @@
+"""Groups of rows: rows sorted by expert, an expert's rows behind those of the one before it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from taskmoe.kernels.checks import as_integers, check_shape
+
+
+class Groups(NamedTuple):
+    """Which rows belong to whom.
+
+    sizes: [G] i32, rows of each group. offset: [] i32, the group that is the first local one.
+    """
+
+    sizes: jax.Array
+    offset: jax.Array
+
+
+def check_groups(group_sizes: Any, group_offset: Any, num_groups: int, source: str) -> Groups:
+    """The groups, if sizes and offset are integers that fit num_groups = `source`."""
+    sizes = as_integers("group_sizes", group_sizes)
+    check_shape("group_sizes", sizes, ("G",))
+    if group_offset is None and num_groups != sizes.shape[0]:
+        raise ValueError(
+            f"group_sizes must have {source}={num_groups} entries, got {sizes.shape[0]}; "
+            "with group_offset it may have more"
+        )
+    offset = as_integers("group_offset", 0 if group_offset is None else group_offset)
+    check_shape("group_offset", offset, ())
+    return Groups(sizes, offset)
+
+
+def group_bounds(groups: Groups, num_groups: int, num_rows: Any) -> tuple[jax.Array, jax.Array]:
+    """First and one past the last row, [num_groups] i32 each, of the local groups; both ascend.
+
+    Negative sizes count as 0, rows past num_rows are cut off, and groups that sizes does not have
+    are empty.
+    """
+    last = groups.sizes.shape[0]
+    sizes = jnp.clip(groups.sizes, 0, num_rows)
+    if isinstance(num_rows, int) and last * num_rows < 1 << 31:
+        ends = jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), num_rows)
+    else:  # the sum may pass 2^31; cut off at num_rows as it goes, it cannot
+        ends = jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, num_rows), sizes)
+    bounds = jnp.concatenate([jnp.zeros_like(ends[:1]), ends])
+    index = groups.offset + jnp.arange(num_groups, dtype=jnp.int32)
+    return bounds[jnp.clip(index, 0, last)], bounds[jnp.clip(index + 1, 0, last)]

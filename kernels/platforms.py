@@ -1,0 +1,296 @@
+"""Which implementation of an op runs: decided by the platform that is lowered for, not by the host.
+
+Each op is one JAX primitive application that knows its implementations by name and is traced when
+it is lowered, once, for the platform at hand:
+
+    tpu          "mosaic"       Pallas kernels
+    cuda, rocm   "ragged_dot"   products by `jax.lax.ragged_dot`, all else as "xla"
+    elsewhere    "xla"          loops over tiles of rows
+
+So one traced function, exported for several platforms, holds each platform's own way, and tracing
+costs one equation an op. To see which one runs, look for `taskmoe` in a jaxpr, for
+`tpu_custom_call` or `ragged_dot` in what was lowered.
+
+Ops are lowered as functions of plain arrays: what they are traced under (a mesh, manual axes, the
+caller's settings of dtype and rank promotion, 64-bit mode) does not reach into kernels.
+
+Kernels choose their tiles for the chip of the mesh that is in use, or of the default device. Where
+neither is a TPU they are made for TPU v4, whose tiles every later generation takes too (16 MiB of
+VMEM); `for_chip` names another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
+
+IMPLEMENTATIONS = ("mosaic", "xla", "ragged_dot", "reference")
+#: What None stands for; other platforms take "xla".
+DEFAULTS = {"tpu": "mosaic", "cuda": "ragged_dot", "rocm": "ragged_dot"}
+#: Device kinds as JAX names them, by the name of the chip.
+CHIPS = {
+    "v3": "TPU v3",
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+    "tpu7x": "TPU7x",
+}
+
+
+def check_implementation(implementation: str | None) -> None:
+    """ValueError unless this names an implementation, or is None."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))} or None, "
+            f"got {implementation!r}"
+        )
+
+
+def for_chip(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Within it kernels are lowered for this chip, on a host and a mesh that have none.
+
+    name: "v3", "v4", "v5e", "v5p", "v6e" or "tpu7x". It is JAX's own context, an empty abstract
+    mesh with a device, so that jitted functions are traced anew for another chip. A mesh of TPUs
+    tells its chip by itself and must not be entered beside this. ValueError for another name.
+    """
+    if name not in CHIPS:
+        raise ValueError(f"chip must be one of {', '.join(CHIPS)}, got {name!r}")
+    return jax.sharding.use_abstract_mesh(_empty_mesh(CHIPS[name]))
+
+
+def chip() -> pltpu.TpuInfo:
+    """The TPU core that kernels lowered here are for."""
+    if pltpu.is_tpu_device():
+        return pltpu.get_tpu_info()
+    return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V4, 1)
+
+
+def _empty_mesh(device_kind: str, num_cores: int = 1) -> AbstractMesh:
+    return AbstractMesh((), (), abstract_device=AbstractDevice(device_kind, num_cores, "tpu"))
+
+
+def _local_mesh() -> AbstractMesh:
+    """A mesh without axes whose device is the TPU that is lowered for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None or device.platform != "tpu":
+        if jax.default_backend() != "tpu":
+            return _empty_mesh(CHIPS["v4"])
+        default: Any = jax.devices()[0]
+        return _empty_mesh(default.device_kind, default.num_cores)
+    return _empty_mesh(device.device_kind, device.num_cores)
+
+
+class Interpreter(NamedTuple):
+    """How Pallas TPU kernels are interpreted, and JAX's effects of that."""
+
+    params: Any
+    effects: frozenset[Any]
+
+
+def interpret_mode() -> Interpreter | None:
+    """How Pallas TPU kernels traced here would be interpreted; None where they would not."""
+
+    def copy(x_ref: Any, o_ref: Any) -> None:
+        o_ref[...] = x_ref[...]
+
+    def probe(x: jax.Array) -> jax.Array:
+        return pl.pallas_call(copy, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+    jaxpr = jax.make_jaxpr(probe)(jax.ShapeDtypeStruct((8, 128), jnp.float32))
+    for eqn in jaxpr.eqns:
+        if eqn.params.get("interpret"):
+            return Interpreter(eqn.params["interpret"], frozenset(jaxpr.effects))
+    return None
+
+
+@contextlib.contextmanager
+def plain_settings() -> Iterator[None]:
+    """JAX's default promotion of dtypes and ranks, whatever the caller has chosen for own code."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def with_plain_settings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced with `plain_settings`."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with plain_settings():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def with_kernel_settings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced as kernels want it: `plain_settings` and 32-bit indices."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with plain_settings(), jax.enable_x64(False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+class Op:
+    """An op: its name and its implementations, functions of options and arrays.
+
+    run(options, *arrays): options hashable, arrays with None where an optional one is missing. An
+    implementation that is not named is "xla"'s.
+    """
+
+    def __init__(self, name: str, xla: Callable[..., Any], **others: Callable[..., Any]) -> None:
+        self.name = name
+        self.implementations = {"xla": xla, **others}
+
+    def __repr__(self) -> str:
+        return f"taskmoe_{self.name}"
+
+    def __call__(self, options: Any, implementation: str | None, results: Any, *arrays: Any) -> Any:
+        """Apply it.
+
+        arrays: trees of arrays. results: tree of `jax.ShapeDtypeStruct`, what every implementation
+        returns. All arrays vary over the same manual mesh axes, and so do the results.
+        """
+        config: Any = jax.config
+        leaves, in_tree = jax.tree.flatten(arrays)
+        if any(x.dtype.itemsize > 4 for x in leaves):
+            if implementation == "mosaic":
+                raise TypeError(
+                    f"implementation='mosaic' of {self.name} takes bfloat16 or float32, got float64"
+                )
+            implementation = implementation or "xla"
+        shapes, out_tree = jax.tree.flatten(results)
+        call = Call(
+            op=self,
+            options=options,
+            implementation=implementation,
+            in_tree=in_tree,
+            results=tuple((tuple(s.shape), jnp.dtype(s.dtype)) for s in shapes),
+            precision=config.jax_default_matmul_precision,
+            interpret=interpret_mode() if implementation == "mosaic" else None,
+        )
+        return jax.tree.unflatten(out_tree, taskmoe_op.bind(*leaves, call=call))
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One application of an op, as what its primitive is told; `batches` are vmapped axes."""
+
+    op: Op
+    options: Any
+    implementation: str | None
+    in_tree: Any
+    results: tuple[tuple[tuple[int, ...], Any], ...]
+    precision: Any
+    interpret: Interpreter | None
+    batches: tuple[tuple[int | None, ...], ...] = ()
+
+    def function(self, platform: str) -> Callable[..., list[jax.Array]]:
+        """The call as a function of flat arrays, for lowering on this platform."""
+        name = self.implementation or DEFAULTS.get(platform, "xla")
+        if name == "mosaic" and platform != "tpu" and self.interpret is None:
+            raise ValueError(
+                f"implementation='mosaic' of {self.op.name} runs on TPU, or inside "
+                "jax.experimental.pallas.tpu.force_tpu_interpret_mode(); this is lowered for "
+                f"{platform!r}: use None, 'xla' or 'reference'"
+            )
+        run = self.op.implementations.get(name, self.op.implementations["xla"])
+
+        def flat(*leaves: jax.Array) -> list[jax.Array]:
+            return jax.tree.leaves(run(self.options, *jax.tree.unflatten(self.in_tree, leaves)))
+
+        for axes in self.batches:
+            flat = jax.vmap(flat, axes)
+        return flat
+
+    @contextlib.contextmanager
+    def settings(self, platform: str) -> Iterator[None]:
+        """What it is traced and lowered under."""
+        kernels = self.interpret is not None or (
+            platform == "tpu" and self.implementation in (None, "mosaic")
+        )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(plain_settings())
+            stack.enter_context(jax.default_matmul_precision(self.precision))
+            if kernels:
+                stack.enter_context(jax.enable_x64(False))  # Mosaic knows 32-bit indices only
+            if self.interpret is not None:
+                stack.enter_context(pltpu.force_tpu_interpret_mode(self.interpret.params))
+            stack.enter_context(jax.sharding.use_abstract_mesh(_local_mesh()))
+            yield
+
+
+taskmoe_op = Primitive("taskmoe")
+taskmoe_op.multiple_results = True
+
+
+@taskmoe_op.def_impl
+def _run(*arrays: jax.Array, call: Call) -> list[jax.Array]:
+    config: Any = jax.config
+    if not config.jax_disable_jit:
+        return _jitted(*arrays, call=call)
+    platform = jax.default_backend()
+    with call.settings(platform):
+        return call.function(platform)(*arrays)
+
+
+@functools.partial(jax.jit, static_argnames="call")
+def _jitted(*arrays: jax.Array, call: Call) -> list[jax.Array]:
+    return taskmoe_op.bind(*arrays, call=call)
+
+
+@taskmoe_op.def_effectful_abstract_eval
+def _result_types(*avals: Any, call: Call) -> tuple[list[Any], frozenset[Any]]:
+    like = avals[0]
+    mesh = like.sharding.mesh
+    types = [
+        like.update(
+            shape=shape,
+            dtype=dtype,
+            weak_type=False,
+            sharding=NamedSharding(mesh, PartitionSpec(*[None] * len(shape))),
+        )
+        for shape, dtype in call.results
+    ]
+    return types, frozenset() if call.interpret is None else call.interpret.effects
+
+
+def _batched(arrays: Any, axes: Any, *, call: Call) -> tuple[list[jax.Array], list[int]]:
+    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+    batched = dataclasses.replace(
+        call,
+        results=tuple(((size, *shape), dtype) for shape, dtype in call.results),
+        batches=(*call.batches, tuple(axes)),
+    )
+    return taskmoe_op.bind(*arrays, call=batched), [0] * len(call.results)
+
+
+batching.primitive_batchers[taskmoe_op] = _batched
+
+
+def _lower(platform: str, context: Any, *operands: Any, call: Call) -> Any:
+    plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in context.avals_in]
+    local = context.replace(avals_in=plain)
+    with call.settings(platform):
+        lower = mlir.lower_fun(call.function(platform), multiple_results=True)
+        results = lower(local, *operands)
+    if local.tokens_out is not None:  # the interpreter's calls to the host keep their order
+        context.set_tokens_out(local.tokens_out)
+    return results
+
+
+for _platform in ("cpu", "tpu", "cuda", "rocm"):
+    mlir.register_lowering(taskmoe_op, functools.partial(_lower, _platform), platform=_platform)

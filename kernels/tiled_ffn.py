@@ -1,0 +1,133 @@
+"""expert_ffn in tiles of rows by ordinary matmuls, forward and backward: the twin for CPU.
+
+What comes before the activation, [M, F] in f32, is kept for the backward pass: on CPU that is
+cheaper than the product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from taskmoe.kernels import row_tiles
+from taskmoe.kernels.checks import accumulator
+from taskmoe.kernels.groups import Groups, group_bounds
+from taskmoe.kernels.options import ACTIVATIONS, FFNOptions
+from taskmoe.kernels.row_tiles import Tile, choose_tiles
+
+
+def _dot(a: jax.Array, b: jax.Array, left: int = 1, right: int = 0) -> jax.Array:
+    dims: Any = (((left,), (right,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=accumulator(a.dtype))
+
+
+def expert_ffn_xla(
+    options: FFNOptions,
+    x: jax.Array,
+    w_in: jax.Array,
+    w_out: jax.Array,
+    w_gate: jax.Array | None,
+    groups: Groups,
+) -> jax.Array:
+    """`expert_ffn` [M, D], where nothing is differentiated."""
+    return _forward(options, x, w_in, w_out, w_gate, groups, keep=False)[0]
+
+
+def expert_ffn_keeping_xla(
+    options: FFNOptions,
+    x: jax.Array,
+    w_in: jax.Array,
+    w_out: jax.Array,
+    w_gate: jax.Array | None,
+    groups: Groups,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """`expert_ffn` [M, D], and x W_in and x W_gate [M, F] in the accumulator's dtype."""
+    return _forward(options, x, w_in, w_out, w_gate, groups, keep=True)
+
+
+def _forward(
+    options: FFNOptions,
+    x: jax.Array,
+    w_in: jax.Array,
+    w_out: jax.Array,
+    w_gate: jax.Array | None,
+    groups: Groups,
+    keep: bool,
+) -> tuple[jax.Array, list[jax.Array]]:
+    num_rows, (num_groups, _, hidden_size) = x.shape[0], w_in.shape
+    act = ACTIVATIONS[options.activation]
+    bounds = group_bounds(groups, num_groups, num_rows)
+    tiles = choose_tiles(num_rows, *w_in.shape)
+    into = [w_in] if w_gate is None else [w_in, w_gate]
+    x = row_tiles.padded(x)
+
+    def per_tile(group: jax.Array, tile: Tile, state: Any) -> tuple[Any, Any]:
+        out, kept = state
+        xs = row_tiles.take(x, tile)
+        up, *gates = (_dot(xs, row_tiles.pick(w, group)) for w in into)
+        hidden = act(gates[0]) * up if gates else act(up)
+        product = _dot(hidden.astype(x.dtype), row_tiles.pick(w_out, group))
+        values = zip(kept, [up, *gates], strict=False)  # kept may be empty
+        kept = [row_tiles.put(buffer, tile, value) for buffer, value in values]
+        return (row_tiles.put(out, tile, product), kept), ()
+
+    hidden_shape = (x.shape[0], hidden_size)
+    kept = [jnp.zeros(hidden_shape, accumulator(x.dtype)) for _ in into] if keep else []
+    init = jnp.zeros((x.shape[0], w_out.shape[2]), x.dtype), kept
+    out, kept = row_tiles.for_each_tile(
+        bounds, tiles, x.shape[0], per_tile, lambda _, __, state: state, init
+    )
+    return out[:num_rows], [value[:num_rows] for value in kept]
+
+
+def expert_ffn_backward_xla(
+    options: FFNOptions,
+    x: jax.Array,
+    w_in: jax.Array,
+    w_out: jax.Array,
+    w_gate: jax.Array | None,
+    groups: Groups,
+    kept: list[jax.Array],
+    grad: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Gradients of x, w_in, w_out and w_gate."""
+    num_rows, num_groups = x.shape[0], w_in.shape[0]
+    act = ACTIVATIONS[options.activation]
+    bounds = group_bounds(groups, num_groups, num_rows)
+    tiles = choose_tiles(num_rows, *w_in.shape)
+    weights = [w_in, w_out] if w_gate is None else [w_in, w_out, w_gate]
+    x, grad, *kept = (row_tiles.padded(rows) for rows in (x, grad, *kept))
+
+    def per_tile(group: jax.Array, tile: Tile, state: Any) -> tuple[Any, Any]:
+        d_x, d_weights = state
+        inner, outer, *gates = (row_tiles.pick(w, group) for w in weights)
+        xs, g = row_tiles.take(x, tile), row_tiles.take(grad, tile)
+        up, *pre_gate = (row_tiles.take(value, tile) for value in kept)
+        d_hidden = _dot(g, outer, 1, 1)
+        if gates:
+            hidden, pull = jax.vjp(lambda s, u: act(s) * u, pre_gate[0], up)
+            d_gate, d_up = pull(d_hidden)
+        else:
+            hidden, pull = jax.vjp(act, up)
+            (d_up,) = pull(d_hidden)
+        d_up = d_up.astype(x.dtype)
+        d_rows = _dot(d_up, inner, 1, 1)
+        products = [_dot(xs, d_up, 0, 0), _dot(hidden.astype(x.dtype), g, 0, 0)]
+        if gates:
+            d_gate = d_gate.astype(x.dtype)
+            d_rows += _dot(d_gate, gates[0], 1, 1)
+            products.append(_dot(xs, d_gate, 0, 0))
+        return (row_tiles.put(d_x, tile, d_rows), d_weights), products
+
+    def per_group(group: jax.Array, sums: list[jax.Array], state: Any) -> Any:
+        d_x, d_weights = state
+        pairs = zip(d_weights, sums, strict=True)
+        return d_x, [row_tiles.put_group(d, group, total) for d, total in pairs]
+
+    init = jnp.zeros(x.shape, x.dtype), [jnp.zeros(w.shape, w.dtype) for w in weights]
+    d_x, (d_in, d_out, *d_gates) = row_tiles.for_each_tile(
+        bounds, tiles, x.shape[0], per_tile, per_group, init
+    )
+    return d_x[:num_rows], d_in, d_out, d_gates[0] if d_gates else None

@@ -1,0 +1,187 @@
+"""How a layer lies on a mesh: which axes carry the batch, the experts, the hidden units of each.
+
+    mesh = jax.make_mesh((2, 2, 2, 2), ("data", "fsdp", "expert", "tensor"))
+    axes = moe.MeshAxes(batch=("data", "fsdp"), hidden="tensor")
+    y, metrics = moe.apply(params, config, x, mesh=mesh, axes=axes)
+
+Inside the layer sequences are spread over the batch's axes and the experts', experts over theirs,
+and hidden units over their own; each device multiplies its share of every hidden activation, and
+the partial results are added up. Everything else is the same on all devices.
+
+Inside an outer `jax.shard_map` the axes that are manual there have already been cut: x and the
+parameters are what one of its devices holds, and the layer cuts along the other axes only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from taskmoe.moe.config import MoEConfig
+
+#: The experts' axis unless another is named.
+EXPERT_AXIS = "expert"
+#: Parameters that are spread over the experts' axis.
+EXPERT_PARAMS = ("w_in", "w_out", "w_gate")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshAxes:
+    """What the axes of a mesh are for; each is a name, several names, or nothing.
+
+    batch: of the sequences, beside the experts' axis, over which they are always spread inside the
+      layer. None is every axis but those of `hidden` and those that are manual already.
+    expert: one name, the axis over which experts are spread and rows travel.
+    hidden: over which the hidden units F of every expert are spread (tensor parallelism).
+    """
+
+    batch: str | tuple[str, ...] | None = None
+    expert: str | None = EXPERT_AXIS
+    hidden: str | tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "hidden"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        named = (*_names(self.batch), *_names(self.hidden))
+        if len(set(named)) != len(named) or self.expert in _names(self.hidden):
+            raise ValueError(f"axes must name an axis for one purpose only, got {self}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A layer's place on a mesh.
+
+    mesh: for `jax.shard_map`. batch: axes that sequences are spread over, the experts' included.
+    expert, hidden: as in `MeshAxes`. free: axes that are not manual yet. platform: of the devices.
+    """
+
+    mesh: Mesh | AbstractMesh
+    batch: tuple[str, ...]
+    expert: str | None
+    hidden: tuple[str, ...]
+    free: tuple[str, ...]
+    platform: str
+
+    @property
+    def peers(self) -> int:
+        """Devices that the experts are spread over."""
+        return 1 if self.expert is None else self.mesh.shape[self.expert]
+
+    @property
+    def batch_parts(self) -> int:
+        """Parts that the layer cuts a batch into."""
+        return math.prod(self.mesh.shape[name] for name in self._still(self.batch))
+
+    @property
+    def explicit(self) -> bool:
+        """Whether shardings are part of the types."""
+        return AxisType.Explicit in self.mesh.axis_types
+
+    def of_batch(self) -> PartitionSpec:
+        """How an array that begins with the batch is cut."""
+        return PartitionSpec(self._still(self.batch) or None)
+
+    def of_params(self, params: Any) -> dict[str, PartitionSpec]:
+        """How the parameters are cut."""
+        expert = self._still(() if self.expert is None else (self.expert,)) or None
+        return _param_specs(params, expert, self._still(self.hidden) or None)
+
+    def _still(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in names if name in self.free)
+
+
+def param_specs(params: Any, axes: MeshAxes | None = None) -> dict[str, PartitionSpec]:
+    """How parameters lie on a mesh: experts over their axis, hidden units over theirs."""
+    axes = axes or MeshAxes()
+    return _param_specs(params, axes.expert, _names(axes.hidden) or None)
+
+
+def _param_specs(params: Any, expert: Any, hidden: Any) -> dict[str, PartitionSpec]:
+    into, out = PartitionSpec(expert, None, hidden), PartitionSpec(expert, hidden)
+    if hidden is None:
+        into = out = PartitionSpec(expert)
+    cut = {"w_in": into, "w_gate": into, "w_out": out}
+    return {name: cut.get(name, PartitionSpec()) for name in params}
+
+
+def find_layout(
+    mesh: Mesh | AbstractMesh | None,
+    axes: MeshAxes | None,
+    config: MoEConfig,
+    params: Any,
+    x: jax.Array,
+) -> Layout | None:
+    """Where the layer runs: on this mesh, the one in use, or that of an explicit x; None for none.
+
+    A mesh that nobody gave counts only if it has the experts' axis, or if x is explicitly sharded
+    on it: then sequences stay where they are, and every device has all experts.
+    ValueError where the axes do not fit the mesh or the configuration.
+    """
+    wanted, given = axes or MeshAxes(), mesh is not None
+    current = jax.sharding.get_abstract_mesh()
+    manual = _manual(current)
+    if mesh is None or manual:
+        mesh = current
+    if mesh.empty and AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+        mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty:
+        return None
+    free = tuple(name for name in mesh.axis_names if name not in manual)
+    if not given and wanted.expert not in mesh.axis_names:
+        return _where_x_is(mesh, free, x)
+    if not given and wanted.expert in manual and params["w_in"].shape[0] == config.num_experts:
+        return None  # inside the caller's own shard_map, and every device has all experts
+    _check(mesh, wanted, config)
+    hidden = _names(wanted.hidden)
+    batch = _names(wanted.batch)
+    if wanted.batch is None:
+        batch = tuple(name for name in free if name not in hidden)
+    if wanted.expert is not None and wanted.expert not in batch:
+        batch = (*batch, wanted.expert)
+    return Layout(mesh, batch, wanted.expert, hidden, free, _platform(mesh))
+
+
+def _where_x_is(mesh: Any, free: tuple[str, ...], x: jax.Array) -> Layout | None:
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    batch = _names(sharding.spec[0])
+    return Layout(mesh, batch, None, (), free, _platform(mesh)) if batch else None
+
+
+def _check(mesh: Any, axes: MeshAxes, config: MoEConfig) -> None:
+    for purpose in ("expert", "batch", "hidden"):
+        for name in _names(getattr(axes, purpose)):
+            if name not in mesh.axis_names:
+                raise ValueError(
+                    f"mesh must have an axis {name!r} (axes.{purpose}), got {mesh.axis_names}"
+                )
+    for field, names in (("num_experts", _names(axes.expert)), ("d_ff", _names(axes.hidden))):
+        size, parts = getattr(config, field), math.prod(mesh.shape[name] for name in names)
+        if size % parts:
+            wrong = " and ".join(map(repr, names))
+            raise ValueError(f"mesh axis {wrong} must divide {field}={size}, got size {parts}")
+
+
+def _manual(mesh: Any) -> frozenset[str]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in kinds if kind == AxisType.Manual)
+
+
+def _names(names: Any) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _platform(mesh: Any) -> str:
+    if isinstance(mesh, Mesh):
+        return str(mesh.devices.flat[0].platform)
+    device = mesh.abstract_device
+    return str(jax.default_backend() if device is None else device.platform)
