@@ -10,9 +10,13 @@ from taskmoe.kernels.grouped_matmul import gmm, tgmm
 from taskmoe.kernels.planning import RowPlan, row_plan
 from taskmoe.kernels.row_movement import combine, dispatch
 
+#: The only place of the version: setup.py reads it here, the other packages show it.
+__version__ = "0.2.0"
+
 __all__ = [
     "Gating",
     "RowPlan",
+    "__version__",
     "combine",
     "dispatch",
     "expert_ffn",
