@@ -16,7 +16,6 @@ __version__ = "0.2.0"
 __all__ = [
     "Gating",
     "RowPlan",
-    "__version__",
     "combine",
     "dispatch",
     "expert_ffn",

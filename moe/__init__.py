@@ -4,7 +4,7 @@ Pure functions on pytrees: `init` makes a layer's parameters, `apply` runs it, `
 task's sub-network out, and `ffn` runs that; `extract_tasks` and `prune` make smaller layers.
 """
 
-from taskmoe.kernels import __version__
+from taskmoe.kernels import __version__ as __version__
 from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.expert_parallel import param_specs
 from taskmoe.moe.extraction import FFNParams, extract, extract_tasks, ffn, prune
@@ -14,7 +14,6 @@ __all__ = [
     "FFNParams",
     "Metrics",
     "MoEConfig",
-    "__version__",
     "apply",
     "extract",
     "extract_tasks",

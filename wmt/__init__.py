@@ -1,5 +1,3 @@
 """Reference multilingual translation system built on `taskmoe.moe`."""
 
-from taskmoe.kernels import __version__
-
-__all__ = ["__version__"]
+from taskmoe.kernels import __version__ as __version__
