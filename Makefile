@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check lint format lock clean
+.PHONY: demo test check lint format lock dist clean
 
 demo: $(READY)
 	$(BIN)/python -m taskmoe.bench demo
@@ -29,6 +29,11 @@ $(READY): requirements.lock setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
+
+# The sdist, and from it the wheel.  A build folder or egg-info left over would put old files in them.
+dist: $(READY)
+	rm -rf build dist taskmoe.egg-info
+	$(BIN)/python -m build --no-isolation
 
 # Resolve the newest versions that setup.py allows and pin them.
 lock:

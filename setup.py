@@ -1,8 +1,13 @@
 """Packaging: folder X is package `taskmoe.X`."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
+
+# Read, not imported: jax need not be there to build.
+INIT = Path("kernels/__init__.py").read_text(encoding="utf-8")
+VERSION = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[0]
 
 CORE = ["jax>=0.10,<0.12", "jaxlib>=0.10,<0.12", "numpy>=2.0,<3"]
 WMT = [
@@ -26,6 +31,7 @@ DEV = [
     *HF,
     *TENSORBOARD,
     "beartype>=0.20,<0.24",
+    "build>=1.2,<2",
     "equinox>=0.11,<0.14",
     "flax>=0.10,<0.13",
     "hypothesis>=6.120,<7",
@@ -35,20 +41,39 @@ DEV = [
     "mypy>=1.15,<3",
     "pytest-xdist>=3.6,<4",
     "ruff>=0.12,<0.18",
+    "setuptools>=77",  # builds without a network; a venv has an older one or none
 ]
 PACKAGES = ["kernels", "moe", "wmt", "wmt.commands", "bench"]
+DATA = {f"taskmoe.{name}": ["py.typed"] for name in PACKAGES if "." not in name}
+DATA["taskmoe.bench"].append("baseline/*.json")  # bench/results is the checkout's alone
 
 setup(
     name="taskmoe",
-    version="0.1.0",
+    version=VERSION,
     description="Fast Mixture-of-Experts for TPU in JAX and Pallas, with task-level routing",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="The taskmoe developers",
+    license_expression="Apache-2.0",
+    keywords=["jax", "pallas", "tpu", "mixture-of-experts", "moe", "machine-translation"],
+    classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(11, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    project_urls={"Paper": "https://arxiv.org/abs/2110.03742"},
     python_requires=">=3.11",
     packages=[f"taskmoe.{name}" for name in PACKAGES],
     package_dir={f"taskmoe.{name}": name.replace(".", "/") for name in PACKAGES},
-    package_data={f"taskmoe.{name}": ["py.typed"] for name in PACKAGES if "." not in name},
+    package_data=DATA,
+    entry_points={
+        "console_scripts": [
+            "taskmoe-wmt = taskmoe.wmt.__main__:main",
+            "taskmoe-bench = taskmoe.bench.__main__:main",
+        ]
+    },
     install_requires=CORE,
     extras_require={
         "wmt": WMT,

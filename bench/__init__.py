@@ -1,1 +1,3 @@
 """Benchmarks, reports and the demo."""
+
+from taskmoe.kernels import __version__ as __version__

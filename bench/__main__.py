@@ -11,7 +11,7 @@ import importlib
 import sys
 from typing import Any
 
-from taskmoe.wmt.command_line import Parser
+from taskmoe.wmt.command_line import Parser, missing_package
 from taskmoe.wmt.errors import InputError
 
 #: Command -> module with a docstring, `add_arguments(parser)` and `run(arguments) -> int`.
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code, or 2 after one line where the input does not fit."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="python -m taskmoe.bench", description=__doc__)
+    parser.answer_version(argv)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     # Only the named command is imported: some set flags that count before JAX starts.
     named = [name for name in COMMANDS if name in argv[:1]]
@@ -41,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         if named and name not in named:
             commands.add_parser(name, help=argparse.SUPPRESS)
             continue
-        modules[name] = importlib.import_module(path)
+        try:
+            modules[name] = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            parser.error(missing_package(error, "bench"))
         lines = (modules[name].__doc__ or "").strip()
         sub = commands.add_parser(name, help=lines.splitlines()[0], description=lines)
         modules[name].add_arguments(sub)

@@ -12,6 +12,9 @@ from taskmoe.kernels.planning import RowPlan, row_plan
 from taskmoe.kernels.platforms import for_chip
 from taskmoe.kernels.row_movement import combine, dispatch
 
+#: The only place of the version: setup.py reads it here, the other packages show it.
+__version__ = "0.2.0"
+
 __all__ = [
     "Gating",
     "RowPlan",

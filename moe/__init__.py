@@ -4,6 +4,7 @@ Pure functions on pytrees: `init` makes a layer's parameters, `apply` runs it, `
 task's sub-network out, and `ffn` runs that; `extract_tasks` and `prune` make smaller layers.
 """
 
+from taskmoe.kernels import __version__ as __version__
 from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.extraction import FFNParams, extract, extract_tasks, ffn, prune
 from taskmoe.moe.layer import apply, init

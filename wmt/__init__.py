@@ -1,1 +1,3 @@
 """Reference multilingual translation system built on `taskmoe.moe`."""
+
+from taskmoe.kernels import __version__ as __version__

@@ -2,52 +2,40 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
-from types import ModuleType
 
 import jax
 
-from taskmoe.wmt.command_line import Parser
-from taskmoe.wmt.commands import (
-    distill,
-    evaluate,
-    export,
-    extract,
-    prepare,
-    prune,
-    train,
-    translate,
-)
+from taskmoe.wmt.command_line import Parser, missing_package
 from taskmoe.wmt.devices import use_present_devices
 from taskmoe.wmt.errors import InputError
 
-COMMANDS: dict[str, ModuleType] = {
-    "prepare": prepare,
-    "train": train,
-    "evaluate": evaluate,
-    "translate": translate,
-    "extract": extract,
-    "prune": prune,
-    "distill": distill,
-    "export": export,
-}
+#: Modules of taskmoe.wmt.commands, with `add_arguments(parser)` and `run(arguments)`.
+COMMANDS = ("prepare", "train", "evaluate", "translate", "extract", "prune", "distill", "export")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, or 2 after one line on stderr where the input does not fit."""
+    argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason
         if isinstance(stream, io.TextIOWrapper):  # to end
             stream.reconfigure(errors="backslashreplace")
     parser = Parser(prog="python -m taskmoe.wmt", description=__doc__)
+    parser.answer_version(argv)
+    try:
+        modules = {n: importlib.import_module(f"taskmoe.wmt.commands.{n}") for n in COMMANDS}
+    except ModuleNotFoundError as error:
+        parser.error(missing_package(error, "wmt"))
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, command in COMMANDS.items():
-        text = command.run.__doc__
-        command.add_arguments(commands.add_parser(name, help=text, description=text))
+    for name, module in modules.items():
+        text = module.run.__doc__
+        module.add_arguments(commands.add_parser(name, help=text, description=text))
     arguments = parser.parse_args(argv)
     use_present_devices()
     try:
-        COMMANDS[arguments.command].run(arguments)
+        modules[arguments.command].run(arguments)
     except (InputError, FloatingPointError, OSError) as error:
         line = " ".join(str(error).split())
         print(f"{parser.prog} {arguments.command}: error: {line}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the command lines share: one-line errors, and files that are whole or not there."""
+"""What the command lines share: --version, one-line errors, and files whole or not there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
+from taskmoe.wmt import __version__
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers wrong arguments with one line; --help shows the rest."""
@@ -15,6 +17,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line to stderr and exit with 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def answer_version(self, argv: list[str]) -> None:
+        """Take --version, and answer it before packages are imported that may not be there."""
+        self.add_argument("--version", action="version", version=f"taskmoe {__version__}")
+        if argv[:1] == ["--version"]:
+            self.parse_args(argv)
+
+
+def missing_package(error: ModuleNotFoundError, extra: str) -> str:
+    """What to say of a package that only the extra brings; raises the error if it is our own."""
+    package = (error.name or "taskmoe").partition(".")[0]
+    if package == "taskmoe":
+        raise error
+    return f"this needs the package {package}; pip install 'taskmoe[{extra}]'"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -29,7 +29,7 @@ class Logs:
                 module = importlib.import_module("tensorboardX")
             except ModuleNotFoundError:
                 raise InputError(
-                    "TensorBoard logs need tensorboardX: pip install taskmoe[tensorboard]"
+                    "TensorBoard logs need tensorboardX: pip install 'taskmoe[tensorboard]'"
                 ) from None
             self._events = module.SummaryWriter(str(workdir / "tensorboard"))
         self._file = (workdir / "log.jsonl").open("a", encoding="utf-8")
