@@ -76,8 +76,22 @@ def vary_over(x: jax.Array, axes: Iterable[Any]) -> jax.Array:
 
 def varying_axes(x: jax.Array) -> frozenset[Any]:
     """Manual mesh axes over which x differs between devices; none outside `jax.shard_map`."""
+    _, kind = _manual_axis_type(x)
+    return getattr(kind, "varying", kind)
+
+
+def result_like(x: jax.Array, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """What a kernel returns: this shape and dtype, differing between devices as x does."""
+    name, kind = _manual_axis_type(x)
+    make: Any = jax.ShapeDtypeStruct
+    return make(tuple(shape), dtype, **{name: kind})
+
+
+def _manual_axis_type(x: jax.Array) -> tuple[str, Any]:
+    """How x differs between devices, and JAX's name for that: `vma` until some 0.10."""
     aval: Any = jax.typeof(x)
-    return aval.mat.varying if hasattr(aval, "mat") else aval.vma
+    name = "manual_axis_type" if hasattr(aval, "manual_axis_type") else "vma"
+    return name, getattr(aval, name)
 
 
 def zeros_like_all(shape: Sequence[int], dtype: Any, *arrays: jax.Array) -> jax.Array:

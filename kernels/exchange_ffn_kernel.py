@@ -248,6 +248,7 @@ def kernel(
     for_each(0, num_segments + 1, lambda hole: come.fill(hole, "wait"))
 
 
+@functools.partial(jax.jit, static_argnames=("num_rows", "axis_name", "activation"))
 @with_kernel_settings
 def exchange_ffn_mosaic(
     x: jax.Array,

@@ -253,6 +253,9 @@ def block_rows(num_rows: int, width: int) -> int:
     return 1 << (most.bit_length() - 1)
 
 
+@functools.partial(
+    jax.jit, static_argnames=("num_rows", "axis_name", "back", "align")
+)  # where an operand lies is decided under jit only
 @with_kernel_settings
 def exchange_mosaic(
     x: jax.Array, counts: jax.Array, num_rows: int, axis_name: str, back: bool, align: int
@@ -329,7 +332,7 @@ def check_exchange(
 
     ValueError or TypeError where they do not fit.
     """
-    x = as_floats("x", x)
+    x, num_rows = as_floats("x", x), as_size("num_rows", num_rows)
     check_shape("x", x, ("M", "W"))
     if x.dtype.itemsize > 4:
         raise TypeError(f"x must be bfloat16 or float32, got {x.dtype}")
@@ -345,7 +348,7 @@ def check_exchange(
         )
     device = jax.sharding.get_abstract_mesh().abstract_device
     check_can_run(op, jax.default_backend() if device is None else device.platform)
-    return x, counts, as_size("num_rows", num_rows)
+    return x, counts, num_rows
 
 
 def exchange_rows(

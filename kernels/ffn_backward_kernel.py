@@ -23,11 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
+from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.gmm_kernel import SUB_ROWS
 from taskmoe.kernels.group_visits import visit_blocks
 from taskmoe.kernels.groups import Groups, group_bounds
 from taskmoe.kernels.options import ACTIVATIONS, FFNOptions
 from taskmoe.kernels.platforms import chip
+from taskmoe.kernels.tiling import Tiling
 
 
 def cost(m: int, d: int, f: int, e: int, matrices: int, itemsize: int) -> pl.CostEstimate:
@@ -176,6 +178,7 @@ def expert_ffn_backward_mosaic(
     w_gate: jax.Array | None,
     groups: Groups,
     dy: jax.Array,
+    tiling: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """The kernel call.
 
@@ -184,7 +187,7 @@ def expert_ffn_backward_mosaic(
     """
     (m, d), (e, _, f) = x.shape, w_in.shape
     itemsize, matrices = x.dtype.itemsize, 2 if w_gate is None else 3
-    t = tilings.ffn_backward_tiling(m, d, f, e, matrices, itemsize, chip())
+    t = tiling or tilings.ffn_backward_tiling(m, d, f, e, matrices, itemsize, chip())
     walk = visit_blocks(group_bounds(groups, e, m), m, t.m, every_group=True)
     cuts = pl.cdiv(f, t.n)
     rows, into = pl.BlockSpec((t.m, d), rows_block), pl.BlockSpec((None, d, t.n), in_block)
@@ -205,10 +208,10 @@ def expert_ffn_backward_mosaic(
         functools.partial(kernel, activation=options.activation, hidden_size=f),
         grid_spec=grid_spec,
         out_shape=[
-            jax.ShapeDtypeStruct((cuts, m, d), x.dtype if cuts == 1 else jnp.float32),
-            jax.ShapeDtypeStruct(w_in.shape, w_in.dtype),
-            jax.ShapeDtypeStruct(w_in.shape, w_in.dtype) if gated else None,
-            jax.ShapeDtypeStruct(w_out.shape, w_out.dtype),
+            result_like(x, (cuts, m, d), x.dtype if cuts == 1 else jnp.float32),
+            result_like(x, w_in.shape, w_in.dtype),
+            result_like(x, w_in.shape, w_in.dtype) if gated else None,
+            result_like(x, w_out.shape, w_out.dtype),
         ],
         compiler_params=tilings.compiler_params(
             ("parallel", "arbitrary"), tilings.ffn_backward_vmem_bytes(t, matrices, itemsize)

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
+from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.gmm_kernel import SUB_ROWS, keep
 from taskmoe.kernels.group_visits import visit_blocks
 from taskmoe.kernels.groups import Groups, group_bounds
@@ -167,7 +168,7 @@ def expert_ffn_mosaic(
     call = pl.pallas_call(
         functools.partial(kernel, activation=options.activation, hidden_size=f),
         grid_spec=grid_spec,
-        out_shape=jax.ShapeDtypeStruct((m, d), x.dtype),
+        out_shape=result_like(x, (m, d), x.dtype),
         compiler_params=tilings.compiler_params(
             ("arbitrary", "arbitrary"), tilings.ffn_vmem_bytes(t, matrices, itemsize)
         ),

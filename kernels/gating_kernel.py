@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from taskmoe.kernels import tiling as tilings
+from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.platforms import chip
 
 #: Tokens a block, unless E is so large that fewer fit.
@@ -168,12 +169,12 @@ def gating_mosaic(logits: jax.Array, top_k: int, valid: jax.Array) -> tuple[jax.
             pl.BlockSpec((1, 1), whole_block),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((top_k, tokens), jnp.int32),
-            jax.ShapeDtypeStruct((top_k, tokens), jnp.float32),
-            jax.ShapeDtypeStruct((top_k, tokens), jnp.int32),
-            jax.ShapeDtypeStruct((num_experts, top_k), jnp.float32),
-            jax.ShapeDtypeStruct((num_experts, 1), jnp.float32),
-            jax.ShapeDtypeStruct((1, 1), jnp.float32),
+            result_like(logits, (top_k, tokens), jnp.int32),
+            result_like(logits, (top_k, tokens), jnp.float32),
+            result_like(logits, (top_k, tokens), jnp.int32),
+            result_like(logits, (num_experts, top_k), jnp.float32),
+            result_like(logits, (num_experts, 1), jnp.float32),
+            result_like(logits, (1, 1), jnp.float32),
         ],
         compiler_params=tilings.compiler_params(None, num_experts * block * 48),
         cost_estimate=cost(tokens, num_experts, top_k, logits.dtype.itemsize),
@@ -218,7 +219,7 @@ def gating_backward_mosaic(
             pl.BlockSpec((1, 1), whole_block),
         ],
         out_specs=values,
-        out_shape=jax.ShapeDtypeStruct((num_experts, tokens), logits.dtype),
+        out_shape=result_like(logits, (num_experts, tokens), logits.dtype),
         compiler_params=tilings.compiler_params(None, num_experts * block * 48),
         cost_estimate=cost(tokens, num_experts, top_k, logits.dtype.itemsize),
         name="taskmoe_top_k_gating_backward",

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
+from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.group_visits import visit_blocks
 from taskmoe.kernels.groups import Groups, group_bounds
 from taskmoe.kernels.options import ProductOptions
@@ -187,7 +188,7 @@ def gmm_mosaic(
             mxu_size=chip().mxu_column_size,
         ),
         grid_spec=grid_spec,
-        out_shape=jax.ShapeDtypeStruct((m, n), options.out_dtype),
+        out_shape=result_like(lhs, (m, n), options.out_dtype),
         compiler_params=tilings.compiler_params(("parallel", "arbitrary", "arbitrary"), vmem),
         cost_estimate=cost(m, k, n, e, itemsize, out_itemsize),
         name="taskmoe_gmm",

@@ -35,6 +35,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
+from taskmoe.kernels.checks import result_like
+
 IMPLEMENTATIONS = ("mosaic", "xla", "ragged_dot", "reference")
 #: What None stands for; other platforms take "xla".
 DEFAULTS = {"tpu": "mosaic", "cuda": "ragged_dot", "rocm": "ragged_dot"}
@@ -106,7 +108,7 @@ def interpret_mode() -> Interpreter | None:
         o_ref[...] = x_ref[...]
 
     def probe(x: jax.Array) -> jax.Array:
-        return pl.pallas_call(copy, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+        return pl.pallas_call(copy, out_shape=result_like(x, x.shape, x.dtype))(x)
 
     jaxpr = jax.make_jaxpr(probe)(jax.ShapeDtypeStruct((8, 128), jnp.float32))
     for eqn in jaxpr.eqns:

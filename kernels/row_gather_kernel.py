@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.checks import in_hbm
+from taskmoe.kernels.checks import in_hbm, result_like
 from taskmoe.kernels.platforms import chip
 
 
@@ -218,7 +218,7 @@ def _gather_rows(
             pl.BlockSpec(memory_space=pltpu.HBM),
         ],
         out_specs=vector if dots else values,
-        out_shape=jax.ShapeDtypeStruct(out_shape, out_dtype),
+        out_shape=result_like(source, out_shape, out_dtype),
         scratch_shapes=[
             pltpu.VMEM((2, top_k, rows * pack, columns), source.dtype),
             pltpu.SemaphoreType.DMA((2,)),

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
+from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.gmm_kernel import SUB_ROWS
 from taskmoe.kernels.group_visits import visit_groups
 from taskmoe.kernels.groups import Groups, group_bounds
@@ -120,7 +121,7 @@ def tgmm_mosaic(
     call = pl.pallas_call(
         kernel,
         grid_spec=grid_spec,
-        out_shape=jax.ShapeDtypeStruct((e, k, n), options.out_dtype),
+        out_shape=result_like(lhs, (e, k, n), options.out_dtype),
         compiler_params=tilings.compiler_params(("parallel", "arbitrary", "arbitrary"), vmem),
         cost_estimate=cost(m, k, n, e, itemsize, out_itemsize),
         name="taskmoe_tgmm",

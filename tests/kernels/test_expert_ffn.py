@@ -12,6 +12,8 @@ import pytest
 
 from taskmoe.kernels import expert_ffn, gmm
 from taskmoe.kernels.ffn_backward_kernel import expert_ffn_backward_mosaic
+from taskmoe.kernels.groups import Groups
+from taskmoe.kernels.options import FFNOptions
 from taskmoe.kernels.tiling import Tiling
 from taskmoe.tests.kernels import support
 
@@ -108,8 +110,10 @@ def test_hidden_dimension_cut_with_a_tail(gated: bool) -> None:
             x, w_in, w_out, sizes, activation="silu", w_gate=gate,
             tiling=tiling, implementation="mosaic",
         )  # fmt: skip
-        residuals = (x, w_in, w_out, gate, sizes, jnp.int32(0))
-        d_x, d_in, d_out, d_gate = expert_ffn_backward_mosaic(residuals, grad, "silu", tiling)
+        groups, options = Groups(sizes, jnp.int32(0)), FFNOptions("silu", False, "mosaic")
+        d_x, d_in, d_out, d_gate = expert_ffn_backward_mosaic(
+            options, x, w_in, w_out, gate, groups, grad, tiling
+        )
         d_gate = jnp.zeros_like(w_gate) if d_gate is None else d_gate
         return {"out": out, "x": d_x, "w_in": d_in, "w_out": d_out, "w_gate": d_gate}
 
