@@ -111,4 +111,4 @@ def in_hbm(x: jax.Array) -> jax.Array:
 
 def accumulator(dtype: Any) -> Any:
     """The dtype that sums of `dtype` are kept in: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

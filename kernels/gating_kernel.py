@@ -176,7 +176,7 @@ def gating_mosaic(logits: jax.Array, top_k: int, valid: jax.Array) -> tuple[jax.
             result_like(logits, (num_experts, 1), jnp.float32),
             result_like(logits, (1, 1), jnp.float32),
         ],
-        compiler_params=tilings.compiler_params(None, num_experts * block * 48),
+        compiler_params=tilings.compiler_params(("arbitrary",), num_experts * block * 48),
         cost_estimate=cost(tokens, num_experts, top_k, logits.dtype.itemsize),
         name="taskmoe_top_k_gating",
     )
@@ -220,7 +220,7 @@ def gating_backward_mosaic(
         ],
         out_specs=values,
         out_shape=result_like(logits, (num_experts, tokens), logits.dtype),
-        compiler_params=tilings.compiler_params(None, num_experts * block * 48),
+        compiler_params=tilings.compiler_params(("parallel",), num_experts * block * 48),
         cost_estimate=cost(tokens, num_experts, top_k, logits.dtype.itemsize),
         name="taskmoe_top_k_gating_backward",
     )

@@ -22,6 +22,7 @@ VMEM); `for_chip` names another.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
@@ -49,6 +50,10 @@ CHIPS = {
     "v6e": "TPU v6 lite",
     "tpu7x": "TPU7x",
 }
+
+
+#: Whether what is traced is a `jax.vmap` of kernels for the interpreter.
+interpreting_a_batch = contextvars.ContextVar("interpreting_a_batch", default=False)
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -209,10 +214,19 @@ class Call:
                 "jax.experimental.pallas.tpu.force_tpu_interpret_mode(); this is lowered for "
                 f"{platform!r}: use None, 'xla' or 'reference'"
             )
+        shapes = [shape for shape, _ in self.results]
+        if name == "mosaic" and not all(isinstance(n, int) for shape in shapes for n in shape):
+            raise ValueError(
+                f"implementation='mosaic' of {self.op.name} takes no symbolic dimensions, got "
+                f"results of {shapes}: export for fixed sizes, or choose 'xla'"
+            )
         run = self.op.implementations.get(name, self.op.implementations["xla"])
 
         def flat(*leaves: jax.Array) -> list[jax.Array]:
-            return jax.tree.leaves(run(self.options, *jax.tree.unflatten(self.in_tree, leaves)))
+            results = run(self.options, *jax.tree.unflatten(self.in_tree, leaves))
+            declared = [dtype for _, dtype in self.results]
+            # Sums of int32 are int64 in 64-bit mode.
+            return [x.astype(d) for x, d in zip(jax.tree.leaves(results), declared, strict=True)]
 
         for axes in self.batches:
             flat = jax.vmap(flat, axes)
@@ -231,6 +245,8 @@ class Call:
                 stack.enter_context(jax.enable_x64(False))  # Mosaic knows 32-bit indices only
             if self.interpret is not None:
                 stack.enter_context(pltpu.force_tpu_interpret_mode(self.interpret.params))
+                token = interpreting_a_batch.set(bool(self.batches))
+                stack.callback(interpreting_a_batch.reset, token)
             stack.enter_context(jax.sharding.use_abstract_mesh(_local_mesh()))
             yield
 
@@ -287,8 +303,8 @@ def _lower(platform: str, context: Any, *operands: Any, call: Call) -> Any:
     plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in context.avals_in]
     local = context.replace(avals_in=plain)
     with call.settings(platform):
-        lower = mlir.lower_fun(call.function(platform), multiple_results=True)
-        results = lower(local, *operands)
+        traced = jax.make_jaxpr(call.function(platform))(*plain)
+    results = mlir.lower_fun(jaxpr_as_fun(traced), multiple_results=True)(local, *operands)
     if local.tokens_out is not None:  # the interpreter's calls to the host keep their order
         context.set_tokens_out(local.tokens_out)
     return results

@@ -13,7 +13,7 @@ from typing import Literal
 
 from jax.experimental.pallas import tpu as pltpu
 
-from taskmoe.kernels.platforms import chip
+from taskmoe.kernels.platforms import chip, interpreting_a_batch
 
 #: Lanes of a vector register: the unit of a block's last dimension on every TPU.
 LANES = 128
@@ -198,16 +198,14 @@ def ffn_backward_tiling(
 
 
 def compiler_params(
-    semantics: Sequence[Literal["parallel", "arbitrary"]] | None, vmem_bytes: int
+    semantics: Sequence[Literal["parallel", "arbitrary"]], vmem_bytes: int
 ) -> pltpu.CompilerParams:
-    """How Mosaic may order the grid, and VMEM for the blocks and what the compiler itself needs.
-
-    semantics: None is all "arbitrary"; kernels that `jax.vmap` gives one more axis of the grid must
-    leave it so, because the interpreter looks for as many entries as axes.
-    """
+    """How Mosaic may order the grid, and VMEM for the blocks and what the compiler itself needs."""
     capacity = chip().vmem_capacity_bytes
     limit = min(capacity, max(16 << 20, vmem_bytes + (vmem_bytes >> 2) + (4 << 20)))
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)
+    # A batch is one more axis of the grid, for which the interpreter wants an entry as well.
+    known = None if interpreting_a_batch.get() else semantics
+    return pltpu.CompilerParams(dimension_semantics=known, vmem_limit_bytes=limit)
 
 
 def check_tiling(tiling: Tiling | None, k: int, n: int, itemsize: int) -> None:
