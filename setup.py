@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-CORE = ["jax>=0.10,<0.12", "jaxlib>=0.10,<0.12", "numpy>=2.0,<3"]
+CORE = ["jax>=0.10,<0.13", "jaxlib>=0.10,<0.13", "numpy>=2.0,<3"]
 WMT = [
     "absl-py>=2.1,<3",
     "babel>=2.16,<3",
@@ -31,7 +31,7 @@ DEV = [
     "hypothesis>=6.120,<7",
     "jaxtyping>=0.3,<0.4",
     # The TPU compiler; its versions follow jax's.  make lock pins the one that matches.
-    'jax[tpu]>=0.10,<0.12; sys_platform == "linux" and platform_machine == "x86_64"',
+    'jax[tpu]>=0.10,<0.13; sys_platform == "linux" and platform_machine == "x86_64"',
     "mypy>=1.15,<3",
     "pytest-xdist>=3.6,<4",
     "ruff>=0.12,<0.18",
@@ -55,7 +55,7 @@ setup(
         "hf": [*WMT, *HF],
         "tensorboard": [*WMT, *TENSORBOARD],
         "bench": BENCH,
-        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
         "dev": DEV,
     },
 )
