@@ -98,16 +98,13 @@ def match_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 def varying_axes(x: jax.Array) -> frozenset[Any]:
     """Manual mesh axes over which x differs between devices; none outside `jax.shard_map`."""
     aval: Any = jax.typeof(x)
-    return aval.mat.varying if hasattr(aval, "mat") else aval.vma
+    return aval.manual_axis_type.varying
 
 
 def result_like(x: jax.Array, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
     """What a kernel returns: this shape and dtype, differing between devices as x does."""
     aval: Any = jax.typeof(x)
-    if hasattr(aval, "mat"):
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=aval.mat)
-    make: Any = jax.ShapeDtypeStruct
-    return make(shape, dtype, vma=aval.vma)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=aval.manual_axis_type)
 
 
 def in_hbm(x: jax.Array) -> jax.Array:
