@@ -2,14 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+NEWEST := .venv-newest/bin
+NEWEST_READY := .venv-newest/.ready
 
-.PHONY: demo test check lint format lock dist clean
+.PHONY: demo test test-newest check lint format lock dist clean
 
 demo: $(READY)
 	$(BIN)/python -m taskmoe.bench demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# The tests on the newest versions that setup.py allows, in a virtual environment of their own.
+test-newest: $(NEWEST_READY)
+	$(NEWEST)/mypy
+	$(NEWEST)/python -m pytest -n 2 --dist worksteal -q
 
 check: $(READY)
 	$(BIN)/python -m taskmoe.bench check
@@ -35,6 +42,13 @@ dist: $(READY)
 	rm -rf build dist taskmoe.egg-info
 	$(BIN)/python -m build --no-isolation
 
+# What is newest changes by the day: make clean first to resolve it anew.
+$(NEWEST_READY): setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and f"the newest JAX needs Python 3.12 or newer; {sys.executable} is {sys.version.split()[0]}: call make test-newest PYTHON=python3.13")'
+	$(PYTHON) -m venv .venv-newest
+	$(NEWEST)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
 # Resolve the newest versions that setup.py allows and pin them.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
@@ -44,4 +58,4 @@ lock:
 	mv requirements.lock.new requirements.lock && rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-lock build taskmoe.egg-info
+	rm -rf .venv .venv-lock .venv-newest build taskmoe.egg-info

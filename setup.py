@@ -9,7 +9,7 @@ from setuptools import setup
 INIT = Path("kernels/__init__.py").read_text(encoding="utf-8")
 VERSION = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[0]
 
-CORE = ["jax>=0.10,<0.12", "jaxlib>=0.10,<0.12", "numpy>=2.0,<3"]
+CORE = ["jax>=0.10,<0.13", "jaxlib>=0.10,<0.13", "numpy>=2.0,<3"]
 WMT = [
     "absl-py>=2.1,<3",
     "babel>=2.16,<3",
@@ -37,7 +37,7 @@ DEV = [
     "hypothesis>=6.120,<7",
     "jaxtyping>=0.3,<0.4",
     # The TPU compiler; its versions follow jax's.  make lock pins the one that matches.
-    'jax[tpu]>=0.10,<0.12; sys_platform == "linux" and platform_machine == "x86_64"',
+    'jax[tpu]>=0.10,<0.13; sys_platform == "linux" and platform_machine == "x86_64"',
     "mypy>=1.15,<3",
     "pytest-xdist>=3.6,<4",
     "ruff>=0.12,<0.18",
@@ -80,7 +80,7 @@ setup(
         "hf": [*WMT, *HF],
         "tensorboard": [*WMT, *TENSORBOARD],
         "bench": BENCH,
-        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
         "dev": DEV,
     },
 )

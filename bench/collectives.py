@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +109,10 @@ def profile_communication(run: Callable[[], Any], repeats: int = 3) -> Communica
                 jax.block_until_ready(run())
         traces = sorted(Path(folder).rglob("*.xplane.pb"))
         data = jax.profiler.ProfileData.from_file(str(traces[0]))
-    return summarise(_device_events(data))
+    with warnings.catch_warnings():
+        # Python 3.13 warns of jaxlib's iterators; made an error, that would end the process.
+        warnings.filterwarnings("ignore", "builtin type .* has no __module__", DeprecationWarning)
+        return summarise(_device_events(data))
 
 
 def _device_events(data: Any) -> dict[Any, dict[int, list[_Event]]]:

@@ -37,6 +37,8 @@ from taskmoe.wmt.progress import bar
 
 #: Compilers at once: each keeps one core busy.
 WORKERS = 2
+#: libtpu ends a process that loads it where this file is missing.
+CPUS_FILE = Path("/sys/devices/system/cpu/possible")
 QUICK_CHIPS, QUICK_DTYPES = ("v5e", "v6e"), ("bf16",)
 
 
@@ -137,9 +139,11 @@ def chosen(what: str, given: str | None, known: Any, default: Any) -> list[str]:
 
 
 def need_libtpu() -> None:
-    """Raise InputError where the TPU compiler is not installed."""
+    """Raise InputError where the TPU compiler is not installed, or could not be loaded."""
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("libtpu, the TPU compiler, is not installed: pip install 'jax[tpu]'")
+    if not CPUS_FILE.exists():
+        raise InputError(f"libtpu, the TPU compiler, needs {CPUS_FILE}: mount /sys")
 
 
 def compile_all(cases: list[Case]) -> list[dict[str, Any]]:

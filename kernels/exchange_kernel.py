@@ -114,6 +114,15 @@ def for_each_piece(size: Any, largest: int, act: Callable[[Any, int], None]) -> 
         piece //= 2
 
 
+def mesh_place(device: jax.Array) -> Any:
+    """Index on every axis of the mesh of the device with this logical id; newer Pallas asks so."""
+    place: list[jax.Array] = []
+    for size in reversed(jax.sharding.get_abstract_mesh().axis_sizes[1:]):
+        place.insert(0, jax.lax.rem(device, size))
+        device = jax.lax.div(device, size)
+    return (device, *place)
+
+
 @dataclasses.dataclass(frozen=True)
 class Copies:
     """The copies of one way inside a kernel; the first segments are those the device keeps.
@@ -158,8 +167,7 @@ class Copies:
             *self._ends(segment, at, rows),
             self.sent,
             self._arrived((self.peers - peer) * self.own + expert),  # as the peer counts around
-            device_id=self.devices_ref[peer],
-            device_id_type=pl.DeviceIdType.LOGICAL,
+            device_id=mesh_place(self.devices_ref[peer]),
         )
 
     def keep(self, segment: Any) -> None:
@@ -212,8 +220,7 @@ def handshake(devices_ref: Any) -> None:
     entered, peers = pltpu.get_barrier_semaphore(), devices_ref.shape[0]
 
     def tell(peer: jax.Array) -> None:
-        device: Any = devices_ref[peer]
-        pl.semaphore_signal(entered, device_id=device, device_id_type=pl.DeviceIdType.LOGICAL)
+        pl.semaphore_signal(entered, device_id=mesh_place(devices_ref[peer]))
 
     for_each(1, peers, tell)
     pl.semaphore_wait(entered, peers - 1)

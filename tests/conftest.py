@@ -5,6 +5,7 @@ them less; what they compute is the same.
 """
 
 import gc
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,15 @@ for flag in (
         flags = f"{flags} {flag}".strip()
 os.environ["XLA_FLAGS"] = flags
 
+_CPUS_FILE = Path("/sys/devices/system/cpu/possible")
 _MAPS = Path("/proc/self/maps")
 _MANY_MAPPINGS = 15_000
+
+
+def pytest_configure() -> None:
+    """Say what is wrong where libtpu would abort the tests: in a chroot without /sys."""
+    if importlib.util.find_spec("libtpu") is not None and not _CPUS_FILE.exists():
+        raise pytest.UsageError(f"libtpu cannot be loaded without {_CPUS_FILE}: mount /sys")
 
 
 @pytest.fixture(scope="module", autouse=True)

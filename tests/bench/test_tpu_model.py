@@ -199,3 +199,10 @@ def test_without_libtpu_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="libtpu, the TPU compiler, is not installed"):
         tpu_lab.need_libtpu()
+
+
+@needs_libtpu
+def test_where_libtpu_would_abort_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tpu_lab, "CPUS_FILE", tmp_path / "possible")
+    with pytest.raises(InputError, match=r"needs .*possible: mount /sys"):
+        tpu_lab.need_libtpu()

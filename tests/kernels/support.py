@@ -19,13 +19,20 @@ INTERPRET = pltpu.InterpretParams(
 
 @contextlib.contextmanager
 def running(implementation: str) -> Iterator[None]:
-    """Where this implementation can run: TPU kernels in interpret mode, with all its checks."""
+    """Where this implementation can run: TPU kernels in interpret mode, with all its checks.
+
+    A race is an error: JAX raises it from 0.12 on, and prints it before.
+    """
     if implementation != "mosaic":
         yield
         return
     printed = io.StringIO()
-    with pltpu.force_tpu_interpret_mode(INTERPRET), contextlib.redirect_stdout(printed):
-        yield
+    try:
+        with pltpu.force_tpu_interpret_mode(INTERPRET), contextlib.redirect_stdout(printed):
+            yield
+    except Exception:
+        pltpu.reset_tpu_interpret_mode_state()  # or the next kernel meets what this one left
+        raise
     assert "RACE DETECTED" not in printed.getvalue(), printed.getvalue()
 
 
