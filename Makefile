@@ -53,7 +53,7 @@ $(NEWEST_READY): setup.py
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check '.[dev]'
-	.venv-lock/bin/python -m pip freeze --exclude taskmoe > requirements.lock.new
+	.venv-lock/bin/python -m pip freeze --all --exclude pip --exclude taskmoe > requirements.lock.new
 	sed -i 's/^libtpu==.*/&; sys_platform == "linux" and platform_machine == "x86_64"/' requirements.lock.new
 	mv requirements.lock.new requirements.lock && rm -rf .venv-lock
 
