@@ -56,7 +56,7 @@ def top_k_gating_reference(logits: jax.Array, top_k: int, valid: jax.Array) -> G
     logits = jnp.where(valid[:, None], logits.astype(accumulator(logits.dtype)), 0)
     probs = jnp.where(valid[:, None], jax.nn.softmax(logits, axis=1), 0)
     lowest = jnp.finfo(logits.dtype).min
-    ranked = jnp.where(jnp.isnan(logits), lowest, jnp.maximum(logits, lowest))
+    ranked = jnp.where(logits >= lowest, logits, lowest)
     experts = jnp.argsort(-ranked, axis=1, stable=True)[:, :top_k].astype(jnp.int32)
     chosen = jnp.take_along_axis(ranked, experts, axis=1)
     weights = jnp.where(valid[:, None], jax.nn.softmax(chosen, axis=1), 0)
@@ -94,7 +94,8 @@ def _gating_xla(options: GatingOptions, logits: jax.Array, valid: jax.Array) -> 
     x = jnp.where(valid[:, None], logits.astype(accumulator(logits.dtype)), 0)
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     # NaN comes last, and all lie above the mark of those already chosen.
-    open_ = jnp.where(jnp.isnan(x), jnp.finfo(x.dtype).min, jnp.maximum(x, jnp.finfo(x.dtype).min))
+    lowest = jnp.finfo(x.dtype).min
+    open_ = jnp.where(x >= lowest, x, lowest)
     experts, chosen = [], []
     for _ in range(options.top_k):
         best = jnp.max(open_, axis=1, keepdims=True)

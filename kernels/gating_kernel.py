@@ -92,15 +92,16 @@ def kernel(
     triangle = (before < after).astype(jnp.float32)
     # NaN comes last, and all lie above the mark of those already chosen.
     lowest = jnp.finfo(jnp.float32).min
-    left = jnp.where(x == x, jnp.maximum(x, lowest), lowest)
-    largest = jnp.max(left, axis=0, keepdims=True)
+    left = jnp.where(x >= lowest, x, lowest)
+    first: Any = None
     odds = []
     for j in range(top_k):
         best = jnp.max(left, axis=0, keepdims=True)
         choice = jnp.min(jnp.where(left == best, expert, x.shape[0] - 1), axis=0, keepdims=True)
         chosen = expert == choice
         left = jnp.where(chosen, -jnp.inf, left)
-        odds.append(jnp.exp(best - largest))
+        first = best if j == 0 else first
+        odds.append(jnp.ones_like(best) if j == 0 else jnp.exp(best - first))
         hit = jnp.where(chosen & valid, 1.0, 0.0)
         earlier = jnp.dot(hit, triangle, preferred_element_type=jnp.float32)
         counts = counts_ref[:, j : j + 1]

@@ -182,13 +182,18 @@ def _parcel(job: Job) -> _Parcels:
     rows, counts = _pack(job.assigned, job.config.num_experts)
     count = job.x.shape[0] * job.config.top_k
     packed = dispatch(job.x, rows, count, implementation=job.implementation)
+    own = counts.reshape(n, local).sum(1)
+    ends = jnp.cumsum(_swap(counts.reshape(n, local), job.peers), axis=1)
+    if job.config.buffer_factor is None and not job.peers.ragged:  # the others need not be known
+        starts = jnp.cumsum(own) - own
+        coming = jnp.diff(ends, axis=1, prepend=0)
+        return _Parcels(packed, rows, starts, own, starts, coming, starts, jnp.zeros_like(own[0]))
     me = jax.lax.axis_index(job.peers.axis)
-    wanted = jax.lax.all_gather(counts.reshape(n, local).sum(1), job.peers.axis)  # [from, to]
+    wanted = jax.lax.all_gather(own, job.peers.axis)  # [from, to]
     places = jnp.cumsum(wanted, axis=0) - wanted
     room = _most_come(job.config, job.x.shape[0], n)
     sizes = jnp.clip(room - places, 0, wanted)  # the last to come find none
     starts = jnp.cumsum(wanted, axis=1) - wanted
-    ends = jnp.cumsum(_swap(counts.reshape(n, local), job.peers), axis=1)
     ends = jnp.minimum(ends, sizes[:, me, None])
     return _Parcels(
         packed=packed,
