@@ -30,7 +30,7 @@ from taskmoe.kernels.ffn_backward_kernel import expert_ffn_backward_mosaic
 from taskmoe.kernels.ffn_kernel import expert_ffn_mosaic
 from taskmoe.kernels.grouped_matmul import gmm_reference
 from taskmoe.kernels.groups import Groups, check_groups
-from taskmoe.kernels.options import ACTIVATIONS, Activation, FFNOptions, ProductOptions
+from taskmoe.kernels.options import ACTIVATIONS, Activation, Experts, FFNOptions, ProductOptions
 from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
 from taskmoe.kernels.tiled_ffn import (
     expert_ffn_backward_xla,
@@ -49,13 +49,11 @@ HIDDEN, OUT = "taskmoe_expert_hidden", "taskmoe_expert_out"
 def expert_ffn_reference(
     options: FFNOptions,
     x: jax.Array,
-    w_in: jax.Array,
-    w_out: jax.Array,
-    w_gate: jax.Array | None,
+    experts: Experts,
     groups: Groups,
 ) -> jax.Array:
     """The definition of `expert_ffn`."""
-    acc = accumulator(x.dtype)
+    acc, (w_in, w_out, w_gate) = accumulator(x.dtype), experts
     act = ACTIVATIONS[options.activation]
 
     def times(rows: jax.Array, matrices: jax.Array, dtype: Any) -> jax.Array:
@@ -67,16 +65,23 @@ def expert_ffn_reference(
     return times(hidden.astype(x.dtype), w_out, x.dtype)
 
 
-def _keeping_mosaic(options: FFNOptions, *operands: Any) -> tuple[jax.Array, list[jax.Array]]:
+def _keeping_mosaic(
+    options: FFNOptions, x: jax.Array, experts: Experts, groups: Groups
+) -> tuple[jax.Array, list[jax.Array]]:
     """Nothing is kept: the zeros that stand for it are never read, and XLA drops them."""
-    x, w_in, _, w_gate, _ = operands
-    shape, count = (x.shape[0], w_in.shape[2]), 1 if w_gate is None else 2
-    return expert_ffn_mosaic(options, *operands), [jnp.zeros(shape, jnp.float32)] * count
+    nothing = jnp.zeros((x.shape[0], experts.w_in.shape[2]), jnp.float32)
+    return expert_ffn_mosaic(options, x, experts, groups), [nothing] * _products(experts)
 
 
-def _backward_mosaic(options: FFNOptions, *operands: Any) -> Any:
-    x, w_in, w_out, w_gate, groups, _, grad = operands
-    return expert_ffn_backward_mosaic(options, x, w_in, w_out, w_gate, groups, grad)
+def _backward_mosaic(
+    options: FFNOptions, x: jax.Array, experts: Experts, groups: Groups, _: Any, grad: jax.Array
+) -> tuple[jax.Array, Experts]:
+    return expert_ffn_backward_mosaic(options, x, experts, groups, grad)
+
+
+def _products(experts: Experts) -> int:
+    """Products before the activation."""
+    return 1 if experts.w_gate is None else 2
 
 
 EXPERT_FFN = Op(
@@ -102,43 +107,26 @@ EXPERT_FFN_BACKWARD = Op(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _expert_ffn(
-    x: jax.Array,
-    w_in: jax.Array,
-    w_out: jax.Array,
-    w_gate: jax.Array | None,
-    groups: Groups,
-    options: FFNOptions,
-) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _expert_ffn(x: jax.Array, experts: Experts, groups: Groups, options: FFNOptions) -> jax.Array:
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return EXPERT_FFN(options, options.implementation, out, x, w_in, w_out, w_gate, groups)
+    return EXPERT_FFN(options, options.implementation, out, x, experts, groups)
 
 
 def _expert_ffn_forward(
-    x: jax.Array,
-    w_in: jax.Array,
-    w_out: jax.Array,
-    w_gate: jax.Array | None,
-    groups: Groups,
-    options: FFNOptions,
+    x: jax.Array, experts: Experts, groups: Groups, options: FFNOptions
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    operands = (x, w_in, w_out, w_gate, groups)
-    hidden = jax.ShapeDtypeStruct((x.shape[0], w_in.shape[2]), accumulator(x.dtype))
-    results = jax.ShapeDtypeStruct(x.shape, x.dtype), [hidden] * (1 if w_gate is None else 2)
-    out, kept = EXPERT_FFN_KEEPING(options, options.implementation, results, *operands)
-    return checkpoint_name(out, OUT), (operands, checkpoint_name(kept, HIDDEN))
+    hidden = jax.ShapeDtypeStruct((x.shape[0], experts.w_in.shape[2]), accumulator(x.dtype))
+    results = jax.ShapeDtypeStruct(x.shape, x.dtype), [hidden] * _products(experts)
+    out, kept = EXPERT_FFN_KEEPING(options, options.implementation, results, x, experts, groups)
+    return checkpoint_name(out, OUT), (x, experts, groups, checkpoint_name(kept, HIDDEN))
 
 
 def _expert_ffn_backward(
     options: FFNOptions, residuals: tuple[Any, ...], grad: jax.Array
 ) -> tuple[Any, ...]:
-    operands, kept = residuals
-    results = tuple(
-        None if w is None else jax.ShapeDtypeStruct(w.shape, w.dtype) for w in operands[:4]
-    )
-    grads = EXPERT_FFN_BACKWARD(options, options.implementation, results, *operands, kept, grad)
-    return *grads, None
+    results = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), residuals[:2])
+    return *EXPERT_FFN_BACKWARD(options, options.implementation, results, *residuals, grad), None
 
 
 _expert_ffn.defvjp(_expert_ffn_forward, _expert_ffn_backward)
@@ -198,7 +186,7 @@ def expert_ffn(
         raise ValueError(f"tiling.k must be D={x.shape[1]} in expert_ffn, got {tiling.k}")
     check_implementation(implementation)
     options = FFNOptions(activation, group_offset is not None, implementation, tiling)
-    leaves, tree = jax.tree.flatten((x, w_in, w_out, w_gate, groups))
+    leaves, tree = jax.tree.flatten((x, Experts(w_in, w_out, w_gate), groups))
     operands = jax.tree.unflatten(tree, match_varying(*leaves))
     if 0 in (*x.shape, *w_in.shape):
         return zeros_like_all(x.shape, x.dtype, *leaves)

@@ -27,7 +27,7 @@ from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.gmm_kernel import SUB_ROWS
 from taskmoe.kernels.group_visits import visit_blocks
 from taskmoe.kernels.groups import Groups, group_bounds
-from taskmoe.kernels.options import ACTIVATIONS, FFNOptions
+from taskmoe.kernels.options import ACTIVATIONS, Experts, FFNOptions
 from taskmoe.kernels.platforms import chip
 from taskmoe.kernels.tiling import Tiling
 
@@ -173,18 +173,17 @@ def kernel(
 def expert_ffn_backward_mosaic(
     options: FFNOptions,
     x: jax.Array,
-    w_in: jax.Array,
-    w_out: jax.Array,
-    w_gate: jax.Array | None,
+    experts: Experts,
     groups: Groups,
     dy: jax.Array,
     tiling: Tiling | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, Experts]:
     """The kernel call.
 
     dy: [M, D], gradient of the result of `expert_ffn`, whose arguments the others are. Returns the
-    gradients of x, w_in, w_out and w_gate.
+    gradients of x and of the experts.
     """
+    w_in, w_out, w_gate = experts
     (m, d), (e, _, f) = x.shape, w_in.shape
     itemsize, matrices = x.dtype.itemsize, 2 if w_gate is None else 3
     t = tiling or tilings.ffn_backward_tiling(m, d, f, e, matrices, itemsize, chip())
@@ -222,4 +221,4 @@ def expert_ffn_backward_mosaic(
     walked = (walk.starts, walk.ends, walk.group, walk.block, walk.num[None])
     dx, d_in, d_gate, d_out = call(*walked, x, dy, w_in, w_gate, w_out)
     dx = dx[0] if cuts == 1 else jnp.sum(dx, axis=0).astype(x.dtype)
-    return dx, d_in, d_out, d_gate
+    return dx, Experts(d_in, d_out, d_gate)

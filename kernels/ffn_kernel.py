@@ -24,7 +24,7 @@ from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.gmm_kernel import SUB_ROWS, keep
 from taskmoe.kernels.group_visits import visit_blocks
 from taskmoe.kernels.groups import Groups, group_bounds
-from taskmoe.kernels.options import ACTIVATIONS, FFNOptions
+from taskmoe.kernels.options import ACTIVATIONS, Experts, FFNOptions
 from taskmoe.kernels.platforms import chip
 from taskmoe.kernels.tiling import HIDDEN_CHUNK
 
@@ -142,12 +142,11 @@ def kernel(
 def expert_ffn_mosaic(
     options: FFNOptions,
     x: jax.Array,
-    w_in: jax.Array,
-    w_out: jax.Array,
-    w_gate: jax.Array | None,
+    experts: Experts,
     groups: Groups,
 ) -> jax.Array:
     """The kernel call; arguments as in `expert_ffn`, validated."""
+    w_in, w_out, w_gate = experts
     (m, d), (e, _, f) = x.shape, w_in.shape
     itemsize, matrices = x.dtype.itemsize, 2 if w_gate is None else 3
     t = options.tiling or tilings.ffn_tiling(m, d, f, e, matrices, itemsize, chip())

@@ -1,9 +1,12 @@
-"""What is fixed when an op is traced: hashable, so that equal calls share what was compiled."""
+"""What an op works with, and what is fixed when it is traced.
+
+Options are hashable, so that equal calls share what was compiled.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -11,6 +14,14 @@ from taskmoe.kernels.tiling import Tiling
 
 Activation = Literal["relu", "gelu", "silu"]
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+
+
+class Experts(NamedTuple):
+    """Matrices of E experts: w_in [E, D, F], w_out [E, F, D], and w_gate [E, D, F] where gated."""
+
+    w_in: jax.Array
+    w_out: jax.Array
+    w_gate: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

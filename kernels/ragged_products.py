@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from taskmoe.kernels.checks import accumulator
 from taskmoe.kernels.groups import Groups, group_bounds
-from taskmoe.kernels.options import ACTIVATIONS, FFNOptions, ProductOptions
+from taskmoe.kernels.options import ACTIVATIONS, Experts, FFNOptions, ProductOptions
 from taskmoe.kernels.row_tiles import SYMBOLIC_ROWS, Tiles
 from taskmoe.kernels.tiled_products import tgmm_in_tiles
 
@@ -76,13 +76,11 @@ def _tiles(num_rows: Any, num_groups: int) -> Tiles:
 def expert_ffn(
     options: FFNOptions,
     x: jax.Array,
-    w_in: jax.Array,
-    w_out: jax.Array,
-    w_gate: jax.Array | None,
+    experts: Experts,
     groups: Groups,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """`expert_ffn` [M, D], and what comes before the activation: x W_in and x W_gate [M, F]."""
-    acc = accumulator(x.dtype)
+    acc, (w_in, w_out, w_gate) = accumulator(x.dtype), experts
     kept = [
         gmm(_product(options, w_in, acc), x, w, groups) for w in (w_in, w_gate) if w is not None
     ]
@@ -93,15 +91,13 @@ def expert_ffn(
 def expert_ffn_backward(
     options: FFNOptions,
     x: jax.Array,
-    w_in: jax.Array,
-    w_out: jax.Array,
-    w_gate: jax.Array | None,
+    experts: Experts,
     groups: Groups,
     kept: list[jax.Array],
     grad: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Gradients of x, w_in, w_out and w_gate."""
-    acc = accumulator(x.dtype)
+) -> tuple[jax.Array, Experts]:
+    """Gradients of x and of the experts."""
+    acc, (w_in, w_out, w_gate) = accumulator(x.dtype), experts
 
     def back(rows: jax.Array, w: jax.Array) -> jax.Array:
         return gmm(_product(options, w, acc, transpose_rhs=True), rows, w, groups)
@@ -115,7 +111,7 @@ def expert_ffn_backward(
     d_x = sum(back(d, w) for d, w in zip(d_kept, into, strict=True))
     d_in, *d_gate = (total(x, d, w) for d, w in zip(d_kept, into, strict=True))
     d_out = total(hidden.astype(x.dtype), grad, w_out)
-    return jnp.asarray(d_x).astype(x.dtype), d_in, d_out, d_gate[0] if d_gate else None
+    return jnp.asarray(d_x).astype(x.dtype), Experts(d_in, d_out, *d_gate)
 
 
 def _activate(options: FFNOptions, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:

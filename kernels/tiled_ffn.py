@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from taskmoe.kernels import row_tiles
 from taskmoe.kernels.checks import accumulator
 from taskmoe.kernels.groups import Groups, group_bounds
-from taskmoe.kernels.options import ACTIVATIONS, FFNOptions
+from taskmoe.kernels.options import ACTIVATIONS, Experts, FFNOptions
 from taskmoe.kernels.row_tiles import Tile, choose_tiles
 
 
@@ -26,36 +26,31 @@ def _dot(a: jax.Array, b: jax.Array, left: int = 1, right: int = 0) -> jax.Array
 def expert_ffn_xla(
     options: FFNOptions,
     x: jax.Array,
-    w_in: jax.Array,
-    w_out: jax.Array,
-    w_gate: jax.Array | None,
+    experts: Experts,
     groups: Groups,
 ) -> jax.Array:
     """`expert_ffn` [M, D], where nothing is differentiated."""
-    return _forward(options, x, w_in, w_out, w_gate, groups, keep=False)[0]
+    return _forward(options, x, experts, groups, keep=False)[0]
 
 
 def expert_ffn_keeping_xla(
     options: FFNOptions,
     x: jax.Array,
-    w_in: jax.Array,
-    w_out: jax.Array,
-    w_gate: jax.Array | None,
+    experts: Experts,
     groups: Groups,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """`expert_ffn` [M, D], and x W_in and x W_gate [M, F] in the accumulator's dtype."""
-    return _forward(options, x, w_in, w_out, w_gate, groups, keep=True)
+    return _forward(options, x, experts, groups, keep=True)
 
 
 def _forward(
     options: FFNOptions,
     x: jax.Array,
-    w_in: jax.Array,
-    w_out: jax.Array,
-    w_gate: jax.Array | None,
+    experts: Experts,
     groups: Groups,
     keep: bool,
 ) -> tuple[jax.Array, list[jax.Array]]:
+    w_in, w_out, w_gate = experts
     num_rows, (num_groups, _, hidden_size) = x.shape[0], w_in.shape
     act = ACTIVATIONS[options.activation]
     bounds = group_bounds(groups, num_groups, num_rows)
@@ -85,14 +80,13 @@ def _forward(
 def expert_ffn_backward_xla(
     options: FFNOptions,
     x: jax.Array,
-    w_in: jax.Array,
-    w_out: jax.Array,
-    w_gate: jax.Array | None,
+    experts: Experts,
     groups: Groups,
     kept: list[jax.Array],
     grad: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Gradients of x, w_in, w_out and w_gate."""
+) -> tuple[jax.Array, Experts]:
+    """Gradients of x and of the experts."""
+    w_in, w_out, w_gate = experts
     num_rows, num_groups = x.shape[0], w_in.shape[0]
     act = ACTIVATIONS[options.activation]
     bounds = group_bounds(groups, num_groups, num_rows)
@@ -130,4 +124,4 @@ def expert_ffn_backward_xla(
     d_x, (d_in, d_out, *d_gates) = row_tiles.for_each_tile(
         bounds, tiles, x.shape[0], per_tile, per_group, init
     )
-    return d_x[:num_rows], d_in, d_out, d_gates[0] if d_gates else None
+    return d_x[:num_rows], Experts(d_in, d_out, *d_gates)

@@ -13,7 +13,7 @@ import pytest
 from taskmoe.kernels import expert_ffn, gmm
 from taskmoe.kernels.ffn_backward_kernel import expert_ffn_backward_mosaic
 from taskmoe.kernels.groups import Groups
-from taskmoe.kernels.options import FFNOptions
+from taskmoe.kernels.options import Experts, FFNOptions
 from taskmoe.kernels.tiling import Tiling
 from taskmoe.tests.kernels import support
 
@@ -111,8 +111,8 @@ def test_hidden_dimension_cut_with_a_tail(gated: bool) -> None:
             tiling=tiling, implementation="mosaic",
         )  # fmt: skip
         groups, options = Groups(sizes, jnp.int32(0)), FFNOptions("silu", False, "mosaic")
-        d_x, d_in, d_out, d_gate = expert_ffn_backward_mosaic(
-            options, x, w_in, w_out, gate, groups, grad, tiling
+        d_x, (d_in, d_out, d_gate) = expert_ffn_backward_mosaic(
+            options, x, Experts(w_in, w_out, gate), groups, grad, tiling
         )
         d_gate = jnp.zeros_like(w_gate) if d_gate is None else d_gate
         return {"out": out, "x": d_x, "w_in": d_in, "w_out": d_out, "w_gate": d_gate}
