@@ -56,7 +56,7 @@ def apply_here(
         here = Peers(1, ragged=False)
         y, lost = run_here(Job(params, config, x, assigned, here, implementation)), jnp.int32(0)
     else:
-        peers = Peers(layout.peers, layout.platform != "cpu", layout.expert)
+        peers = Peers(layout.peers, layout.ragged, layout.expert)
         chosen = choose(strategy, config, units, peers)
         padded = units if chosen in ("all_to_all", "kept") else None
         assigned = assign(config, logits, unit_valid, batch.noise, implementation, padded)

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
+from taskmoe.kernels.platforms import CHIPS
 from taskmoe.moe.config import MoEConfig
 
 #: The experts' axis unless another is named.
@@ -58,7 +59,8 @@ class Layout:
     """A layer's place on a mesh.
 
     mesh: for `jax.shard_map`. batch: axes that sequences are spread over, the experts' included.
-    expert, hidden: as in `MeshAxes`. free: axes that are not manual yet. platform: of the devices.
+    expert, hidden: as in `MeshAxes`. free: axes that are not manual yet. platform, kind: of the
+    devices.
     """
 
     mesh: Mesh | AbstractMesh
@@ -67,6 +69,17 @@ class Layout:
     hidden: tuple[str, ...]
     free: tuple[str, ...]
     platform: str
+    kind: str
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the devices have `lax.ragged_all_to_all`.
+
+        CPUs have none, and TPU v5e does not compile it where messages take more than one hop: on
+        slices of more than 4 x 4 chips, tried with libtpu 0.0.42.
+        """
+        far = self.kind == CHIPS["v5e"] and self.mesh.size > 16
+        return self.platform != "cpu" and not far
 
     @property
     def peers(self) -> int:
@@ -144,7 +157,7 @@ def find_layout(
         batch = tuple(name for name in free if name not in hidden)
     if wanted.expert is not None and wanted.expert not in batch:
         batch = (*batch, wanted.expert)
-    return Layout(mesh, batch, wanted.expert, hidden, free, _platform(mesh))
+    return Layout(mesh, batch, wanted.expert, hidden, free, *_devices(mesh))
 
 
 def _where_x_is(mesh: Any, free: tuple[str, ...], x: jax.Array) -> Layout | None:
@@ -152,7 +165,7 @@ def _where_x_is(mesh: Any, free: tuple[str, ...], x: jax.Array) -> Layout | None
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
     batch = _names(sharding.spec[0])
-    return Layout(mesh, batch, None, (), free, _platform(mesh)) if batch else None
+    return Layout(mesh, batch, None, (), free, *_devices(mesh)) if batch else None
 
 
 def _check(mesh: Any, axes: MeshAxes, config: MoEConfig) -> None:
@@ -180,8 +193,8 @@ def _names(names: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _platform(mesh: Any) -> str:
-    if isinstance(mesh, Mesh):
-        return str(mesh.devices.flat[0].platform)
-    device = mesh.abstract_device
-    return str(jax.default_backend() if device is None else device.platform)
+def _devices(mesh: Any) -> tuple[str, str]:
+    """Platform and kind of a mesh's devices; of the default ones where it is abstract of any."""
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
+    device = jax.devices()[0] if device is None else device
+    return device.platform, device.device_kind
