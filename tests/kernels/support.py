@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -48,6 +49,19 @@ def call(implementation: str, f: Callable[..., Any], *args: Any) -> Any:
             eager = jax.tree.map(np.asarray, f(*args))
     assert_same(eager, jitted)
     return jitted
+
+
+@contextlib.contextmanager
+def planted(target: Any, name: str, fault: Any) -> Iterator[None]:
+    """Within it target.name is faulty, and what was compiled before or within counts no more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, name, fault)
+        jax.clear_caches()
+        try:
+            yield
+        finally:
+            jax.clear_caches()
+            pltpu.reset_tpu_interpret_mode_state()
 
 
 def assert_same(eager: Any, jitted: Any) -> None:

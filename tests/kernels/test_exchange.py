@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -146,9 +145,8 @@ def no_zeros(found: Any) -> Any:
 
 
 @pytest.mark.parametrize("fault", [wrong_target, no_wait, no_zeros])
-def test_a_planted_fault_is_caught(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_caught(fault: Any) -> None:
     right = exchange_kernel.segments
-    monkeypatch.setattr(exchange_kernel, "segments", lambda *args: fault(right(*args)))
     mesh, there = mesh_of(4), 3 * ROWS
     counts = np.random.default_rng(3).integers(1, 2, (4, 4))
     x = support.normal(0, (4, ROWS, WIDTH))
@@ -156,14 +154,14 @@ def test_a_planted_fault_is_caught(fault: Any, monkeypatch: pytest.MonkeyPatch) 
         lambda x, c: exchange_rows(x, c, there), mesh=mesh, in_specs=(P("expert"), P()),
         out_specs=P("expert"), check_vma=False,
     )  # fmt: skip
-    try:
-        with pytest.raises(Exception, match=r"RACE DETECTED|not equal|semaphore"):
-            np.testing.assert_array_equal(
-                support.call("mosaic", f, x.reshape(-1, WIDTH), jnp.asarray(counts)),
-                sent(np.asarray(x), counts, there, back=False).reshape(-1, WIDTH),
-            )
-    finally:
-        pltpu.reset_tpu_interpret_mode_state()
+    with (
+        support.planted(exchange_kernel, "segments", lambda *args: fault(right(*args))),
+        pytest.raises(Exception, match=r"RACE DETECTED|not equal|semaphore"),
+    ):
+        np.testing.assert_array_equal(
+            support.call("mosaic", f, x.reshape(-1, WIDTH), jnp.asarray(counts)),
+            sent(np.asarray(x), counts, there, back=False).reshape(-1, WIDTH),
+        )
 
 
 def test_no_copy_starts_before_all_devices_have_entered() -> None:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from taskmoe.kernels import exchange_ffn_kernel, expert_ffn
@@ -101,17 +100,16 @@ def test_whatever_the_experts_share_of_rows() -> None:
         np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5)
 
 
-def test_multiplying_before_rows_have_arrived_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_ffn_kernel.Copies, "wait_arrived", lambda self, segment: None)
+def test_multiplying_before_rows_have_arrived_is_caught() -> None:
     args = arguments(jnp.float32, UNEVEN)
     want, _ = support.call("xla", alone(False), jnp.nan_to_num(args[0]), *args[1:])
-    try:
-        with pytest.raises(Exception, match=r"RACE DETECTED|Not equal|emaphore"):
-            np.testing.assert_allclose(
-                support.call("mosaic", together(False, backward=False), *args), want, rtol=1e-5
-            )
-    finally:
-        pltpu.reset_tpu_interpret_mode_state()
+    with (
+        support.planted(exchange_ffn_kernel.Copies, "wait_arrived", lambda self, segment: None),
+        pytest.raises(Exception, match=r"RACE DETECTED|Not equal|emaphore"),
+    ):
+        np.testing.assert_allclose(
+            support.call("mosaic", together(False, backward=False), *args), want, rtol=1e-5
+        )
 
 
 def test_shapes_that_do_not_fit_are_not_fused() -> None:
