@@ -18,7 +18,8 @@ def start(*words: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env = os.environ.copy()
+    del env["JAX_COMPILATION_CACHE_DIR"]  # it is not made for two at a time
     return [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(port), "2", str(i), *words],

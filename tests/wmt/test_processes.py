@@ -21,8 +21,11 @@ def start(data: Path, workdir: Path, steps: int, *more: str) -> subprocess.Popen
     command += ["--cache", str(data / "cache"), *more]
     for item in SIZES + TRAINING:
         command += ["--set", item]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {"PYTHONPATH": str(support.ROOT / ".types"), "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"PYTHONPATH": str(support.ROOT / ".types"), "JAX_PLATFORMS": "cpu"}
+    # A device for each process, as a process without the tests' settings has.
+    env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
+    if "--coordinator" in more:
+        del env["JAX_COMPILATION_CACHE_DIR"]  # it is not made for two at a time
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
