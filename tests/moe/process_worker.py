@@ -10,8 +10,9 @@ import sys
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-FLAGS = os.environ.get("XLA_FLAGS", "").split()
-os.environ["XLA_FLAGS"] = " ".join(f for f in FLAGS if "device_count" not in f)  # see below
+os.environ["XLA_FLAGS"] = " ".join(  # see below
+    flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag
+)
 
 import jax
 import jax.numpy as jnp
