@@ -184,15 +184,30 @@ def exchange_bytes(hlo: str) -> int:
             continue
         result = re.search(r"= (\S+) all-to-all\(", line)
         array = re.fullmatch(r"(\w+)\[([\d,]*)\](?:\{.*\})?", result[1]) if result else None
-        group = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line)
-        if array is None or group is None or array[1] not in WIDTHS:
+        peers = group_size(line)
+        if array is None or peers is None or array[1] not in WIDTHS:
             raise ValueError(f"all-to-all of an unknown form: {line.strip()[:200]}")
-        peers = int(group[2]) if group[2] else group[1].count(",") + 1
         elements = math.prod(int(size) for size in array[2].split(",") if size)
         if elements % peers:
             raise ValueError(f"all-to-all that {peers} peers do not divide: {line.strip()[:200]}")
         sent += elements // peers * (peers - 1) * WIDTHS[array[1]]
     return sent
+
+
+def group_size(line: str) -> int | None:
+    """Devices of a group of a collective; None where its form is not known here.
+
+    The known forms: {{0,1},{2,3}}, [2,2]<=[4], and from jax 0.12 on mesh['x'=2,'y'=2] {'y'}.
+    """
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(axis.split("=") for axis in match[1].split(","))
+        axes = match[2].split(",")
+        return math.prod(int(sizes[axis]) for axis in axes) if sizes.keys() >= set(axes) else None
+    return None
 
 
 def busiest_link(cores: Sequence[tuple[int, ...]]) -> float:

@@ -9,7 +9,7 @@ import pytest
 
 from taskmoe.bench import tpu_lab, tpu_model, tpu_model_search, tpu_model_worker
 from taskmoe.bench.__main__ import main
-from taskmoe.bench.tpu_model_worker import busiest_link, exchange_bytes, longest_way
+from taskmoe.bench.tpu_model_worker import busiest_link, exchange_bytes, group_size, longest_way
 from taskmoe.moe.exchange import Peers, rows_sent
 from taskmoe.wmt.errors import InputError
 
@@ -56,6 +56,21 @@ def test_bytes_sent_are_those_of_the_rows_and_their_masks() -> None:
     halves = LAYER.replace(PEERS, PEERS[: PEERS.index(",16")])
     assert exchange_bytes(halves) < exchange_bytes(LAYER)
     assert exchange_bytes("  %r = f32[4]{0} all-reduce(%x), replica_groups={{0,1}}") == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1,2},{3,4,5}}", 3),
+        ("[2,32]<=[64]", 32),
+        ("mesh['data'=2,'expert'=32] {'expert'}", 32),
+        ("mesh['data'=2,'expert'=32] {'data','expert'}", 64),
+        ("mesh['data'=2,'expert'=32] {'expert':(1)4}", None),  # a part of an axis
+        ("", None),
+    ],
+)
+def test_devices_of_a_group_in_every_form(groups: str, size: int | None) -> None:
+    assert group_size(f"all-to-all(%r), replica_groups={groups}, dimensions={{0}}") == size
 
 
 @pytest.mark.parametrize(
