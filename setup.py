@@ -80,6 +80,7 @@ setup(
         "hf": [*WMT, *HF],
         "tensorboard": [*WMT, *TENSORBOARD],
         "bench": BENCH,
+        "gpu": ["tokamax>=0.0.12,<0.1"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "dev": DEV,
     },

@@ -84,18 +84,21 @@ EXPERT_FFN = Op(
     xla=expert_ffn_xla,
     mosaic=expert_ffn_mosaic,
     ragged_dot=lambda *args: ragged_products.expert_ffn(*args)[0],
+    tokamax=lambda *args: ragged_products.expert_ffn(*args)[0],
 )
 EXPERT_FFN_KEEPING = Op(
     "expert_ffn_keeping",
     xla=expert_ffn_keeping_xla,
     mosaic=_keeping_mosaic,
     ragged_dot=ragged_products.expert_ffn,
+    tokamax=ragged_products.expert_ffn,
 )
 EXPERT_FFN_BACKWARD = Op(
     "expert_ffn_backward",
     xla=expert_ffn_backward_xla,
     mosaic=_backward_mosaic,
     ragged_dot=ragged_products.expert_ffn_backward,
+    tokamax=ragged_products.expert_ffn_backward,
 )
 
 
@@ -166,8 +169,8 @@ def expert_ffn(
     group_offset: scalar i32, the group that w_in[0] belongs to; None means 0 and wants E == G.
     tiling: a `Tiling` (m rows, k = D, n hidden units) that overrides the forward kernel's choice of
       block sizes ("mosaic" only).
-    implementation: "mosaic" (Pallas TPU), "xla", "ragged_dot", "reference" or None (by the platform
-      that is lowered for).
+    implementation: "mosaic" (Pallas TPU), "xla", "ragged_dot", "tokamax", "reference" or None (by
+      the platform that is lowered for, see `taskmoe.kernels.platforms`).
 
     Returns [M, D] in x's dtype; hidden activations are rounded to x's dtype before W_out. Rows past
     sum(group_sizes) and of experts that are not held are zero, whatever x holds there; gradients of

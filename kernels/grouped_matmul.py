@@ -74,8 +74,20 @@ def _membership(groups: Groups, num_groups: int, num_rows: Any) -> jax.Array:
     return (row >= starts[:, None]) & (row < ends[:, None])
 
 
-GMM = Op("gmm", xla=gmm_xla, mosaic=gmm_mosaic, ragged_dot=ragged_products.gmm)
-TGMM = Op("tgmm", xla=tgmm_xla, mosaic=tgmm_mosaic, ragged_dot=ragged_products.tgmm)
+GMM = Op(
+    "gmm",
+    xla=gmm_xla,
+    mosaic=gmm_mosaic,
+    ragged_dot=ragged_products.gmm,
+    tokamax=ragged_products.gmm,
+)
+TGMM = Op(
+    "tgmm",
+    xla=tgmm_xla,
+    mosaic=tgmm_mosaic,
+    ragged_dot=ragged_products.tgmm,
+    tokamax=ragged_products.tgmm,
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -153,8 +165,8 @@ def gmm(
       groups; None means 0 and wants E == G.
     preferred_element_type: dtype of the result, lhs's if None. Sums are f32 always.
     tiling: a `Tiling` that overrides the kernel's choice of block sizes ("mosaic" only).
-    implementation: "mosaic" (Pallas TPU), "xla", "ragged_dot", "reference" or None (by the platform
-      that is lowered for).
+    implementation: "mosaic" (Pallas TPU), "xla", "ragged_dot", "tokamax", "reference" or None (by
+      the platform that is lowered for, see `taskmoe.kernels.platforms`).
 
     Returns [M, N]; rows past sum(group_sizes) and of groups that rhs does not hold are zero,
     whatever lhs holds there. Gradients of empty groups are zero. Raises ValueError or TypeError

@@ -7,6 +7,8 @@ it is lowered, once, for the platform at hand:
     cuda, rocm   "ragged_dot"   products by `jax.lax.ragged_dot`, all else as "xla"
     elsewhere    "xla"          loops over tiles of rows
 
+"tokamax" is "ragged_dot" with the products of that package, and is for the caller to choose.
+
 So one traced function, exported for several platforms, holds each platform's own way, and tracing
 costs one equation an op. To see which one runs, look for `taskmoe` in a jaxpr, for
 `tpu_custom_call` or `ragged_dot` in what was lowered.
@@ -25,6 +27,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -38,7 +41,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionS
 
 from taskmoe.kernels.checks import result_like
 
-IMPLEMENTATIONS = ("mosaic", "xla", "ragged_dot", "reference")
+IMPLEMENTATIONS = ("mosaic", "xla", "ragged_dot", "tokamax", "reference")
 #: What None stands for; other platforms take "xla".
 DEFAULTS = {"tpu": "mosaic", "cuda": "ragged_dot", "rocm": "ragged_dot"}
 #: Device kinds as JAX names them, by the name of the chip.
@@ -57,11 +60,15 @@ interpreting_a_batch = contextvars.ContextVar("interpreting_a_batch", default=Fa
 
 
 def check_implementation(implementation: str | None) -> None:
-    """ValueError unless this names an implementation, or is None."""
+    """ValueError unless this names an implementation, or is None; or its package is missing."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))} or None, "
             f"got {implementation!r}"
+        )
+    if implementation == "tokamax" and importlib.util.find_spec("tokamax") is None:
+        raise ModuleNotFoundError(
+            "implementation='tokamax' needs the package tokamax: pip install 'taskmoe[gpu]'"
         )
 
 

@@ -1,7 +1,8 @@
 """gmm, tgmm and expert_ffn for GPUs: products by `jax.lax.ragged_dot`, which XLA gives to cuDNN.
 
-The contract stands on top of it: rows before the first local group are rolled away and back, rows
-of no group are zero whatever they hold, empty groups and any shape are fine.
+"tokamax" takes its products from that package's `ragged_dot` instead, which has kernels of its own
+for some GPUs. The contract stands on top of either: rows before the first local group are rolled
+away and back, rows of no group are zero whatever they hold, empty groups and any shape are fine.
 
 Sums over a group's rows (tgmm, the gradients of matrices) are not left to it: with groups that are
 not aligned cuDNN's were seen to be wrong (marin-community/marin issues 8339 and 8793). They are
@@ -10,6 +11,9 @@ ordinary matmuls over tiles of rows, as on CPU but larger.
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,41 +32,30 @@ def gmm(options: ProductOptions, lhs: jax.Array, rhs: jax.Array, groups: Groups)
     starts, ends = group_bounds(groups, options.num_groups, num_rows)
     if options.shifted:  # ragged_dot's first group begins with the first row
         lhs = jnp.roll(lhs, -starts[0], axis=0)
-    out = _ragged_dot(lhs, rhs, ends - starts, options.transpose_rhs)
+    out = _dot(options.implementation == "tokamax", options.transpose_rhs)(lhs, rhs, ends - starts)
     if options.shifted:
         out = jnp.roll(out, starts[0], axis=0)
     row = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
     return jnp.where((row >= starts[0]) & (row < ends[-1]), out, 0).astype(options.out_dtype)
 
 
-@jax.custom_batching.sequential_vmap
-def _ragged_dot_by_depth(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _dot(lhs, rhs, sizes, 1)
-
-
-@jax.custom_batching.sequential_vmap
-def _ragged_dot_by_width(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _dot(lhs, rhs, sizes, 2)
-
-
-def _ragged_dot(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, transposed: bool) -> jax.Array:
-    run = _ragged_dot_by_width if transposed else _ragged_dot_by_depth
-    return run(lhs, rhs, sizes)
-
-
-def _dot(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, contracted: int) -> jax.Array:
-    """Rows [M, K], matrices [E, ...] whose axis `contracted` is K: [M, N] of the accumulator."""
-    return jax.lax.ragged_dot_general(
-        lhs,
-        rhs,
-        sizes,
-        jax.lax.RaggedDotDimensionNumbers(
-            dot_dimension_numbers=(((1,), (contracted,)), ((), ())),
-            lhs_ragged_dimensions=[0],
-            rhs_group_dimensions=[0],
-        ),
-        preferred_element_type=accumulator(lhs.dtype),
+@functools.cache
+def _dot(by_tokamax: bool, transposed: bool) -> Callable[..., jax.Array]:
+    """Rows [M, K] times matrices [E, K, N], or [E, N, K]: [M, N] of the accumulator's dtype."""
+    dims = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2 if transposed else 1,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
     )
+
+    @jax.custom_batching.sequential_vmap  # neither has batches in all that may be batched
+    def dot(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
+        product = jax.lax.ragged_dot_general
+        if by_tokamax:
+            product = importlib.import_module("tokamax").ragged_dot_general
+        return product(lhs, rhs, sizes, dims, preferred_element_type=accumulator(lhs.dtype))
+
+    return dot
 
 
 def tgmm(options: ProductOptions, lhs: jax.Array, grad: jax.Array, groups: Groups) -> jax.Array:
@@ -133,4 +126,5 @@ def _activate(options: FFNOptions, up: jax.Array, gate: jax.Array | None = None)
 def _product(
     options: FFNOptions, w: jax.Array, out_dtype: Any, transpose_rhs: bool = False
 ) -> ProductOptions:
-    return ProductOptions(out_dtype, w.shape[0], options.shifted, None, transpose_rhs)
+    of = (out_dtype, w.shape[0], options.shifted, options.implementation, transpose_rhs)
+    return ProductOptions(*of)

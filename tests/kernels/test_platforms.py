@@ -157,3 +157,11 @@ def test_gating_many_experts_takes_few_temporaries() -> None:
     run = jax.jit(lambda x: top_k_gating(x, 8, implementation="xla"))
     temporaries = run.lower(logits).compile().memory_analysis().temp_size_in_bytes
     assert temporaries < 8 * logits.size * 4
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tokamax") is not None, reason="tokamax is installed here"
+)
+def test_a_package_that_is_missing_is_named() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'taskmoe\[gpu\]'"):
+        gmm(jnp.ones((8, 4)), jnp.ones((2, 4, 4)), [4, 4], implementation="tokamax")

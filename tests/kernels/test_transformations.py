@@ -4,6 +4,7 @@ An op is in by standing in OPS, which must hold all that `taskmoe.kernels` expor
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -140,6 +141,12 @@ ANYWHERE = [
 OF_KERNELS = [vmapped, scanned, with_strict_promotion, in_64_bit_mode]
 
 
+needs_tokamax = pytest.mark.skipif(
+    importlib.util.find_spec("tokamax") is None, reason="tokamax, the extra [gpu], is not installed"
+)
+IMPLEMENTATIONS = ["xla", "ragged_dot", pytest.param("tokamax", marks=needs_tokamax)]
+
+
 def check(op: str, implementation: Any, transformation: Any) -> None:
     with support.running(implementation):
         have = transformation(value_and_gradients(op, implementation), stacked(op))
@@ -154,7 +161,7 @@ def check(op: str, implementation: Any, transformation: Any) -> None:
 
 
 @pytest.mark.parametrize("transformation", ANYWHERE, ids=lambda t: t.__name__)
-@pytest.mark.parametrize("implementation", ["xla", "ragged_dot"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_transforms_as_jax_users_expect(
     op: str, implementation: str, transformation: Any
