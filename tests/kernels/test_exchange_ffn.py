@@ -103,6 +103,7 @@ def test_whatever_the_experts_share_of_rows() -> None:
 
 def test_multiplying_before_rows_have_arrived_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange_ffn_kernel.Copies, "wait_arrived", lambda self, segment: None)
+    jax.clear_caches()  # the right kernel may have been traced
     args = arguments(jnp.float32, UNEVEN)
     want, _ = support.call("xla", alone(False), jnp.nan_to_num(args[0]), *args[1:])
     try:
@@ -112,6 +113,7 @@ def test_multiplying_before_rows_have_arrived_is_caught(monkeypatch: pytest.Monk
             )
     finally:
         pltpu.reset_tpu_interpret_mode_state()
+        jax.clear_caches()  # nor may the wrong one stay
 
 
 def test_shapes_that_do_not_fit_are_not_fused() -> None:
