@@ -31,8 +31,10 @@ def running(implementation: str) -> Iterator[None]:
     try:
         with pltpu.force_tpu_interpret_mode(INTERPRET), contextlib.redirect_stdout(printed):
             yield
-    except Exception:
-        pltpu.reset_tpu_interpret_mode_state()  # or the next kernel meets what this one left
+    except Exception:  # or the next kernel meets what this one left, its error included
+        with contextlib.suppress(Exception):
+            jax.effects_barrier()
+        pltpu.reset_tpu_interpret_mode_state()
         raise
     assert "RACE DETECTED" not in printed.getvalue(), printed.getvalue()
 
