@@ -1,7 +1,6 @@
 """Which implementation of an op runs: decided by the platform that is lowered for, not by the host.
 
-Each op is one JAX primitive application that knows its implementations by name and is traced when
-it is lowered, once, for the platform at hand:
+An op is one equation in a jaxpr. Its implementation is chosen and traced when that is lowered:
 
     tpu          "mosaic"       Pallas kernels
     cuda, rocm   "ragged_dot"   products by `jax.lax.ragged_dot`, all else as "xla"
@@ -10,8 +9,8 @@ it is lowered, once, for the platform at hand:
 "tokamax" is "ragged_dot" with the products of that package, and is for the caller to choose.
 
 So one traced function, exported for several platforms, holds each platform's own way, and tracing
-costs one equation an op. To see which one runs, look for `taskmoe` in a jaxpr, for
-`tpu_custom_call` or `ragged_dot` in what was lowered.
+costs one equation an op. To see what runs, look for `taskmoe` in the jaxpr, and for
+`tpu_custom_call` or `ragged_dot` in the lowered module.
 
 Ops are lowered as functions of plain arrays: what they are traced under (a mesh, manual axes, the
 caller's settings of dtype and rank promotion, 64-bit mode) does not reach into kernels.
