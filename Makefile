@@ -5,13 +5,19 @@ READY := .venv/.ready
 NEWEST := .venv-newest/bin
 NEWEST_READY := .venv-newest/.ready
 
-.PHONY: demo test test-newest check lint format lock dist clean
+.PHONY: demo test test-shipped test-newest check lint format lock dist clean
 
 demo: $(READY)
 	$(BIN)/python -m taskmoe.bench demo
 
+# Numerics that are marked so run a second time with XLA's own settings, which the rest goes without.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	TASKMOE_AS_SHIPPED=1 $(BIN)/python -m pytest -n 2 -q -m as_shipped -k "not mosaic" tests/kernels tests/moe
+
+# All numerics with XLA's own settings.
+test-shipped: $(READY)
+	TASKMOE_AS_SHIPPED=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/kernels tests/moe
 
 # The tests on the newest versions that setup.py allows, in a virtual environment of their own.
 test-newest: $(NEWEST_READY)

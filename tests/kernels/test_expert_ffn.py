@@ -69,6 +69,7 @@ def check(implementation: str, activation: Any, gated: bool, args: Any) -> None:
         assert not ours[name][empty].any()
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize(
     ("activation", "gated", "dtype"),

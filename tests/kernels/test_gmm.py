@@ -65,6 +65,7 @@ def check(implementation: str, args: Any, transpose_rhs: bool = False) -> None:
     assert not ours["gmm"][tail:].any()
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize(
     ("dtype", "shape"), [*((jnp.float32, s) for s in SHAPES), (jnp.bfloat16, SHAPES[2])]

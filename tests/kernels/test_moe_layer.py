@@ -66,6 +66,7 @@ def test_reference_gradient_against_finite_differences(capacity: int | None) -> 
                 np.testing.assert_allclose(np.sum(grad * way), slope, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize(("implementation", "capacity"), [("xla", None), ("xla", 9), ("mosaic", 9)])
 def test_gradient_equals_the_references(implementation: str, capacity: int | None) -> None:
     params = parameters()

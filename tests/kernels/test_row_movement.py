@@ -74,6 +74,7 @@ def check(
     support.assert_as_good(ours, plain, truth)
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("dtype", support.DTYPES)
 @pytest.mark.parametrize(

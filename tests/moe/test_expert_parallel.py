@@ -53,6 +53,7 @@ def loss_and_gradients(
     return jax.tree.map(np.asarray, run(weights, support.normal(1, 8, 3, 6)))
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize(
     ("routing", "shape"),
     [

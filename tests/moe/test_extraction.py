@@ -22,6 +22,7 @@ def disagreement(ffn_params: moe.FFNParams, config: Any, weights: Any, task: int
     return float(np.abs(small - full).max() / np.abs(full).max())
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize(
     ("activation", "gated", "top_k"),
     [*((*kind, 2) for kind in KINDS), ("relu", False, 1), ("gelu", True, 3)],
