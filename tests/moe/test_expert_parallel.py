@@ -53,7 +53,6 @@ def loss_and_gradients(
     return jax.tree.map(np.asarray, run(weights, support.normal(1, 8, 3, 6)))
 
 
-@pytest.mark.as_shipped
 @pytest.mark.parametrize(
     ("routing", "shape"),
     [
