@@ -140,7 +140,9 @@ def _queue_places(
         ones = ones.reshape(blocks, QUEUE_BLOCK, num_experts).astype(jnp.float32)
         inside = jnp.einsum("ts,bse->bte", earlier, ones, precision="highest")
         totals = jnp.sum(ones, axis=1).astype(jnp.int32)
-        before = jnp.cumsum(totals, axis=0) - totals + ahead
+        # Not `jnp.cumsum`, which is a jit: where several platforms are lowered for, JAX 0.12 gives
+        # the CPU what it lowered for CUDA, and XLA's CPU compiler dies of it.
+        before = jax.lax.cumsum(totals, axis=0) - totals + ahead
         places = jnp.sum((inside.astype(jnp.int32) + before[:, None]) * ones.astype(jnp.int32), 2)
         slots.append(places.reshape(-1)[:tokens])
         counts.append(jnp.sum(totals, axis=0))

@@ -184,7 +184,7 @@ def gating_mosaic(logits: jax.Array, top_k: int, valid: jax.Array) -> tuple[jax.
     chosen, weights, slots, counts, probs, squares = call(logits.T, valid[None].astype(jnp.int32))
     counts = counts.T.astype(jnp.int32)
     # All first choices come before any second: later choices queue behind the earlier ones' counts.
-    ahead = jnp.cumsum(counts, axis=0) - counts
+    ahead = jax.lax.cumsum(counts, axis=0) - counts
     here = chosen[..., None] == jnp.arange(num_experts)
     slots = jnp.where(valid, slots + jnp.sum(jnp.where(here, ahead[:, None], 0), axis=2), -1)
     return chosen.T, weights.T, slots.T, counts, probs[:, 0], squares[0, 0]

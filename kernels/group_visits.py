@@ -74,7 +74,7 @@ def _unroll(count: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.Ar
 
     Places past the sum repeat the last visit's segment and are not walked.
     """
-    stop = jnp.cumsum(count, dtype=jnp.int32)
+    stop = jax.lax.cumsum(count.astype(jnp.int32))
     visit = jnp.minimum(jnp.arange(length, dtype=jnp.int32), stop[-1] - 1)
     segment = jnp.sum(visit[:, None] >= stop, axis=1, dtype=jnp.int32)
     return segment, visit - (stop - count)[segment], stop[-1]

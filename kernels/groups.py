@@ -43,7 +43,7 @@ def group_bounds(groups: Groups, num_groups: int, num_rows: Any) -> tuple[jax.Ar
     last = groups.sizes.shape[0]
     sizes = jnp.clip(groups.sizes, 0, num_rows)
     if isinstance(num_rows, int) and last * num_rows < 1 << 31:
-        ends = jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), num_rows)
+        ends = jnp.minimum(jax.lax.cumsum(sizes), num_rows)
     else:  # the sum may pass 2^31; cut off at num_rows as it goes, it cannot
         ends = jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, num_rows), sizes)
     bounds = jnp.concatenate([jnp.zeros_like(ends[:1]), ends])
