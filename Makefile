@@ -5,7 +5,7 @@ READY := .venv/.ready
 NEWEST := .venv-newest/bin
 NEWEST_READY := .venv-newest/.ready
 
-.PHONY: demo test test-shipped test-newest check lint format lock dist clean
+.PHONY: demo test test-gpu test-shipped test-newest check lint format lock dist clean
 
 demo: $(READY)
 	$(BIN)/python -m taskmoe.bench demo
@@ -14,6 +14,15 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 	TASKMOE_AS_SHIPPED=1 $(BIN)/python -m pytest -n 2 -q -m as_shipped -k "not mosaic" tests/kernels tests/moe
+
+# The kernels' and the layer's numerics on a GPU, in a Python that has JAX for it: PYTHON=python3.
+GPU_TESTS = $(addprefix tests/kernels/test_,gmm.py expert_ffn.py gating.py row_movement.py \
+  moe_layer.py platforms.py transformations.py) $(addprefix tests/moe/test_,algorithm_1.py \
+  routing.py losses.py extraction.py smaller_layers.py)
+test-gpu:
+	PYTHONPATH=.types JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest \
+	XLA_PYTHON_CLIENT_PREALLOCATE=false TASKMOE_AS_SHIPPED=1 $(PYTHON) -m pytest -n auto \
+	--dist worksteal -q -p no:benchmark -k "not mosaic or hopper" $(GPU_TESTS)
 
 # All numerics with XLA's own settings.
 test-shipped: $(READY)

@@ -9,22 +9,36 @@ import subprocess
 from pathlib import Path
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "numpy")
+GPU_PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+GPU_PEERS = ("tokamax", "torch")
 
 
 def describe() -> dict[str, str]:
-    """CPU model, cores, OS, Python, library versions, and the git commit."""
+    """CPU model, cores, GPU where there is one, OS, Python, library versions, and the commit."""
+    gpu = _gpu()
     facts = {
         "cpu": _cpu_model(),
         "cores": str(_cores()),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
-    for name in PACKAGES:
+    for name in (*PACKAGES, *((*GPU_PACKAGES, *GPU_PEERS) if gpu else ())):
         try:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return facts | {"commit": _commit() or "of no checkout"}
+    return facts | gpu | {"commit": _commit() or "of no checkout"}
+
+
+def _gpu() -> dict[str, str]:
+    """Name and driver of the first NVIDIA GPU."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    name, _, driver = done.stdout.strip().partition(", ")
+    return {"gpu": name, "driver": driver}
 
 
 def cpu_details() -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,26 +12,55 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def _slices(sizes: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
-    start = 0
-    for group, size in enumerate(sizes):
-        yield group, slice(start, start + size)
-        start += size
-
-
 def plain_gmm(sizes: tuple[int, ...], x: jax.Array, w: jax.Array) -> jax.Array:
     """gmm as one product a group; [M, K] and [E, K, N] to [M, N]."""
-    return jnp.concatenate([x[rows] @ w[group] for group, rows in _slices(sizes)])
+    starts, held, longest = _held(sizes)
+    x = jnp.pad(x, ((0, longest), (0, 0)))
+
+    def add(out: jax.Array, group: Any) -> tuple[jax.Array, None]:
+        start, size, matrix = group
+        product = jnp.where(_first(longest, size), _rows(x, start, longest) @ matrix, 0)
+        product += _rows(out, start, longest)
+        return jax.lax.dynamic_update_slice_in_dim(out, product, start, axis=0), None
+
+    groups = starts[held], np.asarray(sizes)[held], w if held.size == w.shape[0] else w[held]
+    out = jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
+    return jax.lax.scan(add, out, groups)[0][: x.shape[0] - longest]
 
 
 def plain_tgmm(sizes: tuple[int, ...], x: jax.Array, g: jax.Array) -> jax.Array:
     """tgmm as one product a group; [M, K] and [M, N] to [E, K, N]."""
-    return jnp.stack([x[rows].T @ g[rows] for _, rows in _slices(sizes)])
+    starts, held, longest = _held(sizes)
+    x, g = (jnp.pad(rows, ((0, longest), (0, 0))) for rows in (x, g))
+
+    def product(_: None, group: Any) -> tuple[None, jax.Array]:
+        start, size = group
+        own = jnp.where(_first(longest, size), _rows(x, start, longest), 0)
+        return None, own.T @ _rows(g, start, longest)
+
+    found = jax.lax.scan(product, None, (starts[held], np.asarray(sizes)[held]))[1]
+    return jnp.zeros((len(sizes), *found.shape[1:]), x.dtype).at[held].set(found)
 
 
-def plain_ffn(sizes: tuple[int, ...], x: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
-    """expert_ffn with relu as two products a group; [M, D]."""
-    return plain_gmm(sizes, jax.nn.relu(plain_gmm(sizes, x, w_in)), w_out)
+def _held(sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, int]:
+    """First rows of the groups, which of them have rows, and the largest size."""
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    return starts, np.flatnonzero(sizes), max(sizes)
+
+
+def _first(rows: int, size: jax.Array) -> jax.Array:
+    return jnp.arange(rows)[:, None] < size
+
+
+def _rows(x: jax.Array, start: jax.Array, rows: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, rows)
+
+
+def ffn(gmm: Callable[[Any, Any], Any], x: Any, w_in: Any, w_out: Any, *w_gate: Any) -> Any:
+    """Experts' networks by a grouped product: relu, or silu and gated. [M, D]."""
+    up = gmm(x, w_in)
+    hidden = jax.nn.silu(gmm(x, w_gate[0])) * up if w_gate else jax.nn.relu(up)
+    return gmm(hidden, w_out)
 
 
 def plain_gating(top_k: int, logits: jax.Array) -> Any:
@@ -54,10 +84,12 @@ def _queue(experts: jax.Array, num_experts: int) -> jax.Array:
     return place.reshape(experts.T.shape).T.astype(jnp.float32)
 
 
-def ragged_outer(groups: jax.Array, num_groups: int, x: jax.Array, g: jax.Array) -> jax.Array:
-    """tgmm as the gradient of lax.ragged_dot for its matrices."""
+def ragged_outer(
+    product: Callable[..., Any], num_groups: int, groups: jax.Array, x: jax.Array, g: jax.Array
+) -> jax.Array:
+    """tgmm as the gradient of a grouped product for its matrices."""
     zeros = jnp.zeros((num_groups, x.shape[1], g.shape[1]), x.dtype)
-    return jax.vjp(lambda w: jax.lax.ragged_dot(x, w, groups), zeros)[1](g)[0]
+    return jax.vjp(lambda w: product(x, w, groups), zeros)[1](g)[0]
 
 
 def one_hot_dispatch(rows: jax.Array, num_rows: int, x: jax.Array) -> jax.Array:
@@ -72,18 +104,36 @@ def one_hot_combine(rows: jax.Array, y: jax.Array, weights: jax.Array) -> jax.Ar
     return jnp.einsum("tkn,tk,nd->td", hot, weights.astype(y.dtype), y)
 
 
-def plain_layer(
-    experts: np.ndarray, x: jax.Array, gate: jax.Array, w_in: jax.Array, w_out: jax.Array
+def plain_layer(experts: np.ndarray, x: jax.Array, gate: jax.Array, *weights: Any) -> jax.Array:
+    """A dropless MoE layer whose choice of experts [T, k] is known. [T, D]."""
+    logits = jnp.dot(x, gate, preferred_element_type=jnp.float32)
+    shares = jax.nn.softmax(jnp.take_along_axis(logits, jnp.asarray(experts), axis=1), axis=1)
+    order = np.argsort(experts.reshape(-1), kind="stable")
+    sizes = tuple(np.bincount(experts.reshape(-1), minlength=gate.shape[1]).tolist())
+    token = order // experts.shape[1]
+    out = ffn(functools.partial(plain_gmm, sizes), x[token], *weights)
+    parts = (out * shares.reshape(-1)[order][:, None]).astype(x.dtype)
+    return jnp.zeros_like(x).at[token].add(parts)
+
+
+def sorted_layer(
+    product: Callable[[Any, Any, Any], Any],
+    top_k: int,
+    x: jax.Array,
+    gate: jax.Array,
+    *weights: Any,
 ) -> jax.Array:
-    """A dropless MoE layer with relu, expert by expert; experts [T, k] is known. [T, D]."""
-    logits = jnp.take_along_axis(x @ gate, jnp.asarray(experts), axis=1)
-    weights = jax.nn.softmax(logits, axis=1)
-    y = jnp.zeros_like(x)
-    for e in range(w_in.shape[0]):
-        token, choice = np.nonzero(experts == e)
-        out = jax.nn.relu(x[token] @ w_in[e]) @ w_out[e]
-        y = y.at[token].add(out * weights[token, choice][:, None])
-    return y
+    """The layer as it is usually written: sort rows by expert, multiply, add up. [T, D].
+
+    product: [M, K], [E, K, N] and group sizes [E] to [M, N].
+    """
+    values, experts = jax.lax.top_k(jnp.dot(x, gate, preferred_element_type=jnp.float32), top_k)
+    order = jnp.argsort(experts.reshape(-1))
+    sizes = jnp.bincount(experts.reshape(-1), length=gate.shape[1]).astype(jnp.int32)
+    token = order // top_k
+    out = ffn(lambda rows, w: product(rows, w, sizes), x[token], *weights)
+    shares = jax.nn.softmax(values, axis=1).reshape(-1)[order]
+    return jnp.zeros_like(x).at[token].add((out * shares[:, None]).astype(x.dtype))
 
 
 def gshard_layer(

@@ -2,27 +2,43 @@
 
 Ours and the baselines run in turns in one process; a line shows median and 10th to 90th percentile,
 and how many times as fast as the baseline ours is, over the same rounds. Shares are of ceilings
-measured here: the largest matrix product, and a copy. Before an op is timed it is compared with its
-plain definition; where they disagree nothing is timed, and the exit code is 1.
+measured here: a large matrix product, and a copy of arrays beyond the caches. Before an op is timed
+it is compared with its plain definition; where they disagree it is not timed, a line says which
+baselines agree with the definition, and the exit code is 1. A baseline that fails or is wrong gets
+a line that says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import math
+import os
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from taskmoe.bench import machine
-from taskmoe.bench.op_cases import OPS, OURS, Built, OpCase, all_cases, build, quick_cases
+from taskmoe.bench import machine, op_torch
+from taskmoe.bench.op_cases import (
+    OPS,
+    OURS,
+    SHAPES,
+    Built,
+    OpCase,
+    all_cases,
+    build,
+    quick_cases,
+    shape_cases,
+)
 from taskmoe.bench.timing import Timing, alternate, ratio
 from taskmoe.wmt.command_line import write_text
 from taskmoe.wmt.devices import use_present_devices
@@ -49,81 +65,184 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ops`."""
     parser.add_argument("--quick", action="store_true", help="fewer spreads of rows, fewer rounds")
     parser.add_argument("--ops", help=f"comma-separated: {','.join(OPS)}")
+    parser.add_argument(
+        "--shapes", help=f"sizes of models instead, comma-separated: {','.join(SHAPES)} (for a GPU)"
+    )
     parser.add_argument("--json", type=Path, help="write everything to this file as well")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, time, print, and write JSON; 1 where an op disagrees with its plain definition.
 
-    Raises InputError where an op is not known.
+    Raises InputError where an op or a shape is not known.
     """
-    names = OPS if arguments.ops is None else [n.strip() for n in arguments.ops.split(",")]
-    unknown = [name for name in names if name not in OPS]
-    if unknown:
-        raise InputError(f"unknown op {unknown[0]!r}; known: {', '.join(OPS)}")
-    use_present_devices()
-    cases = quick_cases() if arguments.quick else all_cases()
+    names = _chosen("op", arguments.ops, OPS)
+    if arguments.shapes is None:
+        cases = quick_cases() if arguments.quick else all_cases()
+    else:
+        cases = shape_cases(_chosen("shape", arguments.shapes, tuple(SHAPES)))
     cases = [case for case in cases if case.op in names]
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some
+    use_present_devices()
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     rounds = 5 if arguments.quick else 9
+    options = [
+        f"--{name} {value}"
+        for name, value in (("ops", arguments.ops), ("shapes", arguments.shapes))
+        if value is not None
+    ]
+    found: dict[str, Any] = {
+        "command": " ".join(["ops", *(["--quick"] if arguments.quick else []), *options]),
+        "machine": machine.describe() | {"backend": jax.default_backend()},
+        "dtype": jnp.dtype(dtype).name,
+        "rounds": rounds,
+    }
     rows: list[dict[str, Any]] = []
-    try:
-        with bar("timing ops", "case") as move:
-            move(0, len(cases))
-            ceilings = measure_ceilings(dtype)
-            for i, case in enumerate(cases):
-                rows += time_case(case, build(case, dtype), rounds, ceilings)
-                move(i + 1, len(cases))
-    except Disagreement as error:
-        print(f"no timing: {error}", file=sys.stderr)
-        return 1
-    console = Console() if sys.stdout.isatty() else Console(width=180)
-    console.print(table(rows, ceilings, jnp.dtype(dtype).name))
-    if arguments.json:
-        found = {
-            "command": "ops --quick" if arguments.quick else "ops",
-            "machine": machine.describe() | {"backend": jax.default_backend()},
-            "dtype": jnp.dtype(dtype).name,
-            "rounds": rounds,
-            "ceilings": dataclasses.asdict(ceilings),
-            "lines": rows,
-        }
-        write_text(arguments.json, json.dumps(found, indent=1) + "\n")
-    return 0
+    wrong = []
+    with bar("compiling", "case") as move:
+        move(0, len(cases))
+        compiled = compile_all(cases, dtype, move)
+    with bar("timing ops", "case") as move:
+        move(0, len(cases))
+        ceilings = measure_ceilings(dtype)
+        for i, case in enumerate(cases):
+            try:
+                rows += time_case(case, build(case, dtype), compiled.pop(case), rounds, ceilings)
+            except Disagreement as error:
+                wrong.append(str(error))
+            move(i + 1, len(cases))
+            if arguments.json:  # as it goes: an interrupted run leaves what it has measured
+                found |= {"ceilings": dataclasses.asdict(ceilings), "lines": rows, "wrong": wrong}
+                write_text(arguments.json, json.dumps(found, indent=1) + "\n")
+    if rows:
+        console = Console() if sys.stdout.isatty() else Console(width=180)
+        console.print(table(rows, ceilings, jnp.dtype(dtype).name))
+        for sentence in summary(rows):
+            console.print(sentence)
+    for reason in wrong:
+        print(f"not timed: {reason}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _chosen(what: str, text: str | None, known: Sequence[str]) -> Sequence[str]:
+    names = known if text is None else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise InputError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+    return names
 
 
 def measure_ceilings(dtype: Any) -> Ceilings:
-    """A product of 2048 x 2048 matrices and a copy of 64 MiB, the best of five rounds each."""
-    a = jnp.ones((2048, 2048), dtype)
-    long = jnp.ones((64 << 20) // a.dtype.itemsize, dtype)
+    """A product of large matrices and a copy of an array beyond the caches, the best of rounds."""
+    on_gpu = jax.default_backend() == "gpu"
+    side, copied = (8192, 2 << 30) if on_gpu else (2048, 256 << 20)
+    a = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
+    long = jnp.ones(copied // a.dtype.itemsize, dtype)
     product, copy = jax.jit(lambda a: a @ a), jax.jit(jnp.copy)
     times = alternate({"product": lambda: product(a), "copy": lambda: copy(long)}, rounds=5)
     fastest = {name: min(timing.seconds) for name, timing in times.items()}
-    return Ceilings(2 * 2048**3 / fastest["product"], 2 * long.nbytes / fastest["copy"])
+    return Ceilings(2 * side**3 / fastest["product"], 2 * long.nbytes / fastest["copy"])
 
 
-def time_case(case: OpCase, built: Built, rounds: int, ceilings: Ceilings) -> list[dict[str, Any]]:
+#: The ways of a case, compiled; what a baseline raised where it could not be.
+Compiled = dict[str, Callable[..., Any] | Exception]
+PLAIN = "plain definition"
+
+
+def compile_all(
+    cases: Sequence[OpCase], dtype: Any, move: Callable[[int, int], None]
+) -> dict[OpCase, Compiled]:
+    """Compile every way of every case on all cores, so that nothing compiles while one is timed."""
+    waiting: dict[OpCase, dict[str, Future[Any]]] = {}
+    shared: dict[tuple[OpCase, str], Future[Any]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for case in cases:
+            built = build(case, dtype)
+            shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in built.arguments]
+            waiting[case] = {PLAIN: pool.submit(_compile, built.plain, shapes)}
+            for name, way in built.ways.items():  # group sizes are an argument
+                key = dataclasses.replace(case, groups=""), name
+                if key not in shared:
+                    shared[key] = pool.submit(_compile, way, shapes)
+                waiting[case][name] = shared[key]
+        found: dict[OpCase, Compiled] = {}
+        for i, case in enumerate(cases):
+            found[case] = {name: future.result() for name, future in waiting[case].items()}
+            move(i + 1, len(cases))
+    return found
+
+
+def _compile(way: Callable[..., Any], shapes: Sequence[Any]) -> Callable[..., Any] | Exception:
+    try:
+        return jax.jit(way).lower(*shapes).compile()
+    except Exception as error:  # of whatever kind a baseline raises
+        return error
+
+
+def time_case(
+    case: OpCase, built: Built, compiled: Compiled, rounds: int, ceilings: Ceilings
+) -> list[dict[str, Any]]:
     """A line for ours and for each baseline; Disagreement if ours is not the definition."""
-    ways = {name: jax.jit(way) for name, way in built.ways.items()}
-    check(case.name, ways[OURS](*built.arguments), jax.jit(built.plain)(*built.arguments))
-    calls = {name: (lambda way=way: way(*built.arguments)) for name, way in ways.items()}
+    arguments = built.arguments
+    for name, way in {**built.ways, PLAIN: built.plain}.items():
+        if isinstance(compiled[name], Exception):  # others may have held the GPU's memory
+            compiled[name] = _compile(way, arguments)
+    want = _ready(compiled[PLAIN])(*arguments)
+    calls: dict[str, Callable[[], Any]] = {}
+    failed: dict[str, str] = {}
+    for name in [*built.ways, *built.outside]:
+        try:
+            if name in built.ways:
+                calls[name] = functools.partial(_ready(compiled[name]), *arguments)
+                have = calls[name]()
+            else:
+                calls[name] = built.outside[name](*arguments)
+                have = calls[name]().arrays()
+            if "dense" not in name and "GShard" not in name:
+                check(f"{case.name}: {name}", have, want)
+        except Exception as error:  # of whatever kind a baseline raises
+            failed[name] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+            if not isinstance(error, Disagreement):  # what is wrong is timed, and said to be wrong
+                calls.pop(name, None)
+    del want
+    if OURS in failed:
+        agreeing = [name for name in calls if name not in failed and "dense" not in name]
+        raise Disagreement(f"{failed[OURS]}; these agree with it: {', '.join(agreeing) or 'none'}")
     times = alternate(calls, rounds=rounds)
-    return [line(case, built, name, times, ceilings) for name in ways]
+    op_torch.release()
+    lines = [line(case, built, name, times, ceilings) for name in calls]
+    for row in lines:
+        if row["way"] in failed:
+            row["failed"] = failed.pop(row["way"])
+    return lines + [
+        dataclasses.asdict(case) | {"way": name, "failed": why} for name, why in failed.items()
+    ]
 
 
-def check(name: str, ours: Any, plain: Any) -> None:
-    """Raise Disagreement unless every array of ours is the plain one but for rounding."""
+def _ready(compiled: Callable[..., Any] | Exception) -> Callable[..., Any]:
+    if isinstance(compiled, Exception):
+        raise compiled
+    return compiled
+
+
+def check(name: str, have: Any, plain: Any) -> None:
+    """Raise Disagreement unless every array is the plain one but for rounding."""
+    found = dict(jax.tree_util.tree_leaves_with_path(have))
     for path, want in jax.tree_util.tree_leaves_with_path(plain):
-        have = np.asarray(dict(jax.tree_util.tree_leaves_with_path(ours))[path], np.float64)
-        tolerance = TOLERANCES[want.dtype.name]
-        want = np.asarray(want, np.float64)
-        norm = float(np.linalg.norm(want))
-        error = float(np.linalg.norm(have - want)) / (norm or 1.0)
+        error, tolerance = float(_distance(found[path], want)), TOLERANCES[want.dtype.name]
         if not error <= tolerance:
             raise Disagreement(
                 f"{name}: result{jax.tree_util.keystr(path)} differs from the plain definition "
                 f"by {error:.2g} of its norm, more than {tolerance:g}"
             )
+
+
+@jax.jit
+def _distance(have: jax.Array, want: jax.Array) -> jax.Array:
+    """Norm of the difference over that of what is wanted, on the device: arrays are large."""
+    have, want = have.astype(jnp.float32), want.astype(jnp.float32)
+    norm = jnp.linalg.norm(want.reshape(-1))
+    return jnp.linalg.norm((have - want).reshape(-1)) / jnp.where(norm > 0, norm, 1.0)
 
 
 def line(
@@ -152,7 +271,7 @@ def line(
 def table(rows: list[dict[str, Any]], ceilings: Ceilings, dtype: str) -> Table:
     """All lines, ours above the baselines of the same case."""
     table = Table(
-        title=f"Ops on {jax.default_backend()}, {dtype}; ceilings measured here: "
+        title=f"Ops on {jax.devices()[0].device_kind}, {dtype}; ceilings measured here: "
         f"{ceilings.flops_per_s / 1e9:,.0f} GFLOP/s, {ceilings.bytes_per_s / 1e9:,.1f} GB/s",
         caption="Median and 10th to 90th percentile over rounds that alternate. GFLOP/s and GB/s "
         "count what the op must do, the same for all ways. Last: times as fast as this baseline "
@@ -164,18 +283,46 @@ def table(rows: list[dict[str, Any]], ceilings: Ceilings, dtype: str) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     last: tuple[Any, ...] = ()
     for row in rows:
-        case = tuple(str(row[key]) for key in ("op", "direction", "tokens", "experts", "groups"))
-        faster = row.get("ours_times_as_fast")
-        table.add_row(
-            *(case if case != last else [""] * len(case)),
-            row["way"],
-            f"{row['median_us']:,.0f}",
-            f"{row['p10_us']:,.0f}-{row['p90_us']:,.0f}",
-            f"{row['gflop_per_s']:,.1f}" if row["gflop_per_s"] else "",
-            f"{row['share_of_matmul']:.0%}" if row["gflop_per_s"] else "",
-            f"{row['gb_per_s']:,.1f}",
-            f"{row['share_of_copy']:.0%}",
-            "" if faster is None else "{median:.2f}x ({p10:.2f}-{p90:.2f})".format(**faster),
-        )
+        op = row["op"] if row["shape"] is None else f"{row['shape']} {row['op']}"
+        case = op, *(str(row[key]) for key in ("direction", "tokens", "experts", "groups"))
+        table.add_row(*(case if case != last else [""] * len(case)), row["way"], *_figures(row))
         last = case
     return table
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    if "median_us" not in row:
+        return [f"fails: {row['failed'][:60]}"]
+    faster = row.get("ours_times_as_fast")
+    mark = " (wrong)" if "failed" in row else ""
+    return [
+        f"{row['median_us']:,.0f}{mark}",
+        f"{row['p10_us']:,.0f}-{row['p90_us']:,.0f}",
+        f"{row['gflop_per_s']:,.1f}" if row["gflop_per_s"] else "",
+        f"{row['share_of_matmul']:.0%}" if row["gflop_per_s"] else "",
+        f"{row['gb_per_s']:,.1f}",
+        f"{row['share_of_copy']:.0%}",
+        "" if faster is None else "{median:.2f}x ({p10:.2f}-{p90:.2f})".format(**faster),
+    ]
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence an op: how ours compares with the fastest baseline that does the same work."""
+    best: dict[str, dict[str, tuple[float, str]]] = {}
+    for row in rows:
+        same_work = "ours_times_as_fast" in row and "failed" not in row
+        if same_work and "dense" not in row["way"] and "GShard" not in row["way"]:
+            case = " ".join(str(row[key]) for key in ("shape", "direction", "groups", "experts"))
+            found = row["ours_times_as_fast"]["median"], row["way"]
+            cases = best.setdefault(row["op"], {})
+            cases[case] = min(cases.get(case, found), found)
+    sentences = []
+    for op, cases in best.items():
+        mean = math.exp(sum(math.log(ratio) for ratio, _ in cases.values()) / len(cases))
+        worst = min(cases, key=lambda case: cases[case][0])
+        least, way = cases[worst]
+        sentences.append(
+            f"{op}: against the fastest that does the same, ours is {mean:.2f} times as fast in "
+            f"the geometric mean of {len(cases)}, least {least:.2f} ({worst}, {way})."
+        )
+    return sentences

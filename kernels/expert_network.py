@@ -69,7 +69,7 @@ def _keeping_mosaic(
     options: FFNOptions, x: jax.Array, experts: Experts, groups: Groups
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Nothing is kept: the zeros that stand for it are never read, and XLA drops them."""
-    nothing = jnp.zeros((x.shape[0], experts.w_in.shape[2]), jnp.float32)
+    nothing = jnp.zeros((x.shape[0], experts.w_in.shape[2]), x.dtype)
     return expert_ffn_mosaic(options, x, experts, groups), [nothing] * _products(experts)
 
 
@@ -89,6 +89,7 @@ EXPERT_FFN = Op(
     xla=expert_ffn_xla,
     mosaic=expert_ffn_mosaic,
     ragged_dot=lambda *args: ragged_products.expert_ffn(*args)[0],
+    mosaic_gpu=lambda *args: ragged_products.expert_ffn(*args)[0],
     tokamax=lambda *args: ragged_products.expert_ffn(*args)[0],
 )
 EXPERT_FFN_KEEPING = Op(
@@ -96,6 +97,7 @@ EXPERT_FFN_KEEPING = Op(
     xla=expert_ffn_keeping_xla,
     mosaic=_keeping_mosaic,
     ragged_dot=ragged_products.expert_ffn,
+    mosaic_gpu=ragged_products.expert_ffn,
     tokamax=ragged_products.expert_ffn,
 )
 EXPERT_FFN_BACKWARD = Op(
@@ -103,6 +105,7 @@ EXPERT_FFN_BACKWARD = Op(
     xla=expert_ffn_backward_xla,
     mosaic=_backward_mosaic,
     ragged_dot=ragged_products.expert_ffn_backward,
+    mosaic_gpu=ragged_products.expert_ffn_backward,
     tokamax=ragged_products.expert_ffn_backward,
 )
 
@@ -116,7 +119,7 @@ def _expert_ffn(x: jax.Array, experts: Experts, groups: Groups, options: FFNOpti
 def _expert_ffn_forward(
     x: jax.Array, experts: Experts, groups: Groups, options: FFNOptions
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    hidden = jax.ShapeDtypeStruct((x.shape[0], experts.w_in.shape[2]), accumulator(x.dtype))
+    hidden = jax.ShapeDtypeStruct((x.shape[0], experts.w_in.shape[2]), x.dtype)
     results = jax.ShapeDtypeStruct(x.shape, x.dtype), [hidden] * _products(experts)
     out, kept = EXPERT_FFN_KEEPING(options, options.implementation, results, x, experts, groups)
     return checkpoint_name(out, OUT), (x, experts, groups, checkpoint_name(kept, HIDDEN))
@@ -157,8 +160,8 @@ def expert_ffn(
     group_offset: scalar i32, the group that w_in[0] belongs to; None means 0 and wants E == G.
     tiling: a `Tiling` (m rows, k = D, n hidden units) that overrides the forward kernel's choice of
       block sizes ("mosaic" only).
-    implementation: "mosaic" (Pallas TPU), "xla", "ragged_dot", "tokamax", "reference" or None (by
-      the platform that is lowered for, see `taskmoe.kernels.platforms`).
+    implementation: "mosaic" (Pallas TPU), "mosaic_gpu", "ragged_dot", "tokamax", "xla", "reference"
+      or None (by the platform that is lowered for, see `taskmoe.kernels.platforms`).
 
     Returns [M, D] in x's dtype; hidden activations are rounded to x's dtype before W_out. Rows past
     sum(group_sizes) and of experts that are not held are zero, whatever x holds there; gradients of

@@ -79,6 +79,7 @@ GMM = Op(
     xla=gmm_xla,
     mosaic=gmm_mosaic,
     ragged_dot=ragged_products.gmm,
+    mosaic_gpu=ragged_products.gmm,
     tokamax=ragged_products.gmm,
 )
 TGMM = Op(
@@ -86,6 +87,7 @@ TGMM = Op(
     xla=tgmm_xla,
     mosaic=tgmm_mosaic,
     ragged_dot=ragged_products.tgmm,
+    mosaic_gpu=ragged_products.tgmm,
     tokamax=ragged_products.tgmm,
 )
 
@@ -165,8 +167,8 @@ def gmm(
       groups; None means 0 and wants E == G.
     preferred_element_type: dtype of the result, lhs's if None. Sums are f32 always.
     tiling: a `Tiling` that overrides the kernel's choice of block sizes ("mosaic" only).
-    implementation: "mosaic" (Pallas TPU), "xla", "ragged_dot", "tokamax", "reference" or None (by
-      the platform that is lowered for, see `taskmoe.kernels.platforms`).
+    implementation: "mosaic" (Pallas TPU), "mosaic_gpu", "ragged_dot", "tokamax", "xla", "reference"
+      or None (by the platform that is lowered for, see `taskmoe.kernels.platforms`).
 
     Returns [M, N]; rows past sum(group_sizes) and of groups that rhs does not hold are zero,
     whatever lhs holds there. Gradients of empty groups are zero. Raises ValueError or TypeError

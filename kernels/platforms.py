@@ -3,10 +3,11 @@
 An op is one equation in a jaxpr. Its implementation is chosen and traced when that is lowered:
 
     tpu          "mosaic"       Pallas kernels
-    cuda, rocm   "ragged_dot"   products by `jax.lax.ragged_dot`, all else as "xla"
+    cuda, rocm   "mosaic_gpu"   products by JAX's Pallas kernels, on Hopper in bfloat16, or
+                 "ragged_dot"   by `jax.lax.ragged_dot`; all else as "xla"
     elsewhere    "xla"          loops over tiles of rows
 
-"tokamax" is "ragged_dot" with the products of that package, and is for the caller to choose.
+"tokamax" is the same with the products of that package, and is for the caller to choose.
 
 So one traced function, exported for several platforms, holds each platform's own way, and tracing
 costs one equation an op. To see what runs, look for `taskmoe` in the jaxpr, and for
@@ -40,8 +41,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionS
 
 from taskmoe.kernels.checks import result_like
 
-IMPLEMENTATIONS = ("mosaic", "xla", "ragged_dot", "tokamax", "reference")
-#: What None stands for; other platforms take "xla".
+IMPLEMENTATIONS = ("mosaic", "mosaic_gpu", "ragged_dot", "tokamax", "xla", "reference")
+#: What None stands for; other platforms take "xla". On GPUs `ragged_products` chooses by itself.
 DEFAULTS = {"tpu": "mosaic", "cuda": "ragged_dot", "rocm": "ragged_dot"}
 #: Device kinds as JAX names them, by the name of the chip.
 CHIPS = {
@@ -253,7 +254,8 @@ class Call:
                 stack.enter_context(pltpu.force_tpu_interpret_mode(self.interpret.params))
                 token = interpreting_a_batch.set(bool(self.batches))
                 stack.callback(interpreting_a_batch.reset, token)
-            stack.enter_context(jax.sharding.use_abstract_mesh(_local_mesh()))
+            mesh = _local_mesh() if kernels else AbstractMesh((), ())
+            stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
             yield
 
 

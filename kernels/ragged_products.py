@@ -1,12 +1,18 @@
-"""gmm, tgmm and expert_ffn for GPUs: products by `jax.lax.ragged_dot`, which XLA gives to cuDNN.
+"""gmm, tgmm and expert_ffn for GPUs, with products that others made.
 
-"tokamax" takes its products from that package's `ragged_dot` instead, which has kernels of its own
-for some GPUs. The contract stands on top of either: rows before the first local group are rolled
-away and back, rows of no group are zero whatever they hold, empty groups and any shape are fine.
+    "mosaic_gpu"  the Pallas kernels of JAX for Hopper, see `hopper_products`
+    "ragged_dot"  `jax.lax.ragged_dot`; XLA gives it to cuDNN from 9.22 on, and multiplies all rows
+                  with all matrices where that is older
+    "tokamax"     that package's `ragged_dot`, which has kernels of its own for some GPUs
 
-Sums over a group's rows (tgmm, the gradients of matrices) are not left to it: with groups that are
-not aligned cuDNN's were seen to be wrong (marin-community/marin issues 8339 and 8793). They are
-ordinary matmuls over tiles of rows, as on CPU but larger.
+Without a choice it is "mosaic_gpu" where that fits, else "ragged_dot". The contract stands on top
+of each: rows before the first local group are rolled away and back, rows of no group are zero
+whatever they hold, empty groups and any shape are fine.
+
+Sums over a group's rows (tgmm, the gradients of matrices) are left to "mosaic_gpu" alone: cuDNN's
+were seen to be wrong where groups are not aligned (marin-community/marin issues 8339 and 8793), and
+tokamax's were 2% to 4% off on an H100, beyond the rounding of bfloat16. Elsewhere they are ordinary
+matmuls over tiles of rows, as on CPU but larger.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from taskmoe.kernels import hopper_products
 from taskmoe.kernels.checks import accumulator
 from taskmoe.kernels.groups import Groups, group_bounds
 from taskmoe.kernels.options import ACTIVATIONS, Experts, FFNOptions, ProductOptions
@@ -30,28 +37,49 @@ def gmm(options: ProductOptions, lhs: jax.Array, rhs: jax.Array, groups: Groups)
     """`gmm`: [M, N]."""
     num_rows = lhs.shape[0]
     starts, ends = group_bounds(groups, options.num_groups, num_rows)
-    if options.shifted:  # ragged_dot's first group begins with the first row
+    if options.shifted:  # the products' first group begins with the first row
         lhs = jnp.roll(lhs, -starts[0], axis=0)
-    out = _dot(options.implementation == "tokamax", options.transpose_rhs)(lhs, rhs, ends - starts)
+    by = _choose(options, "gmm", lhs.dtype, rhs.shape[1:])
+    out = _dot(by, options.transpose_rhs)(lhs, rhs, ends - starts)
     if options.shifted:
         out = jnp.roll(out, starts[0], axis=0)
+    own = _of_groups(num_rows, starts, ends)
+    return jnp.where(own, out, 0).astype(options.out_dtype)
+
+
+def _choose(options: ProductOptions, op: str, dtype: Any, widths: tuple[Any, ...]) -> str:
+    """Whose product it is; ValueError where the caller's choice does not fit."""
+    if options.implementation not in (None, "mosaic_gpu"):
+        return options.implementation
+    unfit = hopper_products.unfit(dtype, options.out_dtype, *widths)
+    if options.implementation is None:
+        return "ragged_dot" if unfit or not hopper_products.is_present() else "mosaic_gpu"
+    if unfit:
+        raise ValueError(f"implementation='mosaic_gpu' of {op} {unfit}: use None or 'ragged_dot'")
+    return "mosaic_gpu"
+
+
+def _of_groups(num_rows: Any, starts: jax.Array, ends: jax.Array) -> jax.Array:
+    """[M, 1] bool: rows of local groups."""
     row = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
-    return jnp.where((row >= starts[0]) & (row < ends[-1]), out, 0).astype(options.out_dtype)
+    return (row >= starts[0]) & (row < ends[-1])
 
 
 @functools.cache
-def _dot(by_tokamax: bool, transposed: bool) -> Callable[..., jax.Array]:
-    """Rows [M, K] times matrices [E, K, N], or [E, N, K]: [M, N] of the accumulator's dtype."""
+def _dot(by: str, transposed: bool) -> Callable[..., jax.Array]:
+    """Rows [M, K] times matrices [E, K, N], or [E, N, K]: [M, N]."""
     dims = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2 if transposed else 1,)), ((), ())),
         lhs_ragged_dimensions=[0],
         rhs_group_dimensions=[0],
     )
 
-    @jax.custom_batching.sequential_vmap  # neither has batches in all that may be batched
+    @jax.custom_batching.sequential_vmap  # none has batches in all that may be batched
     def dot(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
+        if by == "mosaic_gpu":
+            return hopper_products.rows_times_matrices(lhs, rhs, sizes, transposed)
         product = jax.lax.ragged_dot_general
-        if by_tokamax:
+        if by == "tokamax":
             product = importlib.import_module("tokamax").ragged_dot_general
         return product(lhs, rhs, sizes, dims, preferred_element_type=accumulator(lhs.dtype))
 
@@ -60,7 +88,18 @@ def _dot(by_tokamax: bool, transposed: bool) -> Callable[..., jax.Array]:
 
 def tgmm(options: ProductOptions, lhs: jax.Array, grad: jax.Array, groups: Groups) -> jax.Array:
     """`tgmm`: [E, K, N]."""
-    return tgmm_in_tiles(options, lhs, grad, groups, _tiles(lhs.shape[0], options.num_groups))
+    num_rows = lhs.shape[0]
+    if _choose(options, "tgmm", lhs.dtype, (lhs.shape[1], grad.shape[1])) != "mosaic_gpu":
+        return tgmm_in_tiles(options, lhs, grad, groups, _tiles(num_rows, options.num_groups))
+    starts, ends = group_bounds(groups, options.num_groups, num_rows)
+    own = _of_groups(num_rows, starts, ends)
+    lhs, grad = jnp.where(own, lhs, 0), jnp.where(own, grad, 0)
+    if options.shifted:
+        lhs, grad = (jnp.roll(x, -starts[0], axis=0) for x in (lhs, grad))
+    return _sums(lhs, grad, ends - starts)
+
+
+_sums = jax.custom_batching.sequential_vmap(hopper_products.sums_of_groups)
 
 
 def _tiles(num_rows: Any, num_groups: int) -> Tiles:
@@ -80,12 +119,10 @@ def expert_ffn(
     groups: Groups,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """`expert_ffn` [M, D], and what comes before the activation: x W_in and x W_gate [M, F]."""
-    acc, (w_in, w_out, w_gate) = accumulator(x.dtype), experts
-    kept = [
-        gmm(_product(options, w_in, acc), x, w, groups) for w in (w_in, w_gate) if w is not None
-    ]
-    hidden = _activate(options, *kept).astype(x.dtype)
-    return gmm(_product(options, w_out, x.dtype), hidden, w_out, groups), kept
+    w_in, w_out, w_gate = experts
+    kept = [gmm(_product(options, w), x, w, groups) for w in (w_in, w_gate) if w is not None]
+    hidden = _activate(options, *kept)
+    return gmm(_product(options, w_out), hidden, w_out, groups), kept
 
 
 def expert_ffn_backward(
@@ -100,27 +137,26 @@ def expert_ffn_backward(
     acc, (w_in, w_out, w_gate) = accumulator(x.dtype), experts
 
     def back(rows: jax.Array, w: jax.Array) -> jax.Array:
-        return gmm(_product(options, w, acc, transpose_rhs=True), rows, w, groups)
+        return gmm(_product(options, w, transpose_rhs=True), rows, w, groups)
 
     def total(rows: jax.Array, rows_grad: jax.Array, w: jax.Array) -> jax.Array:
-        return tgmm(_product(options, w, w.dtype), rows, rows_grad, groups)
+        return tgmm(_product(options, w), rows, rows_grad, groups)
 
     hidden, pull = jax.vjp(lambda *kept: _activate(options, *kept), *kept)
-    d_kept = [d.astype(x.dtype) for d in pull(back(grad, w_out))]
+    d_kept = pull(back(grad, w_out))
     into = [w for w in (w_in, w_gate) if w is not None]
-    d_x = sum(back(d, w) for d, w in zip(d_kept, into, strict=True))
+    d_x = sum(back(d, w).astype(acc) for d, w in zip(d_kept, into, strict=True))
     d_in, *d_gate = (total(x, d, w) for d, w in zip(d_kept, into, strict=True))
-    d_out = total(hidden.astype(x.dtype), grad, w_out)
+    d_out = total(hidden, grad, w_out)
     return jnp.asarray(d_x).astype(x.dtype), Experts(d_in, d_out, *d_gate)
 
 
 def _activate(options: FFNOptions, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
-    act = ACTIVATIONS[options.activation]
-    return act(up) if gate is None else act(gate) * up
+    act, acc = ACTIVATIONS[options.activation], accumulator(up.dtype)
+    wide = act(up.astype(acc)) if gate is None else act(gate.astype(acc)) * up.astype(acc)
+    return wide.astype(up.dtype)
 
 
-def _product(
-    options: FFNOptions, w: jax.Array, out_dtype: Any, transpose_rhs: bool = False
-) -> ProductOptions:
-    of = (out_dtype, w.shape[0], options.shifted, options.implementation, transpose_rhs)
+def _product(options: FFNOptions, w: jax.Array, transpose_rhs: bool = False) -> ProductOptions:
+    of = (w.dtype, w.shape[0], options.shifted, options.implementation, transpose_rhs)
     return ProductOptions(*of)

@@ -39,7 +39,7 @@ def expert_ffn_keeping_xla(
     experts: Experts,
     groups: Groups,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """`expert_ffn` [M, D], and x W_in and x W_gate [M, F] in the accumulator's dtype."""
+    """`expert_ffn` [M, D], and x W_in and x W_gate [M, F]."""
     return _forward(options, x, experts, groups, keep=True)
 
 
@@ -69,7 +69,7 @@ def _forward(
         return (row_tiles.put(out, tile, product), kept), ()
 
     hidden_shape = (x.shape[0], hidden_size)
-    kept = [jnp.zeros(hidden_shape, accumulator(x.dtype)) for _ in into] if keep else []
+    kept = [jnp.zeros(hidden_shape, x.dtype) for _ in into] if keep else []
     init = jnp.zeros((x.shape[0], w_out.shape[2]), x.dtype), kept
     out, kept = row_tiles.for_each_tile(
         bounds, tiles, x.shape[0], per_tile, lambda _, __, state: state, init
@@ -98,8 +98,8 @@ def expert_ffn_backward_xla(
         d_x, d_weights = state
         inner, outer, *gates = (row_tiles.pick(w, group) for w in weights)
         xs, g = row_tiles.take(x, tile), row_tiles.take(grad, tile)
-        up, *pre_gate = (row_tiles.take(value, tile) for value in kept)
         d_hidden = _dot(g, outer, 1, 1)
+        up, *pre_gate = (row_tiles.take(value, tile).astype(d_hidden.dtype) for value in kept)
         if gates:
             hidden, pull = jax.vjp(lambda s, u: act(s) * u, pre_gate[0], up)
             d_gate, d_up = pull(d_hidden)

@@ -12,6 +12,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from taskmoe.kernels import hopper_products
+
+on_hopper = pytest.mark.skipif(
+    not hopper_products.is_present(), reason="implementation='mosaic_gpu' runs on a Hopper GPU"
+)
 DTYPES = (jnp.float32, jnp.bfloat16)
 INTERPRET = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"

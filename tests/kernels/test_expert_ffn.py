@@ -17,7 +17,7 @@ from taskmoe.kernels.options import Experts, FFNOptions
 from taskmoe.kernels.tiling import Tiling
 from taskmoe.tests.kernels import support
 
-FAST = ["xla", "mosaic"]
+FAST = ["xla", "ragged_dot", "mosaic"]
 
 
 @functools.cache
@@ -86,6 +86,13 @@ def test_forward_and_gradients(
     implementation: str, activation: str, gated: bool, dtype: Any
 ) -> None:
     check(implementation, activation, gated, operands(70, 40, 136, [20, 0, 31, 1, 10], dtype))
+
+
+@support.on_hopper
+@pytest.mark.parametrize(("activation", "gated"), [("relu", False), ("silu", True)])
+def test_forward_and_gradients_on_hopper(activation: str, gated: bool) -> None:
+    args = operands(400, 128, 192, [200, 0, 31, 1, 100], jnp.bfloat16)
+    check("mosaic_gpu", activation, gated, args)
 
 
 @pytest.mark.parametrize("implementation", FAST)
