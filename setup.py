@@ -43,7 +43,10 @@ DEV = [
     "ruff>=0.12,<0.18",
     "setuptools>=77",  # builds without a network; a venv has an older one or none
 ]
-PACKAGES = ["kernels", "moe", "wmt", "wmt.commands", "bench"]
+PACKAGES = [
+    *("kernels", "moe", "cli", "bench"),
+    *("wmt", "wmt.text", "wmt.model", "wmt.training", "wmt.commands"),
+]
 DATA = {f"taskmoe.{name}": ["py.typed"] for name in PACKAGES if "." not in name}
 DATA["taskmoe.bench"].append("baseline/*.json")  # bench/results is the checkout's alone
 

@@ -11,8 +11,8 @@ import importlib
 import sys
 from typing import Any
 
-from taskmoe.wmt.command_line import Parser, missing_package
-from taskmoe.wmt.errors import InputError
+from taskmoe.cli.command_line import Parser, missing_package
+from taskmoe.cli.errors import InputError
 
 #: Command -> module with a docstring, `add_arguments(parser)` and `run(arguments) -> int`.
 COMMANDS = {

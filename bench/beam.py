@@ -25,14 +25,14 @@ from taskmoe.bench import machine, serving
 from taskmoe.bench.console import out
 from taskmoe.bench.stored import keep
 from taskmoe.bench.timing import alternate
-from taskmoe.wmt import transformer
+from taskmoe.cli.devices import use_present_devices
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
 from taskmoe.wmt.config import PRESETS, ModelConfig
-from taskmoe.wmt.decoding import search
-from taskmoe.wmt.devices import use_present_devices
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.progress import bar
-from taskmoe.wmt.tokenizer import BOS, EOS, PAD
-from taskmoe.wmt.transformer import Params, Tasks, param_count, start_cache, with_softmax
+from taskmoe.wmt.model import transformer
+from taskmoe.wmt.model.decoding import search
+from taskmoe.wmt.model.transformer import Params, Tasks, param_count, start_cache, with_softmax
+from taskmoe.wmt.text.tokenizer import BOS, EOS, PAD
 
 BATCHES, QUICK_BATCHES = (1, 4, 16), (1,)
 SHORT, LONG = 8, 40  # target positions of the two searches

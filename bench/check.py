@@ -20,9 +20,9 @@ from rich.table import Table
 from taskmoe.bench import machine, serving, static_facts, timed_facts, tpu_lab, verdicts
 from taskmoe.bench.console import out
 from taskmoe.bench.verdicts import Change, Interval
-from taskmoe.wmt.command_line import write_text
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.progress import bar
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
 
 BASELINE = Path(__file__).resolve().parent / "baseline"
 STATIC, TIMED = "static.json", "timed.json"

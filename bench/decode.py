@@ -24,12 +24,12 @@ from taskmoe.bench import machine, paper, serving
 from taskmoe.bench.console import out
 from taskmoe.bench.serving import System
 from taskmoe.bench.stored import keep
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
 from taskmoe.wmt.config import ModelConfig
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import load_model
-from taskmoe.wmt.progress import bar
-from taskmoe.wmt.subnetwork import one_task
-from taskmoe.wmt.transformer import Params, Tasks
+from taskmoe.wmt.model.saved import load_model
+from taskmoe.wmt.model.subnetwork import one_task
+from taskmoe.wmt.model.transformer import Params, Tasks
 
 DENSE, TASK = "dense replicas", "task-MoE sub-networks"
 DROPLESS, CAPACITY = "token-MoE, dropless", "token-MoE, capacity 2"

@@ -25,19 +25,19 @@ import numpy as np
 
 from taskmoe.bench import demo_report, machine, serving
 from taskmoe.bench.console import out
-from taskmoe.wmt import cldr
-from taskmoe.wmt.command_line import write_text
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
 from taskmoe.wmt.config import ModelConfig, TrainConfig, split_pair
-from taskmoe.wmt.data import Pairs, TrainingData, read_pairs
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import Model, save_model
-from taskmoe.wmt.progress import bar
-from taskmoe.wmt.scoring import averages, score
-from taskmoe.wmt.subnetwork import extract
-from taskmoe.wmt.tokenizer import BOS, PAD, Tokenizer, train_tokenizer
-from taskmoe.wmt.training import Progress, train
-from taskmoe.wmt.transformer import Params, Tasks, decode, encode, param_count
-from taskmoe.wmt.translation import Decoding, task_ids, translate
+from taskmoe.wmt.model.saved import Model, save_model
+from taskmoe.wmt.model.subnetwork import extract
+from taskmoe.wmt.model.transformer import Params, Tasks, decode, encode, param_count
+from taskmoe.wmt.model.translation import Decoding, task_ids, translate
+from taskmoe.wmt.text import cldr
+from taskmoe.wmt.text.data import Pairs, TrainingData, read_pairs
+from taskmoe.wmt.text.scoring import averages, score
+from taskmoe.wmt.text.tokenizer import BOS, PAD, Tokenizer, train_tokenizer
+from taskmoe.wmt.training.loop import Progress, train
 
 DEVICES = 8
 #: Model -> routing of its encoder and decoder. The dense one is as wide as two experts.
@@ -175,7 +175,7 @@ def _train(
             config,
             data,
             tokenizer,
-            source="taskmoe.wmt.cldr",
+            source="taskmoe.wmt.text.cldr",
             report=report,
             note=lambda line: out.print(f"  {line}"),
         )

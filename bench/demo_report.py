@@ -11,7 +11,7 @@ from rich.table import Table
 from taskmoe.bench import paper
 from taskmoe.bench.stored import save_figure
 from taskmoe.bench.tables import markdown, paragraph
-from taskmoe.wmt.command_line import write_text
+from taskmoe.cli.command_line import write_text
 
 NAMES = {"dense": "dense", "token": "token-MoE", "task": "task-MoE"}
 COLOURS = {"dense": "#8c8c8c", "token": "#c44e52", "task": "#4c72b0"}

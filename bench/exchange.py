@@ -24,8 +24,8 @@ from rich.table import Table
 
 from taskmoe.bench.console import out
 from taskmoe.bench.stored import keep
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.progress import bar
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
 
 #: A process that hears nothing from another for so long ends with an error.
 HEARTBEAT_S = 10

@@ -22,8 +22,8 @@ from taskmoe.bench import serving
 from taskmoe.moe.mesh import EXPERT_AXIS
 from taskmoe.moe.routing import capacity
 from taskmoe.wmt.config import ModelConfig
-from taskmoe.wmt.subnetwork import one_task
-from taskmoe.wmt.transformer import Tasks
+from taskmoe.wmt.model.subnetwork import one_task
+from taskmoe.wmt.model.transformer import Tasks
 
 #: System -> capacity factor and strategy, of layers and of steps.
 SYSTEMS: dict[str, tuple[float | None, str]] = {

@@ -32,9 +32,9 @@ from taskmoe.bench.exchange_step import (
 )
 from taskmoe.bench.serving import place
 from taskmoe.bench.timing import alternate
+from taskmoe.cli.command_line import write_text
 from taskmoe.moe.exchange import Peers, rows_sent
 from taskmoe.moe.mesh import EXPERT_AXIS
-from taskmoe.wmt.command_line import write_text
 
 #: Begins the name of a layer's exchange that runs by itself.
 ALONE = "alone: "

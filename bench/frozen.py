@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from taskmoe.bench import calibration
-from taskmoe.wmt import decoding, transformer
 from taskmoe.wmt.config import ModelConfig, TrainConfig
-from taskmoe.wmt.data import Batch
-from taskmoe.wmt.step import init_state, make_train_step
-from taskmoe.wmt.tokenizer import PAD
+from taskmoe.wmt.model import decoding, transformer
+from taskmoe.wmt.text.data import Batch
+from taskmoe.wmt.text.tokenizer import PAD
+from taskmoe.wmt.training.step import init_state, make_train_step
 
 PAIRS = ("en-de", "de-en", "en-fr", "fr-en")
 MODEL = ModelConfig(

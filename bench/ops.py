@@ -40,10 +40,10 @@ from taskmoe.bench.op_cases import (
     shape_cases,
 )
 from taskmoe.bench.timing import Timing, alternate, ratio
-from taskmoe.wmt.command_line import write_text
-from taskmoe.wmt.devices import use_present_devices
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.progress import bar
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.devices import use_present_devices
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
 
 #: Largest error, as a share of the result's norm. Both sides sum in float32, in another order.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 2e-2}

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from taskmoe.bench.console import out
 from taskmoe.bench.report_sections import SECTIONS
-from taskmoe.wmt.command_line import write_text
-from taskmoe.wmt.errors import InputError
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.errors import InputError
 
 FILES = ("README.md", "BENCHMARKS.md")
 

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from taskmoe.wmt.errors import InputError
+from taskmoe.cli.errors import InputError
 
 #: One bundle: address, what control target it is, if any, and how deep in loops it lies.
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT)\s*)?:\s*((?:>\s*)*)")

@@ -24,16 +24,16 @@ from jax.sharding import PartitionSpec as P
 from taskmoe import moe
 from taskmoe.bench.collectives import count_collectives, profile_communication
 from taskmoe.bench.timing import alternate
-from taskmoe.wmt import transformer
 from taskmoe.wmt.config import ModelConfig
-from taskmoe.wmt.tokenizer import BOS
-from taskmoe.wmt.transformer import (
+from taskmoe.wmt.model import transformer
+from taskmoe.wmt.model.transformer import (
     Params,
     decode_step,
     most_likely,
     start_cache,
     with_softmax,
 )
+from taskmoe.wmt.text.tokenizer import BOS
 
 POSITIONS = 16
 SOURCE_LENGTH = 32

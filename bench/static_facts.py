@@ -25,8 +25,8 @@ from taskmoe.bench import serving, tpu_lab, tpu_model_search
 from taskmoe.bench.collectives import collective_bytes, count_collectives
 from taskmoe.bench.kernel_cases import Case
 from taskmoe.bench.tpu_model_worker import CORES
-from taskmoe.wmt import subnetwork, transformer
 from taskmoe.wmt.config import ModelConfig
+from taskmoe.wmt.model import subnetwork, transformer
 
 Facts = dict[str, dict[str, float | str]]
 

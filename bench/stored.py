@@ -13,8 +13,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from taskmoe.wmt.command_line import write_bytes, write_text
-from taskmoe.wmt.errors import InputError
+from taskmoe.cli.command_line import write_bytes, write_text
+from taskmoe.cli.errors import InputError
 
 matplotlib.use("Agg")  # charts go to files; a machine without a screen has no other way
 

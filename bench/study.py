@@ -25,18 +25,18 @@ from taskmoe.bench import machine, paper, serving
 from taskmoe.bench.console import out
 from taskmoe.bench.stored import keep
 from taskmoe.bench.timing import alternate
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.shared import load
 from taskmoe.wmt.config import split_pair
-from taskmoe.wmt.distillation import gain_kept
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.folders import Columns, Pairs
-from taskmoe.wmt.model import Model
-from taskmoe.wmt.progress import bar
-from taskmoe.wmt.sources import open_sources, read_split
-from taskmoe.wmt.subnetwork import extract
-from taskmoe.wmt.tokenizer import BOS, PAD
-from taskmoe.wmt.transformer import Params, encode, param_count
-from taskmoe.wmt.translation import Decoding, translate
+from taskmoe.wmt.model.saved import Model
+from taskmoe.wmt.model.subnetwork import extract
+from taskmoe.wmt.model.transformer import Params, encode, param_count
+from taskmoe.wmt.model.translation import Decoding, translate
+from taskmoe.wmt.text.folders import Columns, Pairs
+from taskmoe.wmt.text.sources import open_sources, read_split
+from taskmoe.wmt.text.tokenizer import BOS, PAD
+from taskmoe.wmt.training.distillation import gain_kept
 
 #: System -> what it is: routing of its encoder and decoder, or how it came about.
 SYSTEMS = {

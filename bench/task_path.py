@@ -25,9 +25,9 @@ from taskmoe.bench import machine
 from taskmoe.bench.collectives import count_collectives
 from taskmoe.bench.console import out
 from taskmoe.bench.timing import alternate, ratio
-from taskmoe.wmt.command_line import write_text
-from taskmoe.wmt.devices import use_present_devices
-from taskmoe.wmt.errors import InputError
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.devices import use_present_devices
+from taskmoe.cli.errors import InputError
 
 DENSE = "dense FFN of the same width"
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from taskmoe.bench import tpu_lab
 from taskmoe.bench.verdicts import Interval, interval
-from taskmoe.wmt.errors import InputError
+from taskmoe.cli.errors import InputError
 
 Ask = Callable[[str, int], dict[str, Any]]
 

@@ -31,9 +31,9 @@ from rich.table import Table
 
 from taskmoe.bench import expert_bytes, kernel_cases, machine, schedule
 from taskmoe.bench.kernel_cases import CHIPS, DTYPES, OPS, SHAPES, Case
-from taskmoe.wmt.command_line import write_text
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.progress import bar
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
 
 #: Compilers at once: each keeps one core busy.
 WORKERS = 2

@@ -36,10 +36,10 @@ from taskmoe.bench.tpu_model_worker import (
     SYSTEMS,
     shapes,
 )
-from taskmoe.wmt.command_line import write_text
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.progress import bar
-from taskmoe.wmt.transformer import param_count
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
+from taskmoe.wmt.model.transformer import param_count
 
 MODELS = ("wmt",)
 QUICK_CHIPS = ("v3",)  # the blog's

@@ -16,7 +16,7 @@ import jax
 
 from taskmoe.bench import kernel_cases, tpu_lab
 from taskmoe.bench.tpu_model_worker import CORES, cache_shapes
-from taskmoe.wmt.errors import InputError
+from taskmoe.cli.errors import InputError
 
 Ask = Callable[[str, str, int], dict[str, Any]]
 

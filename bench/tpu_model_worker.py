@@ -28,9 +28,10 @@ from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
 from taskmoe.bench.collectives import WIDTHS, count_collectives
-from taskmoe.wmt import cldr, subnetwork, transformer
 from taskmoe.wmt.config import PRESETS, ModelConfig
-from taskmoe.wmt.transformer import Params, Tasks
+from taskmoe.wmt.model import subnetwork, transformer
+from taskmoe.wmt.model.transformer import Params, Tasks
+from taskmoe.wmt.text import cldr
 
 SOURCE_LENGTH, CACHE_LENGTH = 32, 64
 #: GShard's capacity: every expert has room for this many times its even share of rows.

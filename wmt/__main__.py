@@ -8,9 +8,9 @@ import sys
 
 import jax
 
-from taskmoe.wmt.command_line import Parser, missing_package
-from taskmoe.wmt.devices import use_present_devices
-from taskmoe.wmt.errors import InputError
+from taskmoe.cli.command_line import Parser, missing_package
+from taskmoe.cli.devices import use_present_devices
+from taskmoe.cli.errors import InputError
 
 #: Modules of taskmoe.wmt.commands, with `add_arguments(parser)` and `run(arguments)`.
 COMMANDS = ("prepare", "train", "evaluate", "translate", "extract", "prune", "distill", "export")

@@ -9,8 +9,8 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from taskmoe.cli.errors import InputError
 from taskmoe.moe import MoEConfig
-from taskmoe.wmt.errors import InputError
 
 SideRouting = Literal["dense", "token", "sentence", "target", "source", "pair", "static"]
 _MOST_LAYERS = 1000
@@ -206,7 +206,7 @@ class TrainConfig(_Json):
     temperature: T of p ~ size^(1/T) over directions (the paper: 5).
     max_sentences: of each direction and source, the first so many; None is all.
     max_characters, max_ratio, deduplicate, drop_held_out: what training text is left out, see
-      `taskmoe.wmt.cleaning`.
+      `taskmoe.wmt.text.cleaning`.
     vocab_sentences: sentences that the vocabulary is trained on, drawn as directions are.
     schedule: "inverse_sqrt" after `warmup_steps` (the paper), or "cosine" down to 0 at `steps`.
     optimizer: "adafactor" (the paper) or "adamw". learning_rate: its peak, after warm-up.

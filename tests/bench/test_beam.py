@@ -9,9 +9,9 @@ import pytest
 
 from taskmoe.bench import beam
 from taskmoe.bench.__main__ import main
-from taskmoe.wmt import transformer
 from taskmoe.wmt.config import PRESETS
-from taskmoe.wmt.tokenizer import EOS
+from taskmoe.wmt.model import transformer
+from taskmoe.wmt.text.tokenizer import EOS
 
 SMALL = {"vocab_size": 64, "d_model": 16, "d_ff": 16, "num_heads": 2, "encoder_layers": 2,
          "decoder_layers": 2, "num_experts": 4}  # fmt: skip

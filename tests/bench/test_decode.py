@@ -10,8 +10,8 @@ import pytest
 
 from taskmoe.bench import decode, serving
 from taskmoe.bench.__main__ import main
-from taskmoe.wmt import transformer
 from taskmoe.wmt.config import ModelConfig
+from taskmoe.wmt.model import transformer
 
 SMALL = decode.MODEL | {"vocab_size": 64, "d_model": 16, "d_ff": 16, "num_heads": 2,
                         "decoder_layers": 2, "num_experts": 8}  # fmt: skip

@@ -12,7 +12,7 @@ from taskmoe.bench.__main__ import main
 from taskmoe.bench.report_sections import SECTIONS
 from taskmoe.bench.stored import RESULTS
 from taskmoe.bench.tables import markdown, paragraph
-from taskmoe.wmt.errors import InputError
+from taskmoe.cli.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,9 +10,9 @@ import pytest
 from taskmoe.bench import study
 from taskmoe.bench.__main__ import main
 from taskmoe.tests.wmt import support
-from taskmoe.wmt.model import Model, save_model
-from taskmoe.wmt.pruning import expert_usage, prune
-from taskmoe.wmt.subnetwork import extract
+from taskmoe.wmt.model.pruning import expert_usage, prune
+from taskmoe.wmt.model.saved import Model, save_model
+from taskmoe.wmt.model.subnetwork import extract
 
 ROUTINGS = {
     "dense": ("dense", "dense"),

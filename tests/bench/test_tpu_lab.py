@@ -14,9 +14,9 @@ import pytest
 
 from taskmoe.bench import expert_bytes, grid_walk, kernel_cases, tpu_lab
 from taskmoe.bench.__main__ import main
+from taskmoe.cli.errors import InputError
 from taskmoe.kernels import expert_ffn, gmm
 from taskmoe.kernels.tiling import Tiling
-from taskmoe.wmt.errors import InputError
 
 V5E = "v5e"
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None

@@ -10,8 +10,8 @@ import pytest
 from taskmoe.bench import tpu_lab, tpu_model, tpu_model_search, tpu_model_worker
 from taskmoe.bench.__main__ import main
 from taskmoe.bench.tpu_model_worker import busiest_link, exchange_bytes, group_size, longest_way
+from taskmoe.cli.errors import InputError
 from taskmoe.moe.exchange import Peers, rows_sent
-from taskmoe.wmt.errors import InputError
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from taskmoe.wmt import transformer
 from taskmoe.wmt.config import ModelConfig, TrainConfig
-from taskmoe.wmt.data import Pairs
-from taskmoe.wmt.model import Model
-from taskmoe.wmt.tokenizer import Tokenizer, train_tokenizer
+from taskmoe.wmt.model import transformer
+from taskmoe.wmt.model.saved import Model
+from taskmoe.wmt.text.data import Pairs
+from taskmoe.wmt.text.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "multi30k"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from taskmoe.tests.wmt import support
-from taskmoe.wmt.checkpoints import Checkpoints
+from taskmoe.wmt.training.checkpoints import Checkpoints
 
 
 def state(step: int) -> dict[str, Any]:
@@ -108,7 +108,7 @@ WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from taskmoe.wmt.checkpoints import Checkpoints
+from taskmoe.wmt.training.checkpoints import Checkpoints
 checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
 step = 0
 while True:

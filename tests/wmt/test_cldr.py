@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from taskmoe.wmt import cldr
-from taskmoe.wmt.data import available_pairs, read_pairs
+from taskmoe.wmt.text import cldr
+from taskmoe.wmt.text.data import available_pairs, read_pairs
 
 SMALL = cldr.CldrConfig(train=60, valid=10, test=10)
 

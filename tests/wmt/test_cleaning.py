@@ -8,8 +8,10 @@ import hypothesis.strategies as st
 import pytest
 from rich.console import Console
 
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
-from taskmoe.wmt.cleaning import (
+from taskmoe.wmt.config import TrainConfig
+from taskmoe.wmt.text.cleaning import (
     REASONS,
     Account,
     account_table,
@@ -17,8 +19,6 @@ from taskmoe.wmt.cleaning import (
     length_ratio_fits,
     sentence_key,
 )
-from taskmoe.wmt.config import TrainConfig
-from taskmoe.wmt.errors import InputError
 
 LONG = "word " * 10
 
@@ -162,7 +162,7 @@ def test_the_table_has_a_column_a_reason_and_sums(width: int) -> None:
 
 @pytest.mark.skipif(not support.REAL.is_dir(), reason="no ../shared/data beside the project")
 def test_real_text_loses_little() -> None:
-    from taskmoe.wmt.sources import open_sources, read_all, read_held_out
+    from taskmoe.wmt.text.sources import open_sources, read_all, read_held_out
 
     sources = open_sources([str(support.REAL)])
     text = read_all(sources, "train", ("en-de",))

@@ -16,8 +16,8 @@ import pytest
 
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.__main__ import main
-from taskmoe.wmt.model import load_model, save_model
-from taskmoe.wmt.subnetwork import extract
+from taskmoe.wmt.model.saved import load_model, save_model
+from taskmoe.wmt.model.subnetwork import extract
 
 TINY = [
     "--set", "d_model=16", "--set", "d_ff=16", "--set", "num_heads=2", "--set", "num_experts=4",

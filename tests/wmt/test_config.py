@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from taskmoe.tests.wmt import support
-from taskmoe.wmt import cldr, transformer
 from taskmoe.wmt.config import PRESETS, ModelConfig, TrainConfig, split_pair
+from taskmoe.wmt.model import transformer
+from taskmoe.wmt.text import cldr
 
 MODEL_FIELDS: list[tuple[Any, str]] = [
     ({"pairs": ()}, "pairs must be one or more different directions"),

@@ -9,12 +9,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
-from taskmoe.wmt.data import Batch, TrainingData, available_pairs, read_pairs
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.pipeline import BatchIterator
-from taskmoe.wmt.sampling import Draw, Schedule
-from taskmoe.wmt.tokenizer import BOS, EOS, PAD
+from taskmoe.wmt.text.data import Batch, TrainingData, available_pairs, read_pairs
+from taskmoe.wmt.text.pipeline import BatchIterator
+from taskmoe.wmt.text.sampling import Draw, Schedule
+from taskmoe.wmt.text.tokenizer import BOS, EOS, PAD
 
 
 def write(folder: Path, **files: str | bytes) -> Path:

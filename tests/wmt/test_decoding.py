@@ -11,9 +11,9 @@ import pytest
 
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.config import ModelConfig
-from taskmoe.wmt.decoding import search, search_n_best
-from taskmoe.wmt.tokenizer import BOS, EOS, PAD
-from taskmoe.wmt.transformer import Tasks, decode, encode
+from taskmoe.wmt.model.decoding import search, search_n_best
+from taskmoe.wmt.model.transformer import Tasks, decode, encode
+from taskmoe.wmt.text.tokenizer import BOS, EOS, PAD
 
 VOCABULARY = 7  # four special ids and three words: every output of four ids can be scored
 LENGTH = 4

@@ -6,13 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
-from taskmoe.wmt import distillation
-from taskmoe.wmt.distillation import gain_kept, student_config, student_params, teacher_text
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import Model
-from taskmoe.wmt.transformer import param_count
-from taskmoe.wmt.translation import Decoding, translate
+from taskmoe.wmt.model.saved import Model
+from taskmoe.wmt.model.transformer import param_count
+from taskmoe.wmt.model.translation import Decoding, translate
+from taskmoe.wmt.training import distillation
+from taskmoe.wmt.training.distillation import (
+    gain_kept,
+    student_config,
+    student_params,
+    teacher_text,
+)
 
 CONFIG = support.model_config(encoder="token", decoder="token")
 TEACHER = Model(support.params(CONFIG, 3), CONFIG, support.tokenizer())

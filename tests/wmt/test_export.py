@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
-from taskmoe.wmt.decoding import length_limit
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.export import export
-from taskmoe.wmt.model import load_model
-from taskmoe.wmt.subnetwork import extract
-from taskmoe.wmt.translation import Decoding, translate
+from taskmoe.wmt.model.decoding import length_limit
+from taskmoe.wmt.model.export import export
+from taskmoe.wmt.model.saved import load_model
+from taskmoe.wmt.model.subnetwork import extract
+from taskmoe.wmt.model.translation import Decoding, translate
 
 FULL = support.model(tie_embeddings=False)
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.__main__ import main
 from taskmoe.wmt.commands import train as command
 from taskmoe.wmt.config import ModelConfig, TrainConfig
-from taskmoe.wmt.errors import InputError
 
 FIELDS = [f.name for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)]
 # Sizes that fit are small: what is asked here is how words are read, not how much memory there is.

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from taskmoe.wmt.progress import bar
+from taskmoe.cli.progress import bar
 
 
 class Terminal(io.StringIO):

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import Model
-from taskmoe.wmt.pruning import expert_usage, prune
-from taskmoe.wmt.translation import translate
+from taskmoe.wmt.model.pruning import expert_usage, prune
+from taskmoe.wmt.model.saved import Model
+from taskmoe.wmt.model.translation import translate
 
 TOKEN = support.model(encoder="token", decoder="token")
 TEXT = support.text(10, ("en-de", "de-en"))

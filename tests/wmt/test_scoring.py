@@ -5,7 +5,7 @@ import pytest
 import sacrebleu
 
 from taskmoe.tests.wmt import support
-from taskmoe.wmt.scoring import averages, compare, score
+from taskmoe.wmt.text.scoring import averages, compare, score
 
 
 def test_scores_are_those_of_sacrebleu() -> None:

@@ -14,12 +14,12 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
-from taskmoe.wmt import cldr
-from taskmoe.wmt.cleaning import clean
-from taskmoe.wmt.data import TrainingData
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.sources import (
+from taskmoe.wmt.text import cldr
+from taskmoe.wmt.text.cleaning import clean
+from taskmoe.wmt.text.data import TrainingData
+from taskmoe.wmt.text.sources import (
     all_pairs,
     open_source,
     open_sources,

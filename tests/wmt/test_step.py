@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
-from taskmoe.wmt import parallel, step
 from taskmoe.wmt.config import ModelConfig, TrainConfig
-from taskmoe.wmt.data import Batch, TrainingData
-from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.text.data import Batch, TrainingData
+from taskmoe.wmt.training import parallel, step
 
 MODEL = support.model_config(encoder="token", decoder="target")
 CONFIG = support.train_config(row_multiple=8)

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import Model, load_model, save_model
-from taskmoe.wmt.subnetwork import extract
-from taskmoe.wmt.transformer import param_count
-from taskmoe.wmt.translation import Decoding, task_ids, translate
+from taskmoe.wmt.model.saved import Model, load_model, save_model
+from taskmoe.wmt.model.subnetwork import extract
+from taskmoe.wmt.model.transformer import param_count
+from taskmoe.wmt.model.translation import Decoding, task_ids, translate
 
 FULL = support.model(tie_embeddings=False)
 REQUESTS = [("en-de", line) for line in support.sentences("en", 6, seed=3)] + [("en-de", "  ")]

@@ -10,8 +10,8 @@ import pytest
 
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.__main__ import main
-from taskmoe.wmt.data import available_pairs, read_pairs
-from taskmoe.wmt.folders import Folder
+from taskmoe.wmt.text.data import available_pairs, read_pairs
+from taskmoe.wmt.text.folders import Folder
 
 datasets = pytest.importorskip("datasets")
 

@@ -6,9 +6,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.tokenizer import EOS, UNK, Tokenizer, train_tokenizer
+from taskmoe.wmt.text.tokenizer import EOS, UNK, Tokenizer, train_tokenizer
 
 # What text cannot hold: surrogates; U+2581 is SentencePiece's mark of a space.
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\u2581"))

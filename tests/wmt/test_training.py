@@ -14,16 +14,16 @@ import jax
 import numpy as np
 import pytest
 
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
-from taskmoe.wmt import training
 from taskmoe.wmt.config import ModelConfig, TrainConfig
-from taskmoe.wmt.data import TrainingData
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import load_model
-from taskmoe.wmt.step import cross_entropy, make_train_step
-from taskmoe.wmt.training import Progress, train
-from taskmoe.wmt.validation import Validation
-from taskmoe.wmt.workdir import alone_in, check_workdir, claim_workdir
+from taskmoe.wmt.model.saved import load_model
+from taskmoe.wmt.text.data import TrainingData
+from taskmoe.wmt.training import loop as training
+from taskmoe.wmt.training.loop import Progress, train
+from taskmoe.wmt.training.step import cross_entropy, make_train_step
+from taskmoe.wmt.training.validation import Validation
+from taskmoe.wmt.training.workdir import alone_in, check_workdir, claim_workdir
 
 MODEL = support.model_config(encoder="token", decoder="target", dropout=0.1)
 

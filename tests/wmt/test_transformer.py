@@ -10,8 +10,8 @@ import pytest
 
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.config import ModelConfig
-from taskmoe.wmt.tokenizer import BOS, PAD
-from taskmoe.wmt.transformer import decode, decode_step, encode, start_cache
+from taskmoe.wmt.model.transformer import decode, decode_step, encode, start_cache
+from taskmoe.wmt.text.tokenizer import BOS, PAD
 
 ROUTINGS = [("dense", "dense"), ("token", "target"), ("sentence", "sentence"), ("pair", "token")]
 SOURCE = np.array([[9, 8, 7, 6, 3], [10, 11, 3, 0, 0], [12, 3, 0, 0, 0]], np.int32)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
-from taskmoe.wmt import vocabulary
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.folders import Pairs
-from taskmoe.wmt.sources import cache_folder
-from taskmoe.wmt.tokenizer import Tokenizer, train_tokenizer
-from taskmoe.wmt.vocabulary import cached_vocabulary
+from taskmoe.wmt.text import vocabulary
+from taskmoe.wmt.text.folders import Pairs
+from taskmoe.wmt.text.sources import cache_folder
+from taskmoe.wmt.text.tokenizer import Tokenizer, train_tokenizer
+from taskmoe.wmt.text.vocabulary import cached_vocabulary
 
 SETTINGS: dict[str, Any] = {"temperature": 5.0, "sentences": 1000, "seed": 0}
 

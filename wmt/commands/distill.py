@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from taskmoe.wmt.command_line import write_text
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.shared import (
     add_decoding,
     build,
@@ -23,22 +25,20 @@ from taskmoe.wmt.commands.shared import (
 from taskmoe.wmt.commands.text import add_data, text_to_score, training_text
 from taskmoe.wmt.commands.train import add_configuration, configure_training, report_to
 from taskmoe.wmt.config import ModelConfig, TrainConfig
-from taskmoe.wmt.data import TrainingData
-from taskmoe.wmt.distillation import (
+from taskmoe.wmt.model.saved import Model
+from taskmoe.wmt.model.transformer import param_count
+from taskmoe.wmt.model.translation import translate
+from taskmoe.wmt.text.data import TrainingData
+from taskmoe.wmt.text.scoring import score
+from taskmoe.wmt.training.distillation import (
     STUDENT_FIELDS,
     gain_kept,
     student_config,
     student_params,
     teacher_text,
 )
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import Model
-from taskmoe.wmt.progress import bar
-from taskmoe.wmt.scoring import score
-from taskmoe.wmt.training import train
-from taskmoe.wmt.transformer import param_count
-from taskmoe.wmt.translation import translate
-from taskmoe.wmt.workdir import SIZES, check_workdir
+from taskmoe.wmt.training.loop import train
+from taskmoe.wmt.training.workdir import SIZES, check_workdir
 
 
 def run(a: argparse.Namespace) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from taskmoe.wmt.command_line import write_text
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.shared import (
     add_decoding,
     check_limit,
@@ -21,11 +22,10 @@ from taskmoe.wmt.commands.shared import (
     sizes_of,
 )
 from taskmoe.wmt.commands.text import add_data, text_to_score
-from taskmoe.wmt.folders import Pairs
-from taskmoe.wmt.model import Model
-from taskmoe.wmt.progress import bar
-from taskmoe.wmt.scoring import Comparison, averages, compare, score
-from taskmoe.wmt.translation import task_ids, translate
+from taskmoe.wmt.model.saved import Model
+from taskmoe.wmt.model.translation import task_ids, translate
+from taskmoe.wmt.text.folders import Pairs
+from taskmoe.wmt.text.scoring import Comparison, averages, compare, score
 
 
 def run(a: argparse.Namespace) -> None:

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from taskmoe.wmt.commands.shared import build, load, out
-from taskmoe.wmt.export import PROGRAM, export
-from taskmoe.wmt.model import check_new
-from taskmoe.wmt.translation import Decoding
+from taskmoe.wmt.model.export import PROGRAM, export
+from taskmoe.wmt.model.saved import check_new
+from taskmoe.wmt.model.translation import Decoding
 
 
 def run(a: argparse.Namespace) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.commands.shared import load, out, sizes_file
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import check_new, save_model
-from taskmoe.wmt.subnetwork import extract
-from taskmoe.wmt.transformer import param_count
+from taskmoe.wmt.model.saved import check_new, save_model
+from taskmoe.wmt.model.subnetwork import extract
+from taskmoe.wmt.model.transformer import param_count
 
 
 def run(a: argparse.Namespace) -> None:

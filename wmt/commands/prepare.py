@@ -13,16 +13,16 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from taskmoe.wmt import cldr
-from taskmoe.wmt.cleaning import account_table
-from taskmoe.wmt.command_line import write_text
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.shared import build, out, override, own_words
 from taskmoe.wmt.commands.text import add_data, training_text
 from taskmoe.wmt.config import TrainConfig, split_pair
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.folders import Pairs
-from taskmoe.wmt.progress import bar
-from taskmoe.wmt.sources import all_pairs, read_all
+from taskmoe.wmt.text import cldr
+from taskmoe.wmt.text.cleaning import account_table
+from taskmoe.wmt.text.folders import Pairs
+from taskmoe.wmt.text.sources import all_pairs, read_all
 
 
 def run(a: argparse.Namespace) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 
 from taskmoe.wmt.commands.shared import check_limit, load, out, sizes_file
 from taskmoe.wmt.commands.text import add_data, text_to_score
-from taskmoe.wmt.model import Model, save_model
-from taskmoe.wmt.pruning import check_prunable, expert_usage, prune
-from taskmoe.wmt.transformer import param_count
+from taskmoe.wmt.model.pruning import check_prunable, expert_usage, prune
+from taskmoe.wmt.model.saved import Model, save_model
+from taskmoe.wmt.model.transformer import param_count
 
 
 def run(a: argparse.Namespace) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import split_pair
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import Model, load_model
-from taskmoe.wmt.translation import Decoding
-from taskmoe.wmt.workdir import SIZES
+from taskmoe.wmt.model.saved import Model, load_model
+from taskmoe.wmt.model.translation import Decoding
+from taskmoe.wmt.training.workdir import SIZES
 
 out = Console(soft_wrap=True, highlight=False, markup=False)
 

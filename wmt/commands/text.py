@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from taskmoe.wmt.cleaning import Account, clean
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.shared import check_pair, out
 from taskmoe.wmt.config import TrainConfig, split_pair
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.folders import SPLITS, Pairs
-from taskmoe.wmt.model import Model
-from taskmoe.wmt.progress import bar
-from taskmoe.wmt.sources import (
+from taskmoe.wmt.model.saved import Model
+from taskmoe.wmt.text.cleaning import Account, clean
+from taskmoe.wmt.text.folders import SPLITS, Pairs
+from taskmoe.wmt.text.sources import (
     Source,
     all_pairs,
     cache_folder,
@@ -26,8 +26,8 @@ from taskmoe.wmt.sources import (
     read_held_out,
     read_split,
 )
-from taskmoe.wmt.tokenizer import Tokenizer
-from taskmoe.wmt.vocabulary import cached_vocabulary
+from taskmoe.wmt.text.tokenizer import Tokenizer
+from taskmoe.wmt.text.vocabulary import cached_vocabulary
 
 
 def add_data(p: argparse.ArgumentParser, *, required: bool = True) -> None:

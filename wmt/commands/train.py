@@ -13,24 +13,24 @@ from typing import Any, get_args
 
 import jax
 
-from taskmoe.wmt import parallel
-from taskmoe.wmt.cleaning import account_table
-from taskmoe.wmt.command_line import write_bytes, write_text
+from taskmoe.cli.command_line import write_bytes, write_text
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.shared import build, out, override
 from taskmoe.wmt.commands.text import TrainingText, add_data, make_vocabulary, training_text
 from taskmoe.wmt.config import PRESETS, ModelConfig, SideRouting, TrainConfig
-from taskmoe.wmt.data import TrainingData
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import Model
-from taskmoe.wmt.progress import bar
-from taskmoe.wmt.scoring import averages, score
-from taskmoe.wmt.sources import all_pairs, read_split
-from taskmoe.wmt.tokenizer import Tokenizer
-from taskmoe.wmt.training import Progress, train
-from taskmoe.wmt.transformer import param_count
-from taskmoe.wmt.translation import Decoding, translate
-from taskmoe.wmt.validation import Validation
-from taskmoe.wmt.workdir import SIZES, alone_in, check_workdir
+from taskmoe.wmt.model.saved import Model
+from taskmoe.wmt.model.transformer import param_count
+from taskmoe.wmt.model.translation import Decoding, translate
+from taskmoe.wmt.text.cleaning import account_table
+from taskmoe.wmt.text.data import TrainingData
+from taskmoe.wmt.text.scoring import averages, score
+from taskmoe.wmt.text.sources import all_pairs, read_split
+from taskmoe.wmt.text.tokenizer import Tokenizer
+from taskmoe.wmt.training import parallel
+from taskmoe.wmt.training.loop import Progress, train
+from taskmoe.wmt.training.validation import Validation
+from taskmoe.wmt.training.workdir import SIZES, alone_in, check_workdir
 
 
 def run(a: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ import functools
 import sys
 from pathlib import Path
 
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.shared import (
     add_decoding,
     check_pair,
@@ -15,10 +17,8 @@ from taskmoe.wmt.commands.shared import (
     own_words,
     read_bytes,
 )
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.progress import bar
-from taskmoe.wmt.textfiles import lines_of
-from taskmoe.wmt.translation import translate, translate_n_best
+from taskmoe.wmt.model.translation import translate, translate_n_best
+from taskmoe.wmt.text.textfiles import lines_of
 
 
 def run(a: argparse.Namespace) -> None:

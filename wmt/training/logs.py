@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 from typing import Any, Self
 
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.parallel import is_writer
+from taskmoe.cli.errors import InputError
+from taskmoe.wmt.training.parallel import is_writer
 
 
 class Logs:

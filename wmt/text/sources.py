@@ -2,11 +2,11 @@
 
 | name | what |
 |---|---|
-| `FOLDER` | Moses-style, multi-parallel or tab-separated files, see `taskmoe.wmt.folders` |
+| `FOLDER` | Moses-style, multi-parallel or tab-separated files, see `taskmoe.wmt.text.folders` |
 | `FILE.tsv` | one tab-separated file; training text unless its name begins with a split, `test.` |
 | `hf:NAME/CONFIG` | a Hugging Face dataset, or a local one: `hf:FOLDER` |
 | `sacrebleu:NAME` | a test set of sacreBLEU's, `sacrebleu:wmt14` or `sacrebleu:wmt14/full` |
-| `cldr` | the embedded corpus, see `taskmoe.wmt.cldr` |
+| `cldr` | the embedded corpus, see `taskmoe.wmt.text.cldr` |
 
 Files may be gzipped. After a file or a test set, `@train`, `@valid` or `@test` says which split it
 is to serve: `sacrebleu:wmt13@valid`.
@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from taskmoe.wmt import cldr
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import split_pair
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.folders import SPLITS, Columns, Folder, Pairs, without_empty
-from taskmoe.wmt.remote import HuggingFace, SacreBleu
-from taskmoe.wmt.textfiles import is_tsv, plain_name, read_tsv
+from taskmoe.wmt.text import cldr
+from taskmoe.wmt.text.folders import SPLITS, Columns, Folder, Pairs, without_empty
+from taskmoe.wmt.text.remote import HuggingFace, SacreBleu
+from taskmoe.wmt.text.textfiles import is_tsv, plain_name, read_tsv
 
 
 class Source(Protocol):

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from taskmoe import moe
-from taskmoe.wmt.attention import (
+from taskmoe.wmt.config import ModelConfig
+from taskmoe.wmt.model.attention import (
     attend,
     attend_cached,
     by_head,
@@ -24,7 +25,6 @@ from taskmoe.wmt.attention import (
     query,
     rms_norm,
 )
-from taskmoe.wmt.config import ModelConfig
 
 Params = dict[str, Any]
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import grain
 import numpy as np
 
-from taskmoe.wmt.errors import InputError
-
-if TYPE_CHECKING:
-    from taskmoe.wmt.data import Batch
+from taskmoe.cli.errors import InputError
 
 _AHEAD = 4  # batches that wait for the training step
+Batch = TypeVar("Batch")
 
 
-class _Steps:
+class _Steps(Generic[Batch]):
     """The batches of a run as grain's random-access source: element i is the batch of step i."""
 
     def __init__(self, make: Callable[[int], Batch]) -> None:
@@ -29,7 +27,7 @@ class _Steps:
         return self._make(step)
 
 
-class BatchIterator(Iterator["Batch"]):
+class BatchIterator(Iterator[Batch], Generic[Batch]):
     """The batches of steps `start_step`, `start_step + 1`, ...; a thread makes a few ahead.
 
     `get_state` goes into a checkpoint and `set_state` brings the iterator back to it; batches that

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import split_pair
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.folders import Columns
-from taskmoe.wmt.textfiles import CODE, read_lines
+from taskmoe.wmt.text.folders import Columns
+from taskmoe.wmt.text.textfiles import CODE, read_lines
 
 _HUB_SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 

@@ -12,11 +12,11 @@ import optax
 from jax.sharding import Mesh
 
 from taskmoe import moe
-from taskmoe.wmt import parallel
 from taskmoe.wmt.config import ModelConfig, TrainConfig
-from taskmoe.wmt.data import Batch
-from taskmoe.wmt.tokenizer import PAD
-from taskmoe.wmt.transformer import Params, decode, encode, init
+from taskmoe.wmt.model.transformer import Params, decode, encode, init
+from taskmoe.wmt.text.data import Batch
+from taskmoe.wmt.text.tokenizer import PAD
+from taskmoe.wmt.training import parallel
 
 Sums = dict[str, jax.Array]
 #: The loop ends a run long before the optimiser would take a step that is not finite.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from taskmoe.wmt.errors import InputError
+from taskmoe.cli.errors import InputError
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 

@@ -13,9 +13,9 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple
 
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import split_pair
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.textfiles import CODE, is_tsv, plain_name, read_lines, read_tsv
+from taskmoe.wmt.text.textfiles import CODE, is_tsv, plain_name, read_lines, read_tsv
 
 SPLITS = {"train": ("train",), "valid": ("valid", "val", "dev"), "test": ("test",)}
 Columns = tuple[list[str], list[str]]  # source lines, target lines

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from taskmoe.wmt.command_line import write_bytes
+from taskmoe.cli.command_line import write_bytes
 from taskmoe.wmt.config import split_pair
-from taskmoe.wmt.folders import Pairs
-from taskmoe.wmt.tokenizer import Tokenizer, train_tokenizer
+from taskmoe.wmt.text.folders import Pairs
+from taskmoe.wmt.text.tokenizer import Tokenizer, train_tokenizer
 
 _DIGEST_BYTES = 32
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from taskmoe.wmt.command_line import write_text
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import Model, save_model
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.errors import InputError
+from taskmoe.wmt.model.saved import Model, save_model
 
 
 class Validation(NamedTuple):

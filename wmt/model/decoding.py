@@ -16,9 +16,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from taskmoe.wmt.config import ModelConfig
-from taskmoe.wmt.subnetwork import one_task
-from taskmoe.wmt.tokenizer import BOS, EOS, PAD
-from taskmoe.wmt.transformer import (
+from taskmoe.wmt.model.subnetwork import one_task
+from taskmoe.wmt.model.transformer import (
     Cache,
     Params,
     Tasks,
@@ -28,6 +27,7 @@ from taskmoe.wmt.transformer import (
     start_cache,
     with_softmax,
 )
+from taskmoe.wmt.text.tokenizer import BOS, EOS, PAD
 
 MULTIPLE = 16  # source lengths are padded up to a multiple, so that few shapes are compiled
 _MOST_ALPHA = 10.0  # a length penalty beyond means nothing, and overflows

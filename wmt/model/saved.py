@@ -15,10 +15,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import ModelConfig
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.tokenizer import Tokenizer
-from taskmoe.wmt.transformer import Params, init
+from taskmoe.wmt.model.transformer import Params, init
+from taskmoe.wmt.text.tokenizer import Tokenizer
 
 CONFIG, PARAMS, VOCABULARY = "config.json", "params.safetensors", "spm.model"
 

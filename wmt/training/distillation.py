@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from taskmoe.wmt.command_line import write_text
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import ModelConfig
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.folders import Pairs
-from taskmoe.wmt.model import Model, flatten
-from taskmoe.wmt.transformer import Params, init
-from taskmoe.wmt.translation import Decoding, translate
+from taskmoe.wmt.model.saved import Model, flatten
+from taskmoe.wmt.model.transformer import Params, init
+from taskmoe.wmt.model.translation import Decoding, translate
+from taskmoe.wmt.text.folders import Pairs
 
 _CHUNK = 1024  # sentences of one direction that are translated between two writes
 

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from taskmoe import moe
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import TASK_LEVELS, ModelConfig, split_pair
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.folders import Pairs
-from taskmoe.wmt.model import Model
-from taskmoe.wmt.tokenizer import BOS, PAD
-from taskmoe.wmt.transformer import Params, decode, encode
+from taskmoe.wmt.model.saved import Model
+from taskmoe.wmt.model.transformer import Params, decode, encode
+from taskmoe.wmt.text.folders import Pairs
+from taskmoe.wmt.text.tokenizer import BOS, PAD
 
 Usage = dict[str, list[np.ndarray]]
 _MULTIPLE = 16  # lengths are padded up to a multiple, so that few shapes are compiled

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import ModelConfig, check_languages, split_pair
-from taskmoe.wmt.decoding import MULTIPLE, check_alpha, length_limit, search_n_best
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import Model
-from taskmoe.wmt.tokenizer import EOS, PAD
-from taskmoe.wmt.transformer import Params, Tasks
+from taskmoe.wmt.model.decoding import MULTIPLE, check_alpha, length_limit, search_n_best
+from taskmoe.wmt.model.saved import Model
+from taskmoe.wmt.model.transformer import Params, Tasks
+from taskmoe.wmt.text.tokenizer import EOS, PAD
 
 TaskIds = tuple[int | None, int | None]
 _ENDS_OF_LINES = str.maketrans("\r\n", "  ")  # byte pieces, which would break a line in two

@@ -10,7 +10,7 @@ import re
 import zlib
 from pathlib import Path
 
-from taskmoe.wmt.errors import InputError
+from taskmoe.cli.errors import InputError
 
 CODE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,15}")  # a language code, as file names have it
 _HEADER = re.compile(r"[a-z]{2,3}(_[A-Za-z]{2,4})?")  # stricter: a word is no header

@@ -15,10 +15,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from taskmoe.cli.errors import InputError
 from taskmoe.moe.mesh import EXPERT_PARAMS
 from taskmoe.wmt.config import ModelConfig, TrainConfig
-from taskmoe.wmt.data import Batch
-from taskmoe.wmt.errors import InputError
+from taskmoe.wmt.text.data import Batch
 
 AXES = ("data", "expert")
 

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import TrainConfig, split_pair
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.folders import Pairs as Pairs
-from taskmoe.wmt.folders import available_pairs as available_pairs
-from taskmoe.wmt.folders import read_pairs as read_pairs
-from taskmoe.wmt.pipeline import BatchIterator
-from taskmoe.wmt.sampling import Schedule
-from taskmoe.wmt.tokenizer import BOS, PAD, Tokenizer
+from taskmoe.wmt.text.folders import Pairs as Pairs
+from taskmoe.wmt.text.folders import available_pairs as available_pairs
+from taskmoe.wmt.text.folders import read_pairs as read_pairs
+from taskmoe.wmt.text.pipeline import BatchIterator
+from taskmoe.wmt.text.sampling import Schedule
+from taskmoe.wmt.text.tokenizer import BOS, PAD, Tokenizer
 
 _CHUNK = 10_000  # lines that are lists of Python integers at a time
 _MOST_EPOCHS = 1000  # of a bucket's sentences in one batch: each is a permutation to draw
@@ -69,7 +69,7 @@ class TrainingData:
     A batch depends on the seed and the step alone, so a run that is resumed at a step sees the
     batches that an unbroken one would: first a length bucket, then for its rows directions in
     proportion to p ~ size^(1/T) (Kudugunta et al. 2021, section 4), then sentences of that bucket,
-    each once an epoch. See `taskmoe.wmt.sampling`.
+    each once an epoch. See `taskmoe.wmt.text.sampling`.
     """
 
     def __init__(self, pairs: Pairs, tokenizer: Tokenizer, config: TrainConfig) -> None:
@@ -158,7 +158,9 @@ class TrainingData:
                     f"{count} processes cannot share evenly; set row_multiple={count}"
                 )
 
-    def iterator(self, start_step: int = 0, shard: tuple[int, int] = (0, 1)) -> BatchIterator:
+    def iterator(
+        self, start_step: int = 0, shard: tuple[int, int] = (0, 1)
+    ) -> BatchIterator[Batch]:
         """The batches from a step on, made ahead in the background; see `BatchIterator`.
 
         Raises InputError where the rows cannot be shared evenly.

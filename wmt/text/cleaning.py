@@ -14,9 +14,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import TrainConfig, split_pair
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.folders import Columns, Pairs
+from taskmoe.wmt.text.folders import Columns, Pairs
 
 _SLACK = 15  # characters by which short sentences may differ whatever the ratio: "Yes." "Mais si !"
 _ENDS = " .,;:!?…。！？।\"'«»“”„‚‘’()"

@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from taskmoe.wmt.decoding import length_limit, search
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import Model, flatten, save_model
-from taskmoe.wmt.tokenizer import BOS, EOS, PAD, UNK
-from taskmoe.wmt.transformer import Tasks
+from taskmoe.cli.errors import InputError
+from taskmoe.wmt.model.decoding import length_limit, search
+from taskmoe.wmt.model.saved import Model, flatten, save_model
+from taskmoe.wmt.model.transformer import Tasks
+from taskmoe.wmt.text.tokenizer import BOS, EOS, PAD, UNK
 
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 PROGRAM, DESCRIPTION = "translate.stablehlo", "export.json"

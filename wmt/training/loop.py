@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from taskmoe.wmt import parallel
-from taskmoe.wmt.checkpoints import Checkpoints
 from taskmoe.wmt.config import ModelConfig, TrainConfig
-from taskmoe.wmt.data import TrainingData
-from taskmoe.wmt.logs import Logs
-from taskmoe.wmt.model import Model, save_model
-from taskmoe.wmt.step import Sums, init_state, make_train_step
-from taskmoe.wmt.tokenizer import Tokenizer
-from taskmoe.wmt.transformer import Params
-from taskmoe.wmt.validation import History, Validation
-from taskmoe.wmt.workdir import alone_in, claim_workdir
+from taskmoe.wmt.model.saved import Model, save_model
+from taskmoe.wmt.model.transformer import Params
+from taskmoe.wmt.text.data import TrainingData
+from taskmoe.wmt.text.tokenizer import Tokenizer
+from taskmoe.wmt.training import parallel
+from taskmoe.wmt.training.checkpoints import Checkpoints
+from taskmoe.wmt.training.logs import Logs
+from taskmoe.wmt.training.step import Sums, init_state, make_train_step
+from taskmoe.wmt.training.validation import History, Validation
+from taskmoe.wmt.training.workdir import alone_in, claim_workdir
 
 
 class Progress(NamedTuple):

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from taskmoe.wmt.command_line import write_text
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import ModelConfig, TrainConfig
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.parallel import agree, is_writer
+from taskmoe.wmt.training.parallel import agree, is_writer
 
 #: Sentence pairs that each direction was trained on, in a work directory.
 SIZES = "sizes.json"

@@ -9,10 +9,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from taskmoe import moe
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import ModelConfig, check_languages, split_pair
-from taskmoe.wmt.errors import InputError
-from taskmoe.wmt.model import Model
-from taskmoe.wmt.transformer import Params, Tasks
+from taskmoe.wmt.model.saved import Model
+from taskmoe.wmt.model.transformer import Params, Tasks
 
 
 def one_task(

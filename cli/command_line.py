@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from taskmoe.wmt import __version__
+from taskmoe.kernels import __version__
 
 
 class Parser(argparse.ArgumentParser):

@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from taskmoe.wmt.model import flatten
-from taskmoe.wmt.parallel import agree, is_writer, wait_for_all
+from taskmoe.wmt.model.saved import flatten
+from taskmoe.wmt.training.parallel import agree, is_writer, wait_for_all
 
 
 class Checkpoints:
