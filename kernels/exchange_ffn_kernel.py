@@ -21,8 +21,7 @@ zeros, and a chunk's hidden activations.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
+from taskmoe.kernels.block_products import through_expert
 from taskmoe.kernels.checks import as_floats, check_shape, in_hbm, match_varying
 from taskmoe.kernels.exchange_kernel import (
     COLLECTIVE_ID,
@@ -45,10 +45,12 @@ from taskmoe.kernels.exchange_plan import (
     hbm_result_like,
     neighbours,
     pack,
-    segments,
+    segments_back,
+    segments_there,
     to_words,
     unpack,
 )
+from taskmoe.kernels.exchange_walk import Buffered, Plan, go_out, multiply
 from taskmoe.kernels.expert_network import expert_ffn
 from taskmoe.kernels.ffn_kernel import cost as ffn_cost
 from taskmoe.kernels.options import ACTIVATIONS, Activation
@@ -103,140 +105,73 @@ def can_fuse(
     )
 
 
-def product(
-    x: jax.Array, w_in_ref: Any, w_gate_ref: Any, w_out_ref: Any, activation: str
-) -> jax.Array:
-    """Rows [m, D] through one expert: [m, D] f32. w_gate_ref may be None."""
-    hidden_size = w_in_ref.shape[1]
-    chunk = HIDDEN_CHUNK if hidden_size % HIDDEN_CHUNK == 0 else hidden_size
-    act = ACTIVATIONS[activation]
-    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-    total = jnp.zeros((x.shape[0], w_out_ref.shape[1]), jnp.float32)
-    for first in range(0, hidden_size, chunk):
-        units = pl.ds(first, chunk)
-        hidden = dot(x, w_in_ref[:, units])
-        gate = hidden if w_gate_ref is None else dot(x, w_gate_ref[:, units])
-        hidden = act(gate) if w_gate_ref is None else act(gate) * hidden
-        total += dot(hidden.astype(x.dtype), w_out_ref[units, :])
-    return total
+class Scratch(NamedTuple):
+    """VMEM: a block of zeros; two buffers of an expert's matrices, of rows and of results."""
+
+    zeros: Any
+    weights: Any
+    rows: Any
+    results: Any
+
+
+class Semaphores(NamedTuple):
+    """DMA semaphores: of the buffers two each, of arrivals one a segment."""
+
+    read: Any
+    loaded: Any
+    stored: Any
+    sent: Any
+    arrived: Any
+    returned: Any
+    filled: Any
 
 
 def kernel(
-    devices_ref: Any,
-    there: Any,
-    back: Any,
-    first_ref: Any,
-    blocks_ref: Any,
+    plan: Plan,
     x_ref: Any,
     weights: Any,
     received_ref: Any,
     results_ref: Any,
     home_ref: Any,
-    zeros_ref: Any,
-    buffers: Any,
-    x_buffer: Any,
-    out_buffer: Any,
-    read: Any,
-    loaded: Any,
-    stored: Any,
-    sent: Any,
-    arrived: Any,
-    returned: Any,
-    filled: Any,
+    scratch: Scratch,
+    semaphores: Semaphores,
     *,
     rows: int,
     activation: str,
     dtype: Any,
 ) -> None:
-    """The whole layer of one device. first_ref, blocks_ref: blocks of rows of each expert."""
+    """The whole layer of one device. rows: of a block."""
+    zeros_ref, sent, filled = scratch.zeros, semaphores.sent, semaphores.filled
     zeros_ref[...] = jnp.zeros_like(zeros_ref)
-    go = Copies(devices_ref, there, x_ref, received_ref, zeros_ref, sent, arrived, filled)
-    come = Copies(devices_ref, back, results_ref, home_ref, zeros_ref, sent, returned, filled)
-    own, peers, num_segments = go.own, go.peers, there.sizes.shape[0]
-
-    def matrices(expert: Any, act: str) -> None:
-        slot = jax.lax.rem(expert, 2)
-        for matrix_ref, buffer_ref in zip(weights, buffers, strict=True):
-            if matrix_ref is not None:
-                copy = pltpu.make_async_copy(
-                    matrix_ref.at[expert], buffer_ref.at[slot], read.at[slot]
-                )
-                getattr(copy, act)()
-
-    def go_out(copies: Copies, segment: Any) -> None:
-        pl.when(segment < own)(lambda: copies.keep(segment))
-        pl.when(segment >= own)(lambda: copies.send(segment))
+    of = plan.devices
+    go = Copies(of, plan.there, x_ref, received_ref, zeros_ref, sent, semaphores.arrived, filled)
+    come = Copies(
+        of, plan.back, results_ref, home_ref, zeros_ref, sent, semaphores.returned, filled
+    )
+    own, peers, num_segments = go.own, go.peers, plan.there.sizes.shape[0]
+    held = [pair for pair in zip(weights, scratch.weights, strict=True) if pair[0] is not None]
+    matrices = Buffered(held, semaphores.read)
+    load = Buffered([(received_ref, scratch.rows)], semaphores.loaded, rows)
+    store = Buffered([(results_ref, scratch.results)], semaphores.stored, rows)
 
     def start_of(expert: Any) -> None:
         for_each(0, peers, lambda i: go_out(go, jax.lax.rem(peers - i, peers) * own + expert))
 
-    def rows_of(ref: Any, block: Any, buffer_ref: Any, semaphores: Any) -> tuple[Any, ...]:
-        slot = jax.lax.rem(block, 2)
-        return ref.at[pl.ds(block * rows, rows)], buffer_ref.at[slot], semaphores.at[slot]
-
-    def load(block: Any) -> Any:
-        return pltpu.make_async_copy(*rows_of(received_ref, block, x_buffer, loaded))
-
-    def store(block: Any) -> Any:
-        place, buffer_ref, semaphore = rows_of(results_ref, block, out_buffer, stored)
-        return pltpu.make_async_copy(buffer_ref, place, semaphore)
-
-    def multiply(expert: Any, slot: Any) -> None:
-        """The expert's blocks of rows, one being read and one written while one is multiplied."""
-        first, end = first_ref[expert], first_ref[expert] + blocks_ref[expert]
-        w_in, w_gate, w_out = (None if b is None else b.at[slot] for b in buffers)
-
-        def each(bound: Any, state: Any, ends: bool, act: Callable[[Any], None]) -> Any:
-            """act on the segments, from the state on, that begin before (end by) this row."""
-
-            def place(peer: Any) -> Any:
-                segment = jnp.minimum(peer, peers - 1) * own + expert
-                at = back.sources[segment] + (back.sizes[segment] - 1 if ends else 0)
-                return jnp.where(peer < peers, at, jnp.iinfo(jnp.int32).max)
-
-            def step(state: Any) -> Any:
-                act(state[0] * own + expert)
-                return state[0] + 1, place(state[0] + 1)
-
-            state = (jnp.int32(0), place(jnp.int32(0))) if state is None else state
-            return jax.lax.while_loop(lambda state: state[1] < bound, step, state)
-
-        def read_block(i: Any, state: Any) -> Any:
-            state = each((i + 1) * rows, state, False, go.wait_arrived)
-            load(i).start()
-            return state
-
-        def wrote_block(i: Any, state: Any) -> Any:
-            store(i).wait()
-            return each((i + 1) * rows, state, True, functools.partial(go_out, come))
-
-        def block(i: jax.Array, states: Any) -> Any:
-            came, went = states
-            at = jax.lax.rem(i, 2)
-            came = jax.lax.cond(i + 1 < end, lambda: read_block(i + 1, came), lambda: came)
-            load(i).wait()
-            went = jax.lax.cond(i >= first + 2, lambda: wrote_block(i - 2, went), lambda: went)
-            x = unpack(x_buffer[at, :, 0, :], dtype)
-            out_buffer[at, :, 0, :] = pack(product(x, w_in, w_gate, w_out, activation), dtype)
-            store(i).start()
-            return came, went
-
-        @pl.when(first < end)
-        def _some() -> None:
-            came = read_block(first, None)
-            went = each(0, None, True, lambda segment: None)
-            _, went = jax.lax.fori_loop(first, end, block, (came, went))
-            went = jax.lax.cond(end >= first + 2, lambda: wrote_block(end - 2, went), lambda: went)
-            wrote_block(end - 1, went)
-
     def one(expert: jax.Array) -> None:
         slot = jax.lax.rem(expert, 2)
-        pl.when(expert + 1 < own)(lambda: matrices(expert + 1, "start"))
-        matrices(expert, "wait")
-        multiply(expert, slot)
+        w_in, w_gate, w_out = (None if b is None else b.at[slot] for b in scratch.weights)
 
-    handshake(devices_ref)
-    matrices(0, "start")
+        def through(at: Any) -> None:
+            x = unpack(scratch.rows[at, :, 0, :], dtype)
+            y = through_expert(x, w_in, w_gate, w_out, activation)
+            scratch.results[at, :, 0, :] = pack(y, dtype)
+
+        pl.when(expert + 1 < own)(lambda: matrices.start(expert + 1))
+        matrices.wait(expert)
+        multiply(expert, plan, go, come, load, store, through, rows)
+
+    handshake(plan.devices)
+    matrices.start(0)
     for_each(0, own, start_of)
     for_each(0, num_segments, lambda hole: go.fill(hole, "start"))
     for_each(0, num_segments, lambda hole: go.fill(hole, "wait"))
@@ -268,39 +203,45 @@ def exchange_ffn_mosaic(
     count, itemsize = 2 if w_gate is None else 3, x.dtype.itemsize
     places, rows = room_for(x, own, num_rows)
     order, devices = neighbours(axis_name)
-    there, back = (
-        segments(counts, order, x.shape[0], places, way, align=rows) for way in (False, True)
-    )
+    sides = x.shape[0], places, rows
+    there, back = segments_there(counts, order, *sides), segments_back(counts, order, *sides)
     sizes = jnp.sum(there.arrivals.reshape(-1, own), axis=0)
     sizes += -sizes % rows
     first = (jnp.cumsum(sizes) - sizes) // rows
-    scalars = devices, there, back, first, sizes // rows
-    flat, tree = jax.tree.flatten((*scalars, to_words(x), weights))
-    arguments = jax.tree.unflatten(tree, match_varying(*flat))
-    *scalars, words, weights = arguments
+    plan = Plan(devices, there, back, first, sizes // rows)
+    flat, tree = jax.tree.flatten((plan, to_words(x), weights))
+    plan, words, weights = jax.tree.unflatten(tree, match_varying(*flat))
     width = words.shape[2]
     zeros = block_rows(min(x.shape[0], places), width)
     smem, hbm = (pl.BlockSpec(memory_space=space) for space in (pltpu.SMEM, pltpu.HBM))
     buffers = [None if w is None else pltpu.VMEM((2, *w.shape[1:]), w.dtype) for w in weights]
+    semaphore: Any = pltpu.SemaphoreType.DMA
     work = ffn_cost(x.shape[0], d, f, own, count, itemsize)
     call = pl.pallas_call(
         functools.partial(kernel, rows=rows, activation=activation, dtype=x.dtype),
         in_specs=[
-            *jax.tree.map(lambda _: smem, scalars),
+            jax.tree.map(lambda _: smem, plan),
             hbm,
             tuple(None if w is None else hbm for w in weights),
         ],
         out_specs=(hbm, hbm, hbm),
         out_shape=tuple(hbm_result_like(words, size) for size in (places, places, x.shape[0])),
         scratch_shapes=[
-            pltpu.VMEM((zeros, 1, width), words.dtype),
-            buffers,
-            *2 * [pltpu.VMEM((2, rows, 1, width), words.dtype)],
-            *3 * [pltpu.SemaphoreType.DMA((2,))],
-            pltpu.SemaphoreType.DMA,
-            pltpu.SemaphoreType.DMA((counts.shape[1],)),
-            pltpu.SemaphoreType.DMA((1,)),
-            pltpu.SemaphoreType.DMA,
+            Scratch(
+                zeros=pltpu.VMEM((zeros, 1, width), words.dtype),
+                weights=buffers,
+                rows=pltpu.VMEM((2, rows, 1, width), words.dtype),
+                results=pltpu.VMEM((2, rows, 1, width), words.dtype),
+            ),
+            Semaphores(
+                read=semaphore((2,)),
+                loaded=semaphore((2,)),
+                stored=semaphore((2,)),
+                sent=semaphore,
+                arrived=semaphore((counts.shape[1],)),
+                returned=semaphore((1,)),
+                filled=semaphore,
+            ),
         ],
         compiler_params=pltpu.CompilerParams(
             collective_id=COLLECTIVE_ID,
@@ -316,7 +257,7 @@ def exchange_ffn_mosaic(
         ),
         name="taskmoe_exchange_ffn",
     )
-    received, _, home = call(*scalars, *jax.tree.map(in_hbm, (words, weights)))
+    received, _, home = call(plan, *jax.tree.map(in_hbm, (words, weights)))
     return from_words(home, d, x.dtype), from_words(received, d, x.dtype), sizes
 
 

@@ -45,7 +45,8 @@ from taskmoe.kernels.exchange_plan import (
     from_words,
     hbm_result_like,
     neighbours,
-    segments,
+    segments_back,
+    segments_there,
     to_words,
 )
 from taskmoe.kernels.platforms import interpret_mode, with_kernel_settings, with_plain_settings
@@ -270,7 +271,7 @@ def exchange_mosaic(
     """The kernel call; arguments as in `exchange_rows`, validated."""
     sides = (num_rows, x.shape[0]) if back else (x.shape[0], num_rows)
     order, devices = neighbours(axis_name)
-    tables = segments(counts, order, *sides, back, align)
+    tables = (segments_back if back else segments_there)(counts, order, *sides, align)
     words, devices, *parts = match_varying(to_words(x), devices, *tables)
     width, peers = words.shape[2], order.shape[0]
     block = block_rows(min(sides), width)

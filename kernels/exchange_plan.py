@@ -45,26 +45,28 @@ def neighbours(axis_name: str) -> tuple[jax.Array, jax.Array]:
     return order, device
 
 
-def segments(
-    counts: jax.Array,
-    order: jax.Array,
-    packed_rows: int,
-    sorted_rows: int,
-    back: bool,
-    align: int = 1,
-) -> Segments:
-    """The segments of device order[0]; counts [n, E] i32, rows of each device for each expert.
+class _Layout(NamedTuple):
+    """Where rows lie packed and sorted, i32 [from, to, expert of it] each.
 
-    All devices cut what does not fit in the same way, so that each waits for what is sent. With
-    `align` every expert's rows begin at a multiple of it where they are sorted.
+    begin: first place where they are packed. packed: rows that fit there. place: first place where
+    they are sorted. moved: rows that fit there too. gaps: [to, expert], free places behind the rows
+    of each expert.
     """
+
+    begin: jax.Array
+    packed: jax.Array
+    place: jax.Array
+    moved: jax.Array
+    gaps: jax.Array
+
+
+def _layout(counts: jax.Array, packed_rows: int, sorted_rows: int, align: int) -> _Layout:
     peers, num_experts = counts.shape
-    shape = (peers, peers, num_experts // peers)  # from, to, expert
+    shape = (peers, peers, num_experts // peers)
     wanted = jnp.clip(counts.astype(jnp.int32), 0, packed_rows)
     begin = jnp.cumsum(wanted, axis=1) - wanted
     packed = jnp.clip(packed_rows - begin, 0, wanted).reshape(shape)
-    begin = begin.reshape(shape)
-    totals = jnp.sum(packed, axis=0)  # [to, expert]
+    totals = jnp.sum(packed, axis=0)
     gaps = -totals % align
     first = jnp.cumsum(totals + gaps, axis=1) - totals - gaps
     device = jnp.arange(peers)
@@ -72,17 +74,54 @@ def segments(
     before = jnp.cumsum(around, axis=0) - around
     place = first + before[(device[:, None] - device) % peers, device]
     moved = jnp.clip(sorted_rows - place, 0, packed)
+    return _Layout(begin.reshape(shape), packed, place, moved, gaps)
+
+
+def segments_there(
+    counts: jax.Array, order: jax.Array, packed_rows: int, sorted_rows: int, align: int = 1
+) -> Segments:
+    """The segments of device order[0], from packed to sorted rows.
+
+    counts: [n, E] i32, rows of each device for each expert. All devices cut what does not fit in
+    the same way, so that each waits for what is sent. With `align` every expert's rows begin at a
+    multiple of it where they are sorted.
+    """
+    of = _layout(counts, packed_rows, sorted_rows, align)
+    me, last = order[0], order[-1]
+    landing = of.place[:, me]
+    room = of.packed[:, me].at[last].add(of.gaps[me])  # the gap lies behind the last peer's rows
+    whole = jnp.clip(sorted_rows - landing, 0, room)
+    ways = of.begin[me], of.place[me], of.moved[me], of.moved[:, me]
+    return _ordered(order, *ways, landing, whole, sorted_rows)
+
+
+def segments_back(
+    counts: jax.Array, order: jax.Array, packed_rows: int, sorted_rows: int, align: int = 1
+) -> Segments:
+    """The segments of device order[0], from sorted rows back to packed: those of the way there."""
+    of = _layout(counts, packed_rows, sorted_rows, align)
     me = order[0]
-    if back:
-        end, landing, whole = packed_rows, begin[me], packed[me]
-        parts = place[:, me], begin[:, me], moved[:, me], moved[me]
-    else:
-        end, landing = sorted_rows, place[:, me]
-        room = packed[:, me].at[order[-1]].add(gaps[me])
-        whole = jnp.clip(sorted_rows - landing, 0, room)
-        parts = begin[me], place[me], moved[me], moved[:, me]
-    ordered = jnp.stack([*parts, landing, whole])[:, order].reshape(-1, num_experts)
-    sources, targets, sizes, arrivals, landing, whole = ordered
+    ways = of.place[:, me], of.begin[:, me], of.moved[:, me], of.moved[me]
+    return _ordered(order, *ways, of.begin[me], of.packed[me], packed_rows)
+
+
+def _ordered(
+    order: jax.Array,
+    sources: jax.Array,
+    targets: jax.Array,
+    sizes: jax.Array,
+    arrivals: jax.Array,
+    landing: jax.Array,
+    whole: jax.Array,
+    end: int,
+) -> Segments:
+    """Segments by peer from this device on; arguments [n, E/n].
+
+    landing, whole: first place of what each peer sends here, and places that are kept for it. end:
+    of the result's rows.
+    """
+    tables = jnp.stack([sources, targets, sizes, arrivals, landing, whole])[:, order]
+    sources, targets, sizes, arrivals, landing, whole = tables.reshape(6, -1)
     tail = jnp.sum(whole)[None]
     hole_starts = jnp.concatenate([landing + arrivals, tail])
     hole_sizes = jnp.concatenate([whole - arrivals, end - tail])

@@ -20,13 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
+from taskmoe.kernels.block_products import through_expert
 from taskmoe.kernels.checks import result_like
-from taskmoe.kernels.gmm_kernel import SUB_ROWS, keep
-from taskmoe.kernels.group_visits import visit_blocks
+from taskmoe.kernels.group_visits import Visit, Visits, visit_blocks
 from taskmoe.kernels.groups import Groups, group_bounds
-from taskmoe.kernels.options import ACTIVATIONS, Experts, FFNOptions
+from taskmoe.kernels.options import Experts, FFNOptions
 from taskmoe.kernels.platforms import chip
-from taskmoe.kernels.tiling import HIDDEN_CHUNK
 
 
 def cost(m: int, d: int, f: int, e: int, matrices: int, itemsize: int) -> pl.CostEstimate:
@@ -38,26 +37,23 @@ def cost(m: int, d: int, f: int, e: int, matrices: int, itemsize: int) -> pl.Cos
     )
 
 
-def rows_block(visit: Any, hidden: Any, *walk: Any) -> tuple[Any, ...]:
+def rows_block(visit: Any, hidden: Any, walk: Visits) -> tuple[Any, ...]:
     """Rows of the visit's block: x and out."""
-    return walk[3][visit], 0
+    return walk.block[visit], 0
 
 
-def in_block(visit: Any, hidden: Any, *walk: Any) -> tuple[Any, ...]:
+def in_block(visit: Any, hidden: Any, walk: Visits) -> tuple[Any, ...]:
     """W_in or W_gate of the visit's expert."""
-    return walk[2][visit], 0, hidden
+    return walk.group[visit], 0, hidden
 
 
-def out_block(visit: Any, hidden: Any, *walk: Any) -> tuple[Any, ...]:
+def out_block(visit: Any, hidden: Any, walk: Visits) -> tuple[Any, ...]:
     """W_out of the visit's expert."""
-    return walk[2][visit], hidden, 0
+    return walk.group[visit], hidden, 0
 
 
 def kernel(
-    starts_ref: Any,
-    ends_ref: Any,
-    group_ref: Any,
-    block_ref: Any,
+    walk: Visits,
     x_ref: Any,
     w_in_ref: Any,
     w_gate_ref: Any,
@@ -69,40 +65,13 @@ def kernel(
     hidden_size: int,
 ) -> None:
     """One visit and one block of hidden units. w_gate_ref may be None."""
-    visit, step, steps = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
-    rows, block_hidden = x_ref.shape[0], w_in_ref.shape[1]
-    block, group = block_ref[visit], group_ref[visit]
-    low = jnp.maximum(starts_ref[group] - block * rows, 0)
-    high = jnp.minimum(ends_ref[group] - block * rows, rows)
-    owns_all = (low == 0) & (high == rows)
-    arrives = (visit == 0) | (block_ref[jnp.maximum(visit - 1, 0)] != block)
-    chunk = HIDDEN_CHUNK if block_hidden % HIDDEN_CHUNK == 0 else block_hidden
-    overhangs = hidden_size % block_hidden != 0
-    act = ACTIVATIONS[activation]
-
-    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.dot(a, b, preferred_element_type=jnp.float32)
-
-    def product(x: jax.Array) -> jax.Array:
-        total = jnp.zeros((x.shape[0], w_out_ref.shape[1]), jnp.float32)
-        for first in range(0, block_hidden, chunk):
-            units = pl.ds(first, chunk)
-            hidden = dot(x, w_in_ref[:, units])
-            if w_gate_ref is None:
-                hidden = act(hidden)
-            else:
-                hidden = act(dot(x, w_gate_ref[:, units])) * hidden
-            hidden = hidden.astype(x.dtype)
-            w_out = w_out_ref[units, :]
-            if overhangs:  # the last block of hidden units: both sides may hold NaN
-                left = hidden_size - step * block_hidden - first
-                hidden, w_out = keep(hidden, left, axis=1), keep(w_out, left, axis=0)
-            total += dot(hidden, w_out)
-        return total
+    visit = Visit(walk, pl.program_id(0), x_ref.shape[0])
+    step, steps, block_hidden = pl.program_id(1), pl.num_programs(1), w_in_ref.shape[1]
+    left = hidden_size - step * block_hidden if hidden_size % block_hidden else None
 
     def work(start: Any, size: int, masked: bool) -> None:
         part = pl.ds(start, size)
-        value = product(x_ref[part, :])
+        value = through_expert(x_ref[part, :], w_in_ref, w_gate_ref, w_out_ref, activation, left)
 
         @pl.when((step > 0) & (step < steps - 1))
         def _accumulate() -> None:
@@ -116,27 +85,15 @@ def kernel(
         def _store() -> None:
             total = jnp.where(step > 0, acc_ref[part, :], 0) + value
             if masked:
-                row = start + jax.lax.broadcasted_iota(jnp.int32, total.shape, 0)
                 old = out_ref[part, :].astype(jnp.float32)
-                total = jnp.where((row >= low) & (row < high), total, old)
+                total = jnp.where(visit.owned(start, total.shape), total, old)
             out_ref[part, :] = total.astype(out_ref.dtype)
 
-    @pl.when(arrives & (step == 0) & ~owns_all)
+    @pl.when(visit.block_arrives() & (step == 0) & ~visit.owns_all)
     def _zero() -> None:
         out_ref[...] = jnp.zeros_like(out_ref)
 
-    @pl.when(owns_all)
-    def _whole() -> None:
-        work(0, rows, masked=False)
-
-    @pl.when(~owns_all & (high > low))
-    def _parts() -> None:
-        sub = SUB_ROWS if rows % SUB_ROWS == 0 else rows
-
-        def one(i: jax.Array, carry: None) -> None:
-            work(pl.multiple_of(i * sub, sub), sub, masked=True)
-
-        jax.lax.fori_loop(low // sub, pl.cdiv(high, sub), one, None)
+    visit.work(work)
 
 
 def expert_ffn_mosaic(
@@ -153,8 +110,8 @@ def expert_ffn_mosaic(
     walk = visit_blocks(group_bounds(groups, e, m), m, t.m)
     into = pl.BlockSpec((None, d, t.n), in_block)
     grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=4,
-        grid=(walk.num, pl.cdiv(f, t.n)),
+        num_scalar_prefetch=1,
+        grid=(walk.num[0], pl.cdiv(f, t.n)),
         in_specs=[
             pl.BlockSpec((t.m, d), rows_block),
             into,
@@ -174,4 +131,4 @@ def expert_ffn_mosaic(
         cost_estimate=cost(m, d, f, e, matrices, itemsize),
         name="taskmoe_expert_ffn",
     )
-    return call(walk.starts, walk.ends, walk.group, walk.block, x, w_in, w_gate, w_out)
+    return call(walk, x, w_in, w_gate, w_out)

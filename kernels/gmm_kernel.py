@@ -2,8 +2,7 @@
 
 Grid: (blocks of width, visits, blocks of depth), see `group_visits`. Visits walk the rows in order,
 so a group's matrix is fetched once a width block, and a block of rows that straddles groups stays
-in VMEM until its last group has written its rows. A visit that owns its whole block is one
-product; one that owns a part works in sub-blocks and skips those that it has no row in.
+in VMEM until its last group has written its rows.
 
 Products are written out in pieces of the MXU's size, two vector registers wide: the compiler then
 keeps each piece's sum in registers, where the product of whole blocks spills.
@@ -24,14 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
+from taskmoe.kernels.block_products import dot, keep, pieces
 from taskmoe.kernels.checks import result_like
-from taskmoe.kernels.group_visits import visit_blocks
+from taskmoe.kernels.group_visits import Visit, Visits, visit_blocks
 from taskmoe.kernels.groups import Groups, group_bounds
 from taskmoe.kernels.options import ProductOptions
 from taskmoe.kernels.platforms import chip
 
-#: Rows of the sub-blocks that a visit works in when it owns a part of its block.
-SUB_ROWS = 128
 #: Columns of one piece of a product.
 PIECE_COLUMNS = 256
 
@@ -42,31 +40,28 @@ def cost(m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int) -> pl
     return pl.CostEstimate(flops=2 * m * k * n, bytes_accessed=moved, transcendentals=0)
 
 
-def lhs_block(width: Any, visit: Any, depth: Any, *walk: Any) -> tuple[Any, ...]:
+def lhs_block(width: Any, visit: Any, depth: Any, walk: Visits) -> tuple[Any, ...]:
     """Rows of the visit's block, at this depth."""
-    return walk[3][visit], depth
+    return walk.block[visit], depth
 
 
-def rhs_block(width: Any, visit: Any, depth: Any, *walk: Any) -> tuple[Any, ...]:
+def rhs_block(width: Any, visit: Any, depth: Any, walk: Visits) -> tuple[Any, ...]:
     """The matrix [K, N] of the visit's group."""
-    return walk[2][visit], depth, width
+    return walk.group[visit], depth, width
 
 
-def rhs_block_transposed(width: Any, visit: Any, depth: Any, *walk: Any) -> tuple[Any, ...]:
+def rhs_block_transposed(width: Any, visit: Any, depth: Any, walk: Visits) -> tuple[Any, ...]:
     """The matrix [N, K] of the visit's group."""
-    return walk[2][visit], width, depth
+    return walk.group[visit], width, depth
 
 
-def out_block(width: Any, visit: Any, depth: Any, *walk: Any) -> tuple[Any, ...]:
+def out_block(width: Any, visit: Any, depth: Any, walk: Visits) -> tuple[Any, ...]:
     """Rows of the visit's block; the same for all visits of the block and all depths."""
-    return walk[3][visit], width
+    return walk.block[visit], width
 
 
 def kernel(
-    starts_ref: Any,
-    ends_ref: Any,
-    group_ref: Any,
-    block_ref: Any,
+    walk: Visits,
     lhs_ref: Any,
     rhs_ref: Any,
     out_ref: Any,
@@ -76,14 +71,9 @@ def kernel(
     mxu_size: int,
 ) -> None:
     """One visit at one depth. acc_ref is there when depth is cut."""
-    visit, depth = pl.program_id(1), pl.program_id(2)
     rows, block_depth = lhs_ref.shape
+    visit, depth = Visit(walk, pl.program_id(1), rows), pl.program_id(2)
     depths = pl.cdiv(depth_size, block_depth)
-    block, group = block_ref[visit], group_ref[visit]
-    low = jnp.maximum(starts_ref[group] - block * rows, 0)
-    high = jnp.minimum(ends_ref[group] - block * rows, rows)
-    owns_all = (low == 0) & (high == rows)
-    arrives = (visit == 0) | (block_ref[jnp.maximum(visit - 1, 0)] != block)
 
     def product(part: Any, columns: Any) -> jax.Array:
         total: Any = 0
@@ -94,8 +84,7 @@ def kernel(
                 left = depth_size - depth * block_depth - units.start
                 lhs = keep(lhs, left, axis=1)
                 rhs = keep(rhs, left, axis=1 if transpose_rhs else 0)
-            dims: Any = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
-            total += jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+            total += dot(lhs, rhs, 1, 1 if transpose_rhs else 0)
         return total
 
     def work(start: Any, size: int, masked: bool) -> None:
@@ -110,9 +99,8 @@ def kernel(
             if acc_ref:
                 value += acc_ref[0][part, columns]
             if masked:
-                row = first + jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
                 old = out_ref[part, columns].astype(value.dtype)
-                value = jnp.where((row >= low) & (row < high), value, old)
+                value = jnp.where(visit.owned(first, value.shape), value, old)
             out_ref[part, columns] = value.astype(out_ref.dtype)
 
         def init(first: Any, part: Any, columns: Any) -> None:
@@ -128,34 +116,11 @@ def kernel(
         pl.when((depth > 0) & (depth < depths - 1))(functools.partial(each_piece, accumulate))
         pl.when(depth == depths - 1)(functools.partial(each_piece, store))
 
-    @pl.when(arrives & (depth == 0) & ~owns_all)
+    @pl.when(visit.block_arrives() & (depth == 0) & ~visit.owns_all)
     def _zero() -> None:
         out_ref[...] = jnp.zeros_like(out_ref)
 
-    @pl.when(owns_all)
-    def _whole() -> None:
-        work(0, rows, masked=False)
-
-    @pl.when(~owns_all & (high > low))
-    def _parts() -> None:
-        sub = SUB_ROWS if rows % SUB_ROWS == 0 else rows
-
-        def one(i: jax.Array, carry: None) -> None:
-            work(pl.multiple_of(i * sub, sub), sub, masked=True)
-
-        jax.lax.fori_loop(low // sub, pl.cdiv(high, sub), one, None)
-
-
-def pieces(size: int, piece: int) -> list[pl.Slice]:
-    """Slices that cut `size` into pieces, or one of all of it where they do not fit exactly."""
-    piece = piece if size % piece == 0 else size
-    return [pl.Slice(first, piece) for first in range(0, size, piece)]
-
-
-def keep(x: jax.Array, left: Any, axis: int) -> jax.Array:
-    """X with everything from index `left` of this axis on set to zero."""
-    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
-    return jnp.where(index < left, x.astype(jnp.float32), 0).astype(x.dtype)
+    visit.work(work)
 
 
 def gmm_mosaic(
@@ -173,8 +138,8 @@ def gmm_mosaic(
         else pl.BlockSpec((None, t.k, t.n), rhs_block)
     )
     grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=4,
-        grid=(pl.cdiv(n, t.n), walk.num, pl.cdiv(k, t.k)),
+        num_scalar_prefetch=1,
+        grid=(pl.cdiv(n, t.n), walk.num[0], pl.cdiv(k, t.k)),
         in_specs=[pl.BlockSpec((t.m, t.k), lhs_block), rhs_spec],
         out_specs=pl.BlockSpec((t.m, t.n), out_block),
         scratch_shapes=[pltpu.VMEM((t.m, t.n), jnp.float32)] if t.k < k else [],
@@ -193,4 +158,4 @@ def gmm_mosaic(
         cost_estimate=cost(m, k, n, e, itemsize, out_itemsize),
         name="taskmoe_gmm",
     )
-    return call(walk.starts, walk.ends, walk.group, walk.block, lhs, rhs)
+    return call(walk, lhs, rhs)

@@ -5,14 +5,22 @@ rows and one group that has rows there. A block that straddles groups is visited
 consecutively, so that its output stays in VMEM between them; empty groups are not visited. Blocks
 without any row of the local groups are visited once, to be zeroed. Kernels that return a matrix a
 group visit groups without rows once, for the same reason.
+
+A kernel makes a `Visit` of the walk. A visit that owns its whole block works on it at once; one
+that owns a part works in sub-blocks and skips those that it has no row in.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+#: Rows of the sub-blocks that a visit works in when it owns a part of its block.
+SUB_ROWS = 128
 
 
 class Visits(NamedTuple):
@@ -22,7 +30,7 @@ class Visits(NamedTuple):
     ends: [E] i32, one past its last row
     group: [V] i32, group of each visit
     block: [V] i32, block of rows of each visit
-    num: [] i32, visits that count: the grid's bound on device
+    num: [1] i32, visits that count: the grid's bound on device
     """
 
     starts: jax.Array
@@ -30,6 +38,61 @@ class Visits(NamedTuple):
     group: jax.Array
     block: jax.Array
     num: jax.Array
+
+
+class Visit:
+    """The visit that a kernel makes: what of its block of rows belongs to its group.
+
+    low, high: first and one past the last of its rows, counted inside the block. owns_all: whether
+    that is the whole block.
+    """
+
+    def __init__(self, walk: Visits, index: Any, rows: int) -> None:
+        """walk: in SMEM. index: of the visit. rows: of a block."""
+        self._walk, self._index, self.rows = walk, index, rows
+        group, first = walk.group[index], walk.block[index] * rows
+        self.low = jnp.maximum(walk.starts[group] - first, 0)
+        self.high = jnp.minimum(walk.ends[group] - first, rows)
+        self.owns_all = (self.low == 0) & (self.high == rows)
+
+    def block_arrives(self) -> Any:
+        """Whether the visit before was at another block."""
+        return self._begins(self._walk.block)
+
+    def group_arrives(self) -> Any:
+        """Whether the visit before was of another group."""
+        return self._begins(self._walk.group)
+
+    def group_leaves(self) -> Any:
+        """Whether the next visit is of another group."""
+        last, group = self._walk.num[0] - 1, self._walk.group
+        behind = jnp.minimum(self._index + 1, last)
+        return (self._index == last) | (group[behind] != group[self._index])
+
+    def _begins(self, ref: Any) -> Any:
+        before = jnp.maximum(self._index - 1, 0)
+        return (self._index == 0) | (ref[before] != ref[self._index])
+
+    def owned(self, start: Any, shape: tuple[int, ...]) -> jax.Array:
+        """Which of the rows from `start` on belong to the group: bool of this shape."""
+        row = start + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        return (row >= self.low) & (row < self.high)
+
+    def work(self, act: Callable[[Any, int, bool], None]) -> None:
+        """act(start, size, masked) on the whole block, or on parts where rows are not its own."""
+
+        @pl.when(self.owns_all)
+        def _whole() -> None:
+            act(0, self.rows, False)
+
+        @pl.when(~self.owns_all & (self.high > self.low))
+        def _parts() -> None:
+            size = SUB_ROWS if self.rows % SUB_ROWS == 0 else self.rows
+
+            def one(i: jax.Array, carry: None) -> None:
+                act(pl.multiple_of(i * size, size), size, True)
+
+            jax.lax.fori_loop(self.low // size, pl.cdiv(self.high, size), one, None)
 
 
 def visit_blocks(
@@ -57,7 +120,7 @@ def visit_blocks(
     lowest = jnp.min(jnp.where(held, order, num_groups - 1))
     highest = jnp.max(jnp.where(held, order, 0))
     group = jnp.clip(segment - 1, lowest, jnp.maximum(lowest, highest))
-    return Visits(starts, ends, group, first[segment] + place, num)
+    return Visits(starts, ends, group, first[segment] + place, num[None])
 
 
 def visit_groups(bounds: tuple[jax.Array, jax.Array], num_rows: int, block_rows: int) -> Visits:
@@ -66,7 +129,7 @@ def visit_groups(bounds: tuple[jax.Array, jax.Array], num_rows: int, block_rows:
     first = jnp.minimum(starts, num_rows - 1) // block_rows
     count = jnp.where(ends > starts, (ends - 1) // block_rows - first + 1, 1)
     segment, place, num = _unroll(count, -(-num_rows // block_rows) + starts.shape[0])
-    return Visits(starts, ends, segment, first[segment] + place, num)
+    return Visits(starts, ends, segment, first[segment] + place, num[None])
 
 
 def _unroll(count: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 from jax.experimental.pallas import tpu as pltpu
 
@@ -72,6 +72,24 @@ def block_rows(num_rows: int, num_groups: int, itemsize: int, largest: int = 256
     return min(size, round_up(num_rows, sublanes(itemsize)))
 
 
+def shared_splits(size: int, info: pltpu.TpuInfo) -> list[int]:
+    """`splits` of what the cores of a chip share: at least two blocks where there are two cores."""
+    return [s for s in splits(size) if info.num_cores == 1 or s < size or size <= LANES]
+
+
+def best(
+    candidates: Iterable[Tiling],
+    vmem_bytes: Callable[[Tiling], int],
+    cost: Callable[[Tiling], Any],
+    info: pltpu.TpuInfo,
+    otherwise: Tiling,
+) -> Tiling:
+    """The candidate that fits in VMEM and costs least; `otherwise` where none fits."""
+    budget = vmem_budget_bytes(info)
+    fits = [t for t in candidates if vmem_bytes(t) <= budget]
+    return min(fits, key=cost, default=otherwise)
+
+
 def gmm_vmem_bytes(t: Tiling, k: int, itemsize: int, out_itemsize: int) -> int:
     """VMEM that gmm takes with these blocks: three streams twice, the product, the sum if split."""
     streams = t.m * t.k * itemsize + t.k * t.n * itemsize + t.m * t.n * out_itemsize
@@ -92,17 +110,13 @@ def gmm_tiling(
 ) -> Tiling:
     """Block sizes for gmm of [m, k] x [e, k, n]."""
     rows = block_rows(m, e, itemsize)
-    budget = vmem_budget_bytes(info)
-    fits = [
-        t
-        for bn in splits(n)
-        for bk in splits(k)
-        if gmm_vmem_bytes(t := Tiling(rows, bk, bn), k, itemsize, out_itemsize) <= budget
-        and (info.num_cores == 1 or bn < n or n <= LANES)
-    ]
-    if not fits:
-        return Tiling(rows, min(k, LANES), min(n, LANES))
-    return min(fits, key=lambda t: gmm_bytes(t, m, k, n, e, itemsize, out_itemsize))
+    return best(
+        (Tiling(rows, bk, bn) for bn in shared_splits(n, info) for bk in splits(k)),
+        lambda t: gmm_vmem_bytes(t, k, itemsize, out_itemsize),
+        lambda t: gmm_bytes(t, m, k, n, e, itemsize, out_itemsize),
+        info,
+        Tiling(rows, min(k, LANES), min(n, LANES)),
+    )
 
 
 def tgmm_vmem_bytes(t: Tiling, itemsize: int, out_itemsize: int) -> int:
@@ -123,17 +137,13 @@ def tgmm_tiling(
 ) -> Tiling:
     """Block sizes for tgmm of [m, k]^T x [m, n] into [e, k, n]."""
     rows = block_rows(m, e, itemsize)
-    budget = vmem_budget_bytes(info)
-    fits = [
-        t
-        for bn in splits(n)
-        for bk in splits(k)
-        if tgmm_vmem_bytes(t := Tiling(rows, bk, bn), itemsize, out_itemsize) <= budget
-        and (info.num_cores == 1 or bn < n or n <= LANES)
-    ]
-    if not fits:
-        return Tiling(rows, min(k, LANES), min(n, LANES))
-    return min(fits, key=lambda t: tgmm_bytes(t, m, k, n, e, itemsize, out_itemsize))
+    return best(
+        (Tiling(rows, bk, bn) for bn in shared_splits(n, info) for bk in splits(k)),
+        lambda t: tgmm_vmem_bytes(t, itemsize, out_itemsize),
+        lambda t: tgmm_bytes(t, m, k, n, e, itemsize, out_itemsize),
+        info,
+        Tiling(rows, min(k, LANES), min(n, LANES)),
+    )
 
 
 def ffn_vmem_bytes(t: Tiling, matrices: int, itemsize: int) -> int:
@@ -154,16 +164,13 @@ def ffn_tiling(
 ) -> Tiling:
     """Block sizes for expert_ffn of [m, d] through e experts of `matrices` [d, f]."""
     base = block_rows(m, e, itemsize)
-    budget = vmem_budget_bytes(info)
-    fits = [
-        t
-        for rows in (base, 2 * base, 4 * base)
-        for bf in splits(f)
-        if ffn_vmem_bytes(t := Tiling(rows, d, bf), matrices, itemsize) <= budget
-    ]
-    if not fits:
-        return Tiling(base, d, min(f, LANES))
-    return min(fits, key=lambda t: (ffn_bytes(t, m, f, e, matrices, itemsize), t.m, -t.n))
+    return best(
+        (Tiling(rows, d, bf) for rows in (base, 2 * base, 4 * base) for bf in splits(f)),
+        lambda t: ffn_vmem_bytes(t, matrices, itemsize),
+        lambda t: (ffn_bytes(t, m, f, e, matrices, itemsize), t.m, -t.n),
+        info,
+        Tiling(base, d, min(f, LANES)),
+    )
 
 
 def ffn_backward_vmem_bytes(t: Tiling, matrices: int, itemsize: int) -> int:
@@ -185,16 +192,13 @@ def ffn_backward_tiling(
 ) -> Tiling:
     """Block sizes for the backward of expert_ffn."""
     rows = block_rows(m, e, itemsize)
-    budget = vmem_budget_bytes(info)
-    fits = [
-        t
-        for bf in splits(f)
-        if ffn_backward_vmem_bytes(t := Tiling(rows, d, bf), matrices, itemsize) <= budget
-        and (info.num_cores == 1 or bf < f or f <= LANES)
-    ]
-    if not fits:
-        return Tiling(sublanes(itemsize), d, min(f, LANES))
-    return min(fits, key=lambda t: ffn_backward_bytes(t, m, f, e, matrices, itemsize))
+    return best(
+        (Tiling(rows, d, bf) for bf in shared_splits(f, info)),
+        lambda t: ffn_backward_vmem_bytes(t, matrices, itemsize),
+        lambda t: ffn_backward_bytes(t, m, f, e, matrices, itemsize),
+        info,
+        Tiling(sublanes(itemsize), d, min(f, LANES)),
+    )
 
 
 def compiler_params(

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from taskmoe.kernels import combine, dispatch, expert_ffn
 from taskmoe.kernels.exchange_ffn_kernel import can_fuse, exchange_ffn, room_for
 from taskmoe.kernels.exchange_kernel import exchange_rows
-from taskmoe.kernels.exchange_plan import neighbours, segments
+from taskmoe.kernels.exchange_plan import neighbours, segments_there
 from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.routing import Assignment, Params, capacity
 
@@ -308,7 +308,7 @@ def _mosaic(job: Job) -> tuple[jax.Array, jax.Array]:
         mine = counts.sum(0).reshape(n, local)[jax.lax.axis_index(axis)]
         out = _experts(job, received, mine)
         back = exchange_rows(out, counts, num_packed, axis_name=axis, back=True)
-    sent = segments(counts, neighbours(axis)[0], num_packed, room, back=False, align=align).sizes
+    sent = segments_there(counts, neighbours(axis)[0], num_packed, room, align).sizes
     lost = counts[jax.lax.axis_index(axis)].sum() - sent.sum()
     return combine(back, rows, weights, implementation=job.implementation), lost
 

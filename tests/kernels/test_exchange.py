@@ -146,7 +146,7 @@ def no_zeros(found: Any) -> Any:
 
 @pytest.mark.parametrize("fault", [wrong_target, no_wait, no_zeros])
 def test_a_planted_fault_is_caught(fault: Any) -> None:
-    right = exchange_kernel.segments
+    right = exchange_kernel.segments_there
     mesh, there = mesh_of(4), 3 * ROWS
     counts = np.random.default_rng(3).integers(1, 2, (4, 4))
     x = support.normal(0, (4, ROWS, WIDTH))
@@ -155,7 +155,7 @@ def test_a_planted_fault_is_caught(fault: Any) -> None:
         out_specs=P("expert"), check_vma=False,
     )  # fmt: skip
     with (
-        support.planted(exchange_kernel, "segments", lambda *args: fault(right(*args))),
+        support.planted(exchange_kernel, "segments_there", lambda *args: fault(right(*args))),
         pytest.raises(Exception, match=r"RACE DETECTED|not equal|semaphore"),
     ):
         np.testing.assert_array_equal(

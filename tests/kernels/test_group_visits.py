@@ -21,7 +21,7 @@ def walk_of(sizes: list[int], offset: int, held: int, m: int, block: int, kind: 
         visits = visit_groups(bounds, m, block)
     else:
         visits = visit_blocks(bounds, m, block, every_group=kind == "both")
-    num = int(visits.num)
+    num = int(visits.num[0])
     assert num <= visits.group.shape[0]
     return list(zip(np.asarray(visits.group)[:num], np.asarray(visits.block)[:num], strict=True))
 

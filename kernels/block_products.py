@@ -1,0 +1,61 @@
+"""Products of blocks in VMEM, as several kernels make them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from taskmoe.kernels.options import ACTIVATIONS
+from taskmoe.kernels.tiling import HIDDEN_CHUNK
+
+
+def pieces(size: int, piece: int) -> list[pl.Slice]:
+    """Slices that cut `size` into pieces, or one of all of it where they do not fit exactly."""
+    piece = piece if size % piece == 0 else size
+    return [pl.Slice(first, piece) for first in range(0, size, piece)]
+
+
+def keep(x: jax.Array, left: Any, axis: int) -> jax.Array:
+    """X with everything from index `left` of this axis on set to zero."""
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    return zero_where_not(index < left, x)
+
+
+def zero_where_not(held: jax.Array, x: jax.Array) -> jax.Array:
+    """X where `held`, else zero: by way of f32, since Mosaic selects in 32 bits."""
+    return jnp.where(held, x.astype(jnp.float32), 0).astype(x.dtype)
+
+
+def dot(a: jax.Array, b: jax.Array, left: int = 1, right: int = 0) -> jax.Array:
+    """Product over axis `left` of a and `right` of b, summed in f32."""
+    dims: Any = (((left,), (right,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def through_expert(
+    x: jax.Array,
+    w_in_ref: Any,
+    w_gate_ref: Any,
+    w_out_ref: Any,
+    activation: str,
+    units_left: Any = None,
+) -> jax.Array:
+    """Rows [m, D] through an expert, or a block of its hidden units, in chunks: [m, D] f32.
+
+    w_gate_ref may be None. units_left: hidden units of the block that there are, where it overhangs
+    the last one; what lies beyond may be NaN.
+    """
+    act = ACTIVATIONS[activation]
+    total = jnp.zeros((x.shape[0], w_out_ref.shape[1]), jnp.float32)
+    for units in pieces(w_in_ref.shape[1], HIDDEN_CHUNK):
+        up = dot(x, w_in_ref[:, units])
+        hidden = act(up) if w_gate_ref is None else act(dot(x, w_gate_ref[:, units])) * up
+        hidden, w_out = hidden.astype(x.dtype), w_out_ref[units, :]
+        if units_left is not None:
+            left = units_left - units.start
+            hidden, w_out = keep(hidden, left, axis=1), keep(w_out, left, axis=0)
+        total += dot(hidden, w_out)
+    return total
