@@ -33,7 +33,7 @@ from taskmoe.bench.exchange_step import (
 from taskmoe.bench.serving import place
 from taskmoe.bench.timing import alternate
 from taskmoe.cli.command_line import write_text
-from taskmoe.moe.exchange import Peers, rows_sent
+from taskmoe.moe.exchange import STRATEGIES, Peers
 from taskmoe.moe.mesh import EXPERT_AXIS
 
 #: Begins the name of a layer's exchange that runs by itself.
@@ -114,7 +114,7 @@ def measure_layer(
         if strategy != "kept":
             error = _difference(compiled(*inputs), np.asarray(jax.jit(one_device)(params, x)))
         units = tokens // mesh.size
-        sent = rows_sent(strategy, config, units, Peers(mesh.size, ragged=False))
+        sent = STRATEGIES[strategy].sent(config, units, Peers(mesh.size, ragged=False))
         rows.append(_row(name, compiled, error, sent * d_model * 4))
         runs[name] = functools.partial(compiled, *inputs)
         if strategy == "all_to_all":

@@ -87,15 +87,15 @@ def _record(
     prefetched = getattr(spec, "num_scalar_prefetch", 0)
     scalars = jax.tree.map(np.asarray, operands[:prefetched])
     is_spec: Any = lambda x: isinstance(x, pl.BlockSpec) or x is None  # noqa: E731
+    specs = jax.tree.leaves([*in_specs, out_specs], is_leaf=is_spec)
+    arrays = [*operands[prefetched:], out_shape]
     pairs = [
-        *zip(in_specs, operands[prefetched:], strict=True),
-        *zip(
-            jax.tree.leaves(out_specs, is_leaf=is_spec),
-            jax.tree.leaves(out_shape, is_leaf=lambda x: x is None),
-            strict=True,
-        ),
+        (block, array)
+        for block, array in zip(
+            specs, jax.tree.leaves(arrays, is_leaf=lambda x: x is None), strict=True
+        )
+        if array is not None
     ]
-    pairs = [(block, array) for block, array in pairs if array is not None]
     by_hand = [block.memory_space in (pltpu.HBM, pl.ANY) for block, _ in pairs]
     walked = [
         walk_bytes(block, array, [int(size) for size in grid], scalars)

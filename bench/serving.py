@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
+from taskmoe.bench import kept
 from taskmoe.bench.collectives import count_collectives, profile_communication
 from taskmoe.bench.timing import alternate
 from taskmoe.wmt.config import ModelConfig
@@ -38,6 +39,7 @@ from taskmoe.wmt.text.tokenizer import BOS
 POSITIONS = 16
 SOURCE_LENGTH = 32
 AXIS = "expert"
+kept.register()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ def expert_parallel(
 ) -> System:
     """One model whose decoder's experts are spread over the mesh, each sequence on one device.
 
-    strategy: as in `moe.apply`; with "kept" nothing travels and results are wrong.
+    strategy: as in `moe.apply`, or "kept", with which nothing travels and results are wrong.
     """
 
     def program(

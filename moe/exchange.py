@@ -22,13 +22,14 @@ block by block as rows arrive, while other rows and results are on the wire; gra
 and after their matmuls.
 
 "auto" takes of the first three the one with the fewest rows sent and held; "mosaic" is for the
-caller to choose. "kept" is all_to_all with every part kept instead of sent: it gives wrong results,
-and what a step costs without its exchange.
+caller to choose.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,20 +42,16 @@ from taskmoe.kernels.exchange_plan import neighbours, segments_there
 from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.routing import Assignment, Params, capacity
 
-STRATEGIES = ("auto", "all_to_all", "ragged", "all_gather", "mosaic", "kept")
-
 
 class Peers(NamedTuple):
     """The devices that exchange rows.
 
     number: how many. ragged: whether they have `lax.ragged_all_to_all`. axis: of the mesh.
-    connected: False keeps every part instead of sending it.
     """
 
     number: int
     ragged: bool
     axis: str = "expert"
-    connected: bool = True
 
 
 class Job(NamedTuple):
@@ -72,62 +69,37 @@ class Job(NamedTuple):
     implementation: str | None
 
 
-def rows_sent(strategy: str, config: MoEConfig, units: int, peers: Peers) -> float:
-    """Rows that one device sends for one layer, there and back, by the table above."""
-    n, e, k = peers.number, config.num_experts, config.top_k
-    if strategy == "kept":
-        return 0.0
-    if strategy == "all_to_all":
-        return 2 * (n - 1) / n * e * (_room(config, units) or units)
-    if strategy == "all_gather":
-        return 2.0 * (n - 1) * units
-    if strategy == "ragged" and not peers.ragged:
-        return 2.0 * (n - 1) * _most(config, units, n)
-    return 2 * (n - 1) / n * k * units
+Rows = Callable[[MoEConfig, int, Peers], float]
 
 
-def rows_held(strategy: str, config: MoEConfig, units: int, peers: Peers) -> float:
-    """Rows of the largest buffers that one device holds at once, by the table above."""
-    come = _most_come(config, units, peers.number)
-    if strategy in ("all_to_all", "kept"):
-        return 3.0 * config.num_experts * (_room(config, units) or units)
-    if strategy == "all_gather":
-        return peers.number * units + 2.0 * come
-    padded = (
-        0
-        if peers.ragged or strategy == "mosaic"
-        else peers.number * _most(config, units, peers.number)
-    )
-    return 2.0 * config.top_k * units + 2 * come + padded
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """A way for rows to travel.
+
+    run: units [U, W] through their experts on whichever device: [U, W], weighted and added up; also
+      the number of assignments, [] i32, that found no room on this device, or of its own that found
+      none elsewhere: the sum over devices is that of all that were dropped on the way
+    sent, held: rows that one device sends for one layer, there and back, and rows of its largest
+      buffers, by the table above
+    padded: whether it wants a padded plan
+    """
+
+    run: Callable[[Job], tuple[jax.Array, jax.Array]]
+    sent: Rows
+    held: Rows
+    padded: bool = False
 
 
-def choose(strategy: str, config: MoEConfig, units: int, peers: Peers) -> str:
+def choose(name: str, config: MoEConfig, units: int, peers: Peers) -> str:
     """The strategy itself, or for "auto" the one that sends and holds the fewest rows."""
-    if strategy != "auto":
-        return strategy
+    if name != "auto":
+        return name
 
     def cost(name: str) -> float:
-        of = (name, config, units, peers)
-        return rows_sent(*of) + rows_held(*of)
+        strategy = STRATEGIES[name]
+        return strategy.sent(config, units, peers) + strategy.held(config, units, peers)
 
-    return min(STRATEGIES[1:4], key=cost)
-
-
-def run_experts(strategy: str, job: Job) -> tuple[jax.Array, jax.Array]:
-    """Units [U, W] through their experts on whichever device: [U, W], weighted and added up.
-
-    Also the number of assignments, [] i32, that found no room on this device, or of its own that
-    found none elsewhere; the sum over devices is that of all that were dropped on the way.
-    """
-    runs = {
-        "all_to_all": _all_to_all,
-        "ragged": _ragged if job.peers.ragged else _packed,
-        "all_gather": _all_gather,
-        "mosaic": _mosaic,
-    }
-    if strategy == "kept":
-        return _all_to_all(job._replace(peers=job.peers._replace(connected=False)))
-    return runs[strategy](job)
+    return min(("all_to_all", "ragged", "all_gather"), key=cost)
 
 
 def run_here(job: Job) -> jax.Array:
@@ -138,10 +110,13 @@ def run_here(job: Job) -> jax.Array:
     return combine(out, plan.rows, gating.weights, implementation=job.implementation)
 
 
-def _all_to_all(job: Job) -> tuple[jax.Array, jax.Array]:
+def all_to_all(
+    job: Job, swap: Callable[[jax.Array, Peers], jax.Array] | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The strategy's `run`. swap: how the parts of an array [peers, ...] change places."""
     gating, plan, _ = job.assigned
     n, width = job.peers.number, job.x.shape[1]
-    swap = _swap if job.peers.connected else lambda x, _: jnp.copy(x)
+    swap = swap or _swap
     room = plan.num_rows // job.config.num_experts
     sent = dispatch(job.x, plan.rows, plan.num_rows, implementation=job.implementation)
     received = swap(sent.reshape(n, -1, width), job.peers)
@@ -390,3 +365,54 @@ def _ragged_swap(x: jax.Array, out: jax.Array, travel: Any, peers: Peers) -> jax
     """travel: [n] each, where each peer's part begins in x, its size, its place there, my sizes."""
     starts, sizes, places, incoming = (part.astype(jnp.int32) for part in travel)
     return jax.lax.ragged_all_to_all(x, out, starts, sizes, places, incoming, axis_name=peers.axis)
+
+
+def _padded_rows(config: MoEConfig, units: int) -> int:
+    return config.num_experts * (_room(config, units) or units)
+
+
+def _far(peers: Peers) -> float:
+    """Share of rows whose expert another device holds."""
+    return (peers.number - 1) / peers.number
+
+
+def _exact(config: MoEConfig, units: int, peers: Peers) -> float:
+    return 2 * _far(peers) * config.top_k * units
+
+
+def _ragged_sent(config: MoEConfig, units: int, peers: Peers) -> float:
+    if peers.ragged:
+        return _exact(config, units, peers)
+    return 2.0 * (peers.number - 1) * _most(config, units, peers.number)
+
+
+def _mosaic_held(config: MoEConfig, units: int, peers: Peers) -> float:
+    return 2.0 * (config.top_k * units + _most_come(config, units, peers.number))
+
+
+def _ragged_held(config: MoEConfig, units: int, peers: Peers) -> float:
+    n = peers.number
+    padded = 0 if peers.ragged else n * _most(config, units, n)
+    return _mosaic_held(config, units, peers) + padded
+
+
+#: By name; "auto" is one of the first three.
+STRATEGIES = {
+    "all_to_all": Strategy(
+        all_to_all,
+        sent=lambda config, units, peers: 2 * _far(peers) * _padded_rows(config, units),
+        held=lambda config, units, peers: 3.0 * _padded_rows(config, units),
+        padded=True,
+    ),
+    "ragged": Strategy(
+        lambda job: (_ragged if job.peers.ragged else _packed)(job), _ragged_sent, _ragged_held
+    ),
+    "all_gather": Strategy(
+        _all_gather,
+        sent=lambda config, units, peers: 2.0 * (peers.number - 1) * units,
+        held=lambda config, units, peers: (
+            peers.number * units + 2.0 * _most_come(config, units, peers.number)
+        ),
+    ),
+    "mosaic": Strategy(_mosaic, _exact, _mosaic_held),
+}

@@ -18,7 +18,7 @@ from taskmoe.kernels.checks import vary_over
 from taskmoe.kernels.exchange_kernel import check_can_run
 from taskmoe.kernels.platforms import interpret_mode
 from taskmoe.moe.config import Metrics, MoEConfig
-from taskmoe.moe.exchange import Job, Peers, choose, run_experts, run_here
+from taskmoe.moe.exchange import STRATEGIES, Job, Peers, choose, run_here
 from taskmoe.moe.extraction import dense_ffn, fold
 from taskmoe.moe.mesh import EXPERT_PARAMS, Layout
 from taskmoe.moe.nested import nested_shard_map
@@ -58,9 +58,10 @@ def apply_here(
     else:
         peers = Peers(layout.peers, layout.ragged, layout.expert)
         chosen = choose(strategy, config, units, peers)
-        padded = units if chosen in ("all_to_all", "kept") else None
+        padded = units if STRATEGIES[chosen].padded else None
         assigned = assign(config, logits, unit_valid, batch.noise, implementation, padded)
-        y, lost = run_experts(chosen, Job(params, config, x, assigned, peers, implementation))
+        job = Job(params, config, x, assigned, peers, implementation)
+        y, lost = STRATEGIES[chosen].run(job)
     gating, plan, balance = assigned
     num_valid = jnp.sum(unit_valid)
     placed = jnp.sum(plan.rows < plan.num_rows) - lost

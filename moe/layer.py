@@ -98,8 +98,8 @@ def apply(
     sentence = None if sentence is None else jnp.asarray(sentence)
     _check(config, x, valid, task, sentence)
     check_implementation(implementation)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if strategy not in ("auto", *STRATEGIES):
+        raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
     batch = Batch(x, valid, task, sentence)
     return _apply(params, batch, key, config, mesh, axes, strategy, implementation)
 

@@ -1,6 +1,7 @@
 """The regression gate: planted changes are caught, noise is not, and bad input is one line."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import time
@@ -19,7 +20,7 @@ from taskmoe.bench.frozen import Workload
 from taskmoe.bench.kernel_cases import Case
 from taskmoe.bench.timed_facts import Effort
 from taskmoe.bench.verdicts import Interval, compare, decided, interval, judge_timed, slower
-from taskmoe.moe import expert_parallel
+from taskmoe.moe import exchange
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
@@ -46,14 +47,15 @@ def test_a_needless_all_gather_is_caught_and_named(monkeypatch: pytest.MonkeyPat
     facts = static_facts.layer_facts(mesh)
     small = f"layer, sub-network, forward, {static_facts.DEVICES} devices"
     assert facts[small] == {"collectives: all": 0}
-    real: Any = expert_parallel.run_experts
+    real = exchange.STRATEGIES["all_to_all"]
 
-    def wasteful(strategy: str, job: Any) -> Any:
-        y, lost = real(strategy, job)
+    def wasteful(job: Any) -> Any:
+        y, lost = real.run(job)
         return y + 0 * jnp.sum(jax.lax.all_gather(job.x, "expert", tiled=True)), lost
 
     jax.clear_caches()  # of the layer as it was traced before
-    monkeypatch.setattr(expert_parallel, "run_experts", wasteful)
+    faulty = dataclasses.replace(real, run=wasteful)
+    monkeypatch.setitem(exchange.STRATEGIES, "all_to_all", faulty)
     changes = compare(facts, static_facts.layer_facts(mesh))
     failed = [c for c in changes if c.fails]
     assert {c.fact for c in failed} == {

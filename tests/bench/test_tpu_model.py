@@ -11,7 +11,7 @@ from taskmoe.bench import tpu_lab, tpu_model, tpu_model_search, tpu_model_worker
 from taskmoe.bench.__main__ import main
 from taskmoe.bench.tpu_model_worker import busiest_link, exchange_bytes, group_size, longest_way
 from taskmoe.cli.errors import InputError
-from taskmoe.moe.exchange import Peers, rows_sent
+from taskmoe.moe.exchange import STRATEGIES, Peers
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
@@ -47,7 +47,7 @@ def test_parameters_by_part_are_the_papers() -> None:
 def test_bytes_sent_are_those_of_the_rows_and_their_masks() -> None:
     config = tpu_model_worker.shapes("token-MoE")[1].moe("decoder")
     assert config is not None
-    rows = rows_sent("all_to_all", config, 1024 // 64, Peers(32, ragged=True))
+    rows = STRATEGIES["all_to_all"].sent(config, 1024 // 64, Peers(32, ragged=True))
     masks = 31 * 2
     assert exchange_bytes(LAYER) == rows * 512 * 4 + masks
     # A planted wrong shape shows: rows of twice the width, a mask of words, fewer peers.

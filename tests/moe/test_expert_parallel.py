@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
-from taskmoe.moe.exchange import Peers, choose, rows_sent
+from taskmoe.moe.exchange import STRATEGIES, Peers, choose
 from taskmoe.tests.kernels.support import running
 from taskmoe.tests.moe import support
 
@@ -166,9 +166,10 @@ def test_auto_sends_the_fewest_rows() -> None:
     assert choose("auto", tight, 64, host) == "all_to_all"
     for strategy in ("all_to_all", "ragged", "all_gather"):
         assert choose(strategy, dropless, 64, pod) == strategy
-    assert rows_sent("all_gather", dropless, 64, host) == 2 * 7 * 64
-    assert rows_sent("ragged", dropless, 64, pod) == 2 * 31 / 32 * 2 * 64
-    assert rows_sent("mosaic", dropless, 64, pod) == rows_sent("ragged", dropless, 64, pod)
+    assert STRATEGIES["all_gather"].sent(dropless, 64, host) == 2 * 7 * 64
+    ragged = STRATEGIES["ragged"].sent(dropless, 64, pod)
+    assert ragged == 2 * 31 / 32 * 2 * 64
+    assert STRATEGIES["mosaic"].sent(dropless, 64, pod) == ragged
 
 
 def test_an_unknown_strategy_is_an_error() -> None:

@@ -106,8 +106,8 @@ def search_n_best(
     if beam == 1:
         ids, score = _greedy(params, config, memory, valid, tasks.decoder, max_length, limit, mesh)
         return ids[:, None], score[:, None]
-    ends = beam, alpha, n_best
-    return _beam(params, config, memory, valid, tasks.decoder, max_length, limit, ends, mesh)
+    search = beam, alpha, n_best
+    return _beam(params, config, memory, valid, tasks.decoder, max_length, limit, search, mesh)
 
 
 class _Greedy(NamedTuple):
@@ -177,10 +177,10 @@ def _beam(
     task: ArrayLike | None,
     max_length: int,
     limit: jax.Array | None,
-    ends: tuple[int, float, int],
+    search: tuple[int, float, int],
     mesh: jax.sharding.Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:
-    beam, alpha, n_best = ends
+    beam, alpha, n_best = search
     batch = memory.shape[0]
     wide = functools.partial(jnp.repeat, repeats=beam, axis=0)
     if task is not None and jnp.ndim(task) == 1:
@@ -217,16 +217,15 @@ def _beam(
         origin, chosen = flat // vocab, (flat % vocab).astype(jnp.int32)
         grown = jnp.take_along_axis(s.live, origin[:, :, None], axis=1)
         grown = jax.lax.dynamic_update_slice_in_dim(grown, chosen[:, :, None], s.position + 1, 2)
-        ends = chosen == EOS
-
-        real = ends & (score > _NEVER / 2)
+        ended = chosen == EOS
+        real = ended & (score > _NEVER / 2)
         if limit is not None:
             real &= (s.position < limit)[:, None]
         ended_score = jnp.where(real, score / penalty(s.position + 1), _NEVER)
         done_score, best = jax.lax.top_k(jnp.concatenate([s.done_score, ended_score], 1), beam)
         done = jnp.take_along_axis(jnp.concatenate([s.done, grown], 1), best[:, :, None], axis=1)
 
-        live_score, best = jax.lax.top_k(jnp.where(ends, _NEVER, score), beam)
+        live_score, best = jax.lax.top_k(jnp.where(ended, _NEVER, score), beam)
         # Scores only fall and the penalty divides by no more than this: what cannot overtake the
         # last of the best ended hypotheses any more is given up.
         hopeless = live_score / longest <= done_score[:, n_best - 1 : n_best]
