@@ -30,12 +30,10 @@ DEV = [
     *BENCH,
     *HF,
     *TENSORBOARD,
-    "beartype>=0.20,<0.24",
     "build>=1.2,<2",
     "equinox>=0.11,<0.14",
     "flax>=0.10,<0.13",
     "hypothesis>=6.120,<7",
-    "jaxtyping>=0.3,<0.4",
     # The TPU compiler; its versions follow jax's.  make lock pins the one that matches.
     'jax[tpu]>=0.10,<0.13; sys_platform == "linux" and platform_machine == "x86_64"',
     "mypy>=1.15,<3",

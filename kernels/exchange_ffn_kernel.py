@@ -21,7 +21,7 @@ zeros, and a chunk's hidden activations.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +56,6 @@ from taskmoe.kernels.ffn_kernel import cost as ffn_cost
 from taskmoe.kernels.options import ACTIVATIONS, Activation
 from taskmoe.kernels.platforms import chip, with_kernel_settings
 from taskmoe.kernels.tiling import HIDDEN_CHUNK
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
-
 
 #: Each segment of rows has a semaphore; a core has about 500.
 MAX_EXPERTS = 256
@@ -313,16 +309,16 @@ _exchange_ffn.defvjp(_exchange_ffn_forward, _exchange_ffn_backward)
 
 
 def exchange_ffn(
-    x: Float[Array, "M D"],
-    counts: Int[Array, "n E"],
-    w_in: Float[Array, "L D F"],
-    w_out: Float[Array, "L F D"],
+    x: jax.Array,
+    counts: jax.Array,
+    w_in: jax.Array,
+    w_out: jax.Array,
     num_rows: int,
     *,
     activation: Activation = "relu",
-    w_gate: Float[Array, "L D F"] | None = None,
+    w_gate: jax.Array | None = None,
     axis_name: str = "expert",
-) -> Float[Array, "M D"]:
+) -> jax.Array:
     """Send rows to the devices of their experts, run them through, and bring the results home.
 
         exchange_rows(expert_ffn(exchange_rows(x, ...), ...), ..., back=True)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +50,6 @@ from taskmoe.kernels.exchange_plan import (
     to_words,
 )
 from taskmoe.kernels.platforms import interpret_mode, with_kernel_settings, with_plain_settings
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
 
 #: Most rows, and most bytes, of one copy.
 BLOCK_ROWS, BLOCK_BYTES = 128, 1 << 20
@@ -360,14 +357,14 @@ def check_exchange(
 
 
 def exchange_rows(
-    x: Float[Array, "M W"],
-    counts: Int[Array, "n E"],
+    x: jax.Array,
+    counts: jax.Array,
     num_rows: int,
     *,
     axis_name: str = "expert",
     back: bool = False,
     align: int = 1,
-) -> Float[Array, "N W"]:
+) -> jax.Array:
     """Send rows to the devices that hold their experts, or their results back.
 
     Inside `jax.shard_map` over all axes of a mesh, of which `axis_name` has n devices; each holds

@@ -12,7 +12,7 @@ Shazeer 2020, GLU variants (arXiv 2002.05202).
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,6 @@ from taskmoe.kernels.tiled_ffn import (
     expert_ffn_xla,
 )
 from taskmoe.kernels.tiling import Tiling, check_tiling
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
 
 HIDDEN, OUT = "taskmoe_expert_hidden", "taskmoe_expert_out"
 
@@ -136,17 +133,17 @@ _expert_ffn.defvjp(_expert_ffn_forward, _expert_ffn_backward)
 
 
 def expert_ffn(
-    x: Float[Array, "M D"],
-    w_in: Float[Array, "E D F"],
-    w_out: Float[Array, "E F D"],
-    group_sizes: Int[Array, " G"],
+    x: jax.Array,
+    w_in: jax.Array,
+    w_out: jax.Array,
+    group_sizes: jax.Array,
     *,
     activation: Activation = "relu",
-    w_gate: Float[Array, "E D F"] | None = None,
-    group_offset: int | Int[Array, ""] | None = None,
+    w_gate: jax.Array | None = None,
+    group_offset: int | jax.Array | None = None,
     tiling: Tiling | None = None,
     implementation: str | None = None,
-) -> Float[Array, "M D"]:
+) -> jax.Array:
     """Run each group of rows through its expert's feed-forward network.
 
         out[i] = act(x[i] W_in) W_out,  or gated  (act(x[i] W_gate) * (x[i] W_in)) W_out

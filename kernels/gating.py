@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,6 @@ from jax.ad_checkpoint import checkpoint_name
 from taskmoe.kernels.checks import accumulator, as_floats, as_size, check_shape, match_varying
 from taskmoe.kernels.gating_kernel import gating_backward_mosaic, gating_mosaic
 from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
-
 
 #: What a policy of `jax.checkpoint` calls all that gating found.
 GATED = "taskmoe_gated"
@@ -41,12 +37,12 @@ class Gating(NamedTuple):
     z_loss: [] f32, mean of logsumexp(logits)**2 over valid tokens; 0 when there are none
     """
 
-    experts: Int[Array, "T k"]
-    weights: Float[Array, "T k"]
-    slots: Int[Array, "T k"]
-    counts: Int[Array, "k E"]
-    mean_probs: Float[Array, " E"]
-    z_loss: Float[Array, ""]
+    experts: jax.Array
+    weights: jax.Array
+    slots: jax.Array
+    counts: jax.Array
+    mean_probs: jax.Array
+    z_loss: jax.Array
 
 
 @with_plain_settings
@@ -233,10 +229,10 @@ _gating.defvjp(_gating_forward, _gating_backward)
 
 
 def top_k_gating(
-    logits: Float[Array, "T E"],
+    logits: jax.Array,
     top_k: int = 2,
     *,
-    valid: Bool[Array, " T"] | None = None,
+    valid: jax.Array | None = None,
     implementation: str | None = None,
 ) -> Gating:
     """Choose top_k experts a token and count each assignment into its expert's queue.

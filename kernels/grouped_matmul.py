@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,6 @@ from taskmoe.kernels.platforms import Op, check_implementation, with_plain_setti
 from taskmoe.kernels.tgmm_kernel import tgmm_mosaic
 from taskmoe.kernels.tiled_products import gmm_xla, tgmm_xla
 from taskmoe.kernels.tiling import Tiling, check_tiling
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
 
 
 @with_plain_settings
@@ -146,16 +143,16 @@ _tgmm.defvjp(_tgmm_forward, _tgmm_backward)
 
 
 def gmm(
-    lhs: Float[Array, "M K"],
-    rhs: Float[Array, "E K N"] | Float[Array, "E N K"],
-    group_sizes: Int[Array, " G"],
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
     *,
     transpose_rhs: bool = False,
-    group_offset: int | Int[Array, ""] | None = None,
+    group_offset: int | jax.Array | None = None,
     preferred_element_type: Any = None,
     tiling: Tiling | None = None,
     implementation: str | None = None,
-) -> Float[Array, "M N"]:
+) -> jax.Array:
     """Multiply each group of rows with its own matrix.
 
         out[i] = lhs[i] @ rhs[g(i) - group_offset],  rows of group g follow those of group g-1
@@ -202,16 +199,16 @@ def gmm(
 
 
 def tgmm(
-    lhs: Float[Array, "M K"],
-    grad: Float[Array, "M N"],
-    group_sizes: Int[Array, " G"],
+    lhs: jax.Array,
+    grad: jax.Array,
+    group_sizes: jax.Array,
     *,
     num_groups: int | None = None,
-    group_offset: int | Int[Array, ""] | None = None,
+    group_offset: int | jax.Array | None = None,
     preferred_element_type: Any = None,
     tiling: Tiling | None = None,
     implementation: str | None = None,
-) -> Float[Array, "E K N"]:
+) -> jax.Array:
     """Sum the outer products of each group's rows: the gradient of `gmm` for its matrices.
 
         out[e] = sum over rows i of group e + group_offset of  lhs[i]^T grad[i]

@@ -9,7 +9,6 @@ With queue places known from gating this is a counting sort, without sorting:
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,6 @@ import jax.numpy as jnp
 from taskmoe.kernels.checks import as_size
 from taskmoe.kernels.gating import Gating
 from taskmoe.kernels.platforms import with_plain_settings
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Int
 
 
 @jax.tree_util.register_dataclass
@@ -32,8 +28,8 @@ class RowPlan:
     num_rows: rows of the destination buffer (static)
     """
 
-    rows: Int[Array, "T k"]
-    group_sizes: Int[Array, " E"]
+    rows: jax.Array
+    group_sizes: jax.Array
     num_rows: int = dataclasses.field(metadata={"static": True})
 
 

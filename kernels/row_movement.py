@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,6 @@ from taskmoe.kernels.checks import (
 )
 from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
 from taskmoe.kernels.row_gather_kernel import gather_rows
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
 
 #: What a policy of `jax.checkpoint` calls the rows that `dispatch` moved.
 DISPATCHED = "taskmoe_dispatched"
@@ -207,12 +204,12 @@ _combine.defvjp(_combine_forward, _combine_backward)
 
 
 def dispatch(
-    x: Float[Array, "T D"],
-    rows: Int[Array, "T k"],
+    x: jax.Array,
+    rows: jax.Array,
     num_rows: int,
     *,
     implementation: str | None = None,
-) -> Float[Array, "N D"]:
+) -> jax.Array:
     """Copy each token's row to the k places that the row plan names.
 
         y[rows[t, j]] = x[t], zero elsewhere
@@ -240,12 +237,12 @@ def dispatch(
 
 
 def combine(
-    y: Float[Array, "N D"],
-    rows: Int[Array, "T k"],
-    weights: Float[Array, "T k"],
+    y: jax.Array,
+    rows: jax.Array,
+    weights: jax.Array,
     *,
     implementation: str | None = None,
-) -> Float[Array, "T D"]:
+) -> jax.Array:
     """Bring each token's rows back and add them up, weighted.
 
         out[t] = sum_j weights[t, j] * y[rows[t, j]]
