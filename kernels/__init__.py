@@ -10,13 +10,16 @@ from taskmoe.kernels.gating import Gating, top_k_gating
 from taskmoe.kernels.grouped_matmul import gmm, tgmm
 from taskmoe.kernels.planning import RowPlan, row_plan
 from taskmoe.kernels.platforms import for_chip
+from taskmoe.kernels.router import ROUTERS, Router
 from taskmoe.kernels.row_movement import combine, dispatch
 
 #: The only place of the version: setup.py reads it here, the other packages show it.
 __version__ = "0.2.0"
 
 __all__ = [
+    "ROUTERS",
     "Gating",
+    "Router",
     "RowPlan",
     "combine",
     "dispatch",

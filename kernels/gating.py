@@ -1,7 +1,6 @@
 """Top-k gating: who goes to which expert, with what weight, and which place in its queue.
 
-    p = softmax(logits);  experts = the k largest, ties to the lower index
-    weights_j = p[experts_j] / sum_i p[experts_i]
+    experts, weights: by a `Router`; ties to the lower index
     slots: number of earlier assignments to the same expert, all first choices before any second
 
 GShard, Algorithm 1 (Lepikhin et al. 2020, arXiv 2006.16668); z-loss of ST-MoE (arXiv 2202.08906).
@@ -21,6 +20,18 @@ from jax.ad_checkpoint import checkpoint_name
 from taskmoe.kernels.checks import accumulator, as_floats, as_size, check_shape, match_varying
 from taskmoe.kernels.gating_kernel import gating_backward_mosaic, gating_mosaic
 from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
+from taskmoe.kernels.router import (
+    TINY,
+    Denominator,
+    Router,
+    by_logit,
+    choice_scores,
+    score,
+    slope,
+    softplus,
+    weigh,
+    weight_gradient,
+)
 
 #: What a policy of `jax.checkpoint` calls all that gating found.
 GATED = "taskmoe_gated"
@@ -30,10 +41,11 @@ class Gating(NamedTuple):
     """What `top_k_gating` found out about T tokens and E experts.
 
     experts: [T, k] i32, chosen experts, best first; 0..k-1 where a token is not valid
-    weights: [T, k] f32, probabilities of the chosen, normalised to sum 1; 0 where not valid
+    weights: [T, k] f32, of the chosen, by the router; 0 where not valid
     slots: [T, k] i32, place in the expert's queue, first choices first; -1 where not valid
     counts: [k, E] i32, valid tokens whose j-th choice is e, before any capacity
-    mean_probs: [E] f32, mean of the softmax over valid tokens; 0 when there are none
+    mean_probs: [E] f32, mean over valid tokens of the scores, which for other than softmax are
+      divided by their sum; 0 when there are none
     z_loss: [] f32, mean of logsumexp(logits)**2 over valid tokens; 0 when there are none
     """
 
@@ -46,16 +58,37 @@ class Gating(NamedTuple):
 
 
 @with_plain_settings
-def top_k_gating_reference(logits: jax.Array, top_k: int, valid: jax.Array) -> Gating:
+def top_k_gating_reference(
+    logits: jax.Array, top_k: int, valid: jax.Array, router: Router, bias: jax.Array | None
+) -> Gating:
     """The definition of `top_k_gating`."""
     num_experts = logits.shape[1]
     logits = jnp.where(valid[:, None], logits.astype(accumulator(logits.dtype)), 0)
-    probs = jnp.where(valid[:, None], jax.nn.softmax(logits, axis=1), 0)
     lowest = jnp.finfo(logits.dtype).min
-    ranked = jnp.where(logits >= lowest, logits, lowest)
-    experts = jnp.argsort(-ranked, axis=1, stable=True)[:, :top_k].astype(jnp.int32)
-    chosen = jnp.take_along_axis(ranked, experts, axis=1)
-    weights = jnp.where(valid[:, None], jax.nn.softmax(chosen, axis=1), 0)
+    known = jnp.where(logits >= lowest, logits, lowest)  # NaN comes last
+    scores = {
+        "softmax": lambda z: jax.nn.softmax(z, axis=1),
+        "sigmoid": jax.nn.sigmoid,
+        "sqrt_softplus": lambda z: jnp.sqrt(softplus(z)),
+    }[router.scores]
+    choice = known if by_logit(router, bias) else scores(known)
+    choice = choice if bias is None else choice + bias
+    grouped = choice.reshape(-1, router.groups, num_experts // router.groups)
+    best = jnp.sort(grouped, axis=2)[:, :, ::-1]
+    judged = best[:, :, 0] if router.group_score == "max" else best[:, :, :2].sum(2)
+    place = jnp.argsort(jnp.argsort(-judged, axis=1, stable=True), axis=1)
+    choice = jnp.where(place[..., None] < router.kept_groups, grouped, -jnp.inf)
+    choice = choice.reshape(-1, num_experts)
+    experts = jnp.argsort(-choice, axis=1, stable=True)[:, :top_k].astype(jnp.int32)
+    probs = scores(logits)
+    chosen = jnp.take_along_axis(scores(known), experts, axis=1)
+    if router.normalise and router.scores == "softmax":
+        chosen = jax.nn.softmax(jnp.take_along_axis(known, experts, axis=1), axis=1)
+    elif router.normalise:
+        chosen = chosen / (jnp.sum(chosen, axis=1, keepdims=True) + TINY)
+    weights = jnp.where(valid[:, None], router.scale * chosen, 0)
+    probs = probs / jnp.sum(probs, axis=1, keepdims=True)
+    probs = jnp.where(valid[:, None], probs, 0)
     assigned = jax.nn.one_hot(experts.T, num_experts, dtype=jnp.int32) * valid[None, :, None]
     queue = assigned.reshape(-1, num_experts)  # all first choices, then all second choices
     before = (jnp.cumsum(queue, axis=0) - queue).reshape(assigned.shape)
@@ -77,34 +110,47 @@ class GatingOptions:
     """What is fixed when gating is traced."""
 
     top_k: int
+    router: Router
     implementation: str | None
 
 
-def _gating_mosaic(options: GatingOptions, logits: jax.Array, valid: jax.Array) -> Gating:
-    experts, weights, slots, counts, probs, squares = gating_mosaic(logits, options.top_k, valid)
+def _gating_mosaic(
+    options: GatingOptions, logits: jax.Array, valid: jax.Array, bias: jax.Array | None
+) -> Gating:
+    found = gating_mosaic(logits, options.top_k, valid, options.router, bias)
+    experts, weights, slots, counts, probs, squares = found
     num_valid = jnp.maximum(jnp.sum(valid), 1)
     return Gating(experts, weights, slots, counts, probs / num_valid, squares / num_valid)
 
 
-def _gating_xla(options: GatingOptions, logits: jax.Array, valid: jax.Array) -> Gating:
+def _gating_xla(
+    options: GatingOptions, logits: jax.Array, valid: jax.Array, bias: jax.Array | None
+) -> Gating:
+    router = options.router
     x = jnp.where(valid[:, None], logits.astype(accumulator(logits.dtype)), 0)
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    largest = jnp.max(x, axis=1, keepdims=True)
+    shifted = jnp.exp(x - largest)
+    total = jnp.sum(shifted, axis=1, keepdims=True)
     # NaN comes last, and all lie above the mark of those already chosen.
-    lowest = jnp.finfo(x.dtype).min
-    open_ = jnp.where(x >= lowest, x, lowest)
+    known = jnp.where(x >= jnp.finfo(x.dtype).min, x, jnp.finfo(x.dtype).min)
+    open_ = choice_scores(router, known, Denominator(largest, total), bias, 1)
     experts, chosen = [], []
     for _ in range(options.top_k):
         best = jnp.max(open_, axis=1, keepdims=True)
         expert = jnp.min(jnp.where(open_ == best, lane, x.shape[1] - 1), axis=1, keepdims=True)
-        open_ = jnp.where(lane == expert, -jnp.inf, open_)
         experts.append(expert)
+        if not by_logit(router, bias):
+            best = jnp.sum(jnp.where(lane == expert, known, 0), axis=1, keepdims=True)
         chosen.append(best)
-    unnormalised = jnp.exp(jnp.concatenate(chosen, axis=1) - chosen[0])
-    weights = unnormalised / jnp.sum(unnormalised, axis=1, keepdims=True)
+        open_ = jnp.where(lane == expert, -jnp.inf, open_)
+    weights = jnp.concatenate(weigh(router, chosen, Denominator(largest, total)), axis=1)
+    if router.scores == "softmax":
+        probs = shifted / total
+    else:
+        probs = score(router, x, Denominator(largest, total))
+        probs = probs / jnp.sum(probs, axis=1, keepdims=True)
     slots, counts = _queue_places(experts, valid, x.shape[1])
-    largest = jnp.max(x, axis=1, keepdims=True)
-    shifted = jnp.exp(x - largest)
-    total = jnp.sum(shifted, axis=1, keepdims=True)
     lse = jnp.where(valid[:, None], jnp.log(total) + largest, 0)
     num_valid = jnp.maximum(jnp.sum(valid), 1)
     return Gating(
@@ -112,7 +158,7 @@ def _gating_xla(options: GatingOptions, logits: jax.Array, valid: jax.Array) -> 
         weights=jnp.where(valid[:, None], weights, 0),
         slots=jnp.where(valid[:, None], slots, -1),
         counts=counts,
-        mean_probs=jnp.sum(jnp.where(valid[:, None], shifted / total, 0), axis=0) / num_valid,
+        mean_probs=jnp.sum(jnp.where(valid[:, None], probs, 0), axis=0) / num_valid,
         z_loss=jnp.sum(lse**2) / num_valid,
     )
 
@@ -151,6 +197,7 @@ QUEUE_BLOCK = 64
 
 
 def gating_gradient(
+    router: Router,
     logits: jax.Array,
     valid: jax.Array,
     experts: jax.Array,
@@ -161,40 +208,50 @@ def gating_gradient(
 ) -> jax.Array:
     """Gradient of the logits [T, E] from those of weights, mean_probs and z_loss.
 
-    d logits = scatter(w * (dw - <w, dw>)) + (p * (dm - <p, dm>) + 2 * lse * p * dz) / valid tokens
+    With r = d log(s) / dz, which is 1 for softmax, and p the scores divided by their sum:
+
+        d logits = scatter(r * w * (dw - <w, dw> / scale))          if normalised, else
+                   scatter(r * w * dw) - softmax * <w, dw>          the latter for softmax alone
+                 + (r * p * (dm - <p, dm>) + 2 * lse * softmax * dz) / valid tokens
     """
     x = jnp.where(valid[:, None], logits.astype(weights.dtype), 0)
-    probs = jax.nn.softmax(x, axis=1)
+    softmax = jax.nn.softmax(x, axis=1)
     lse = jax.nn.logsumexp(x, axis=1, keepdims=True)
+    probs, inner = softmax, slope(router, x)
+    if router.scores != "softmax":
+        probs = score(router, x, Denominator(0, 1))
+        probs = probs / jnp.sum(probs, axis=1, keepdims=True)
     num_valid = jnp.maximum(jnp.sum(valid), 1)
     centred = d_probs - probs @ d_probs[:, None]
-    dense = probs * (centred + 2 * lse * d_z) / num_valid
-    dot = jnp.sum(weights * d_weights, axis=1, keepdims=True)
-    chosen = weights * (d_weights - dot)
+    dense = (probs * inner * centred + 2 * lse * softmax * d_z) / num_valid
+    chosen, taken = weight_gradient(router, weights, d_weights, 1)
+    dense = dense - softmax * taken
     for j in range(experts.shape[1]):
         hit = experts[:, j, None] == jnp.arange(logits.shape[1])
-        dense = dense + jnp.where(hit, chosen[:, j, None], 0)
+        dense = dense + jnp.where(hit, chosen[:, j, None] * inner, 0)
     return jnp.where(valid[:, None], dense, 0).astype(logits.dtype)
 
 
 def _gradient_xla(options: GatingOptions, *operands: Any) -> jax.Array:
     logits, valid, experts, weights, *grads = operands
-    return gating_gradient(logits, valid, experts, weights, *grads)
+    return gating_gradient(options.router, logits, valid, experts, weights, *grads)
 
 
 def _gradient_mosaic(options: GatingOptions, *operands: Any) -> jax.Array:
     logits, valid, experts, weights, d_weights, d_probs, d_z = operands
     num_valid = jnp.maximum(jnp.sum(valid), 1)
     sums = d_weights, d_probs / num_valid, d_z / num_valid
-    return gating_backward_mosaic(logits, valid, experts, weights, *sums)
+    return gating_backward_mosaic(options.router, logits, valid, experts, weights, *sums)
 
 
 GATING = Op("top_k_gating", xla=_gating_xla, mosaic=_gating_mosaic)
 GATING_BACKWARD = Op("top_k_gating_backward", xla=_gradient_xla, mosaic=_gradient_mosaic)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _gating(logits: jax.Array, valid: jax.Array, options: GatingOptions) -> Gating:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gating(
+    logits: jax.Array, valid: jax.Array, bias: jax.Array | None, options: GatingOptions
+) -> Gating:
     (tokens, num_experts), k = logits.shape, options.top_k
     real, whole = accumulator(logits.dtype), jnp.int32
     result: Any = jax.ShapeDtypeStruct
@@ -206,23 +263,25 @@ def _gating(logits: jax.Array, valid: jax.Array, options: GatingOptions) -> Gati
         mean_probs=result((num_experts,), real),
         z_loss=result((), real),
     )
-    return GATING(options, options.implementation, results, logits, valid)
+    return GATING(options, options.implementation, results, logits, valid, bias)
 
 
 def _gating_forward(
-    logits: jax.Array, valid: jax.Array, options: GatingOptions
-) -> tuple[Gating, tuple[jax.Array, ...]]:
-    gating = checkpoint_name(_gating(logits, valid, options), GATED)
-    return gating, (logits, valid, gating.experts, gating.weights)
+    logits: jax.Array, valid: jax.Array, bias: jax.Array | None, options: GatingOptions
+) -> tuple[Gating, tuple[Any, ...]]:
+    gating = checkpoint_name(_gating(logits, valid, bias, options), GATED)
+    return gating, (logits, valid, gating.experts, gating.weights, bias)
 
 
 def _gating_backward(
-    options: GatingOptions, residuals: tuple[jax.Array, ...], grads: Gating
+    options: GatingOptions, residuals: tuple[Any, ...], grads: Gating
 ) -> tuple[Any, ...]:
-    logits = residuals[0]
+    *saved, bias = residuals
+    logits = saved[0]
     result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
     floats = grads.weights, grads.mean_probs, grads.z_loss
-    return GATING_BACKWARD(options, options.implementation, result, *residuals, *floats), None
+    d_logits = GATING_BACKWARD(options, options.implementation, result, *saved, *floats)
+    return d_logits, None, None if bias is None else jnp.zeros_like(bias)
 
 
 _gating.defvjp(_gating_forward, _gating_backward)
@@ -233,17 +292,26 @@ def top_k_gating(
     top_k: int = 2,
     *,
     valid: jax.Array | None = None,
+    router: Router | None = None,
+    bias: jax.Array | None = None,
     implementation: str | None = None,
 ) -> Gating:
     """Choose top_k experts a token and count each assignment into its expert's queue.
 
         p = softmax(logits);  weights_j = p[experts_j] / sum_i p[experts_i]
 
-    logits: [T, E] bf16|f32, gate logits; the softmax is taken in f32.
+    or by another `Router`.
+
+    logits: [T, E] bf16|f32, gate logits; scores are taken in f32.
     top_k: experts a token, 1 <= top_k <= E. Ties go to the lower expert index.
     valid: [T] bool, False at padding, which gets weight 0, joins no queue and counts nowhere;
       what its logits hold, NaN included, is never looked at. None means all valid.
       NaN at a valid token is chosen last; mean_probs and z_loss are then NaN.
+    router: how logits become a choice and weights. None is `Router()`: softmax over the chosen
+      logits. With top_k=1 its weight is always 1, and has no gradient: a `Router` that does not
+      normalise, such as `ROUTERS["switch"]`, gives it one.
+    bias: [E] f32, added to the scores where experts are chosen, and nowhere else: for balancing
+      without a loss. It gets no gradient.
     implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by the platform that is
       lowered for).
 
@@ -251,7 +319,7 @@ def top_k_gating(
     Raises ValueError or TypeError that names the argument that does not fit.
 
     Lepikhin et al. 2020, GShard (arXiv 2006.16668), Algorithm 1, without its capacity: `row_plan`
-    applies that.
+    applies that. DeepSeek-AI 2024, DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
     """
     logits = as_floats("logits", logits)
     check_shape("logits", logits, ("T", "E"))
@@ -259,12 +327,23 @@ def top_k_gating(
     top_k = as_size("top_k", top_k)
     if top_k > num_experts:
         raise ValueError(f"top_k must be an int in [1, E={num_experts}], got {top_k!r}")
+    router = Router() if router is None else router
+    if not isinstance(router, Router):
+        raise TypeError(f"router must be a Router or None, got {type(router).__name__}")
+    router.check(num_experts, top_k)
+    if bias is not None:
+        bias = as_floats("bias", bias).astype(accumulator(logits.dtype))
+        check_shape("bias", bias, (num_experts,))
     valid = jnp.ones((num_tokens,), jnp.bool_) if valid is None else jnp.asarray(valid)
     check_shape("valid", valid, (num_tokens,))
     if valid.dtype != jnp.bool_:
         raise TypeError(f"valid must be bool, got {valid.dtype}")
     check_implementation(implementation)
-    logits, valid = match_varying(logits, valid)
+    if bias is None:
+        logits, valid = match_varying(logits, valid)
+    else:
+        logits, valid, bias = match_varying(logits, valid, bias)
     if implementation == "reference" or num_tokens == 0:
-        return top_k_gating_reference(logits, top_k, valid)
-    return _gating(logits, valid, GatingOptions(top_k, implementation))
+        fixed = None if bias is None else jax.lax.stop_gradient(bias)
+        return top_k_gating_reference(logits, top_k, valid, router, fixed)
+    return _gating(logits, valid, bias, GatingOptions(top_k, router, implementation))

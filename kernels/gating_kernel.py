@@ -1,6 +1,6 @@
 """top_k_gating as Pallas TPU kernels, forward and backward.
 
-    p = softmax(logits);  weights_j = p[experts_j] / sum_i p[experts_i];  slots: queue places
+    experts, weights: by a `Router`;  slots: queue places
 
 Tokens lie along lanes and experts along sublanes ([E, T]), so that few experts waste no lanes and
 maxima over experts are plain vector operations. The grid walks blocks of tokens in order. The k
@@ -23,6 +23,16 @@ from jax.experimental import pallas as pl
 from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.platforms import chip
+from taskmoe.kernels.router import (
+    Denominator,
+    Router,
+    by_logit,
+    choice_scores,
+    score,
+    slope,
+    weigh,
+    weight_gradient,
+)
 
 #: Tokens a block, unless E is so large that fewer fit.
 BLOCK = 256
@@ -49,8 +59,8 @@ def whole_block(step: Any) -> tuple[Any, ...]:
 
 def softmax_parts(
     logits_ref: Any, valid_ref: Any, num_tokens: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Logits [E, block] with 0 where not valid, valid [1, block], probabilities, logsumexp."""
+) -> tuple[jax.Array, jax.Array, jax.Array, Denominator]:
+    """Logits [E, block] with 0 where not valid, valid [1, block], and their softmax."""
     token = jax.lax.broadcasted_iota(jnp.int32, valid_ref.shape, 1)
     inside = pl.program_id(0) * valid_ref.shape[1] + token < num_tokens
     valid = (valid_ref[...] != 0) & inside
@@ -58,12 +68,21 @@ def softmax_parts(
     largest = jnp.max(x, axis=0, keepdims=True)
     shifted = jnp.exp(x - largest)
     total = jnp.sum(shifted, axis=0, keepdims=True)
-    return x, valid, shifted / total, jnp.log(total) + largest
+    return x, valid, shifted / total, Denominator(largest, total)
+
+
+def shares(router: Router, x: jax.Array, softmax: jax.Array, of: Denominator) -> jax.Array:
+    """Scores [E, block] divided by their sum."""
+    if router.scores == "softmax":
+        return softmax
+    scores = score(router, x, of)
+    return scores / jnp.sum(scores, axis=0, keepdims=True)
 
 
 def kernel(
     logits_ref: Any,
     valid_ref: Any,
+    bias_ref: Any,
     experts_ref: Any,
     weights_ref: Any,
     slots_ref: Any,
@@ -72,6 +91,7 @@ def kernel(
     squares_ref: Any,
     *,
     num_tokens: int,
+    router: Router,
 ) -> None:
     """One block of tokens. counts_ref holds the counts so far, slots count one choice alone."""
     top_k, block = experts_ref.shape
@@ -82,7 +102,8 @@ def kernel(
         probs_ref[...] = jnp.zeros_like(probs_ref)
         squares_ref[...] = jnp.zeros_like(squares_ref)
 
-    x, valid, probs, lse = softmax_parts(logits_ref, valid_ref, num_tokens)
+    x, valid, softmax, of = softmax_parts(logits_ref, valid_ref, num_tokens)
+    probs, lse = shares(router, x, softmax, of), jnp.log(of.total) + of.largest
     probs_ref[...] += jnp.sum(jnp.where(valid, probs, 0), axis=1, keepdims=True)
     squares_ref[...] += jnp.sum(jnp.where(valid, lse * lse, 0), axis=1, keepdims=True)
 
@@ -91,17 +112,18 @@ def kernel(
     after = jax.lax.broadcasted_iota(jnp.int32, (block, block), 1)
     triangle = (before < after).astype(jnp.float32)
     # NaN comes last, and all lie above the mark of those already chosen.
-    lowest = jnp.finfo(jnp.float32).min
-    left = jnp.where(x >= lowest, x, lowest)
-    first: Any = None
-    odds = []
+    known = jnp.where(x >= jnp.finfo(jnp.float32).min, x, jnp.finfo(jnp.float32).min)
+    bias = None if bias_ref is None else bias_ref[...]
+    left = choice_scores(router, known, of, bias, 0)
+    values = []
     for j in range(top_k):
         best = jnp.max(left, axis=0, keepdims=True)
         choice = jnp.min(jnp.where(left == best, expert, x.shape[0] - 1), axis=0, keepdims=True)
         chosen = expert == choice
         left = jnp.where(chosen, -jnp.inf, left)
-        first = best if j == 0 else first
-        odds.append(jnp.ones_like(best) if j == 0 else jnp.exp(best - first))
+        if not by_logit(router, bias):
+            best = jnp.sum(jnp.where(chosen, known, 0), axis=0, keepdims=True)
+        values.append(best)
         hit = jnp.where(chosen & valid, 1.0, 0.0)
         earlier = jnp.dot(hit, triangle, preferred_element_type=jnp.float32)
         counts = counts_ref[:, j : j + 1]
@@ -109,9 +131,8 @@ def kernel(
         experts_ref[j : j + 1, :] = choice
         slots_ref[j : j + 1, :] = jnp.where(valid, place, -1).astype(jnp.int32)
         counts_ref[:, j : j + 1] = counts + jnp.sum(hit, axis=1, keepdims=True)
-    total = functools.reduce(jnp.add, odds)
-    for j in range(top_k):
-        weights_ref[j : j + 1, :] = jnp.where(valid, odds[j] / total, 0)
+    for j, weight in enumerate(weigh(router, values, of)):
+        weights_ref[j : j + 1, :] = jnp.where(valid, weight, 0)
 
 
 def backward_kernel(
@@ -125,18 +146,25 @@ def backward_kernel(
     out_ref: Any,
     *,
     num_tokens: int,
+    router: Router,
 ) -> None:
     """One block of tokens; the formula is `gating_gradient`'s."""
-    _, valid, probs, lse = softmax_parts(logits_ref, valid_ref, num_tokens)
+    x, valid, softmax, of = softmax_parts(logits_ref, valid_ref, num_tokens)
+    probs, lse = shares(router, x, softmax, of), jnp.log(of.total) + of.largest
     d_probs = d_probs_ref[...]
     mean = jnp.sum(probs * d_probs, axis=0, keepdims=True)
-    grad = probs * (d_probs - mean + 2 * lse * d_squares_ref[...])
+    squares = 2 * lse * d_squares_ref[...]
     weights, d_weights = weights_ref[...], d_weights_ref[...]
-    dot = jnp.sum(weights * d_weights, axis=0, keepdims=True)
-    chosen = weights * (d_weights - dot)
-    expert = jax.lax.broadcasted_iota(jnp.int32, grad.shape, 0)
+    chosen, taken = weight_gradient(router, weights, d_weights, 0)
+    expert = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    at_chosen = jnp.zeros_like(x)
     for j in range(weights.shape[0]):
-        grad += jnp.where(expert == experts_ref[j : j + 1, :], chosen[j : j + 1, :], 0)
+        at_chosen += jnp.where(expert == experts_ref[j : j + 1, :], chosen[j : j + 1, :], 0)
+    if router.scores == "softmax":
+        grad = softmax * (d_probs - mean + squares - taken) + at_chosen
+    else:
+        inner = slope(router, x)
+        grad = inner * (probs * (d_probs - mean) + at_chosen) + softmax * squares
     out_ref[...] = jnp.where(valid, grad, 0).astype(out_ref.dtype)
 
 
@@ -147,7 +175,9 @@ def block_tokens(tokens: int, num_experts: int) -> int:
     return min(largest, tilings.round_up(tokens, tilings.LANES))
 
 
-def gating_mosaic(logits: jax.Array, top_k: int, valid: jax.Array) -> tuple[jax.Array, ...]:
+def gating_mosaic(
+    logits: jax.Array, top_k: int, valid: jax.Array, router: Router, bias: jax.Array | None
+) -> tuple[jax.Array, ...]:
     """The forward call.
 
     Returns experts, weights and slots [T, k], counts [k, E] i32, and the sums over valid tokens of
@@ -158,9 +188,13 @@ def gating_mosaic(logits: jax.Array, top_k: int, valid: jax.Array) -> tuple[jax.
     experts = pl.BlockSpec((num_experts, block), tokens_block)
     rows = pl.BlockSpec((top_k, block), tokens_block)
     call = pl.pallas_call(
-        functools.partial(kernel, num_tokens=tokens),
+        functools.partial(kernel, num_tokens=tokens, router=router),
         grid=(pl.cdiv(tokens, block),),
-        in_specs=[experts, pl.BlockSpec((1, block), tokens_block)],
+        in_specs=[
+            experts,
+            pl.BlockSpec((1, block), tokens_block),
+            None if bias is None else pl.BlockSpec((num_experts, 1), whole_block),
+        ],
         out_specs=[
             rows,
             rows,
@@ -181,7 +215,9 @@ def gating_mosaic(logits: jax.Array, top_k: int, valid: jax.Array) -> tuple[jax.
         cost_estimate=cost(tokens, num_experts, top_k, logits.dtype.itemsize),
         name="taskmoe_top_k_gating",
     )
-    chosen, weights, slots, counts, probs, squares = call(logits.T, valid[None].astype(jnp.int32))
+    chosen, weights, slots, counts, probs, squares = call(
+        logits.T, valid[None].astype(jnp.int32), None if bias is None else bias[:, None]
+    )
     counts = counts.T.astype(jnp.int32)
     # All first choices come before any second: later choices queue behind the earlier ones' counts.
     ahead = jax.lax.cumsum(counts, axis=0) - counts
@@ -191,6 +227,7 @@ def gating_mosaic(logits: jax.Array, top_k: int, valid: jax.Array) -> tuple[jax.
 
 
 def gating_backward_mosaic(
+    router: Router,
     logits: jax.Array,
     valid: jax.Array,
     experts: jax.Array,
@@ -208,7 +245,7 @@ def gating_backward_mosaic(
     values = pl.BlockSpec((num_experts, block), tokens_block)
     rows = pl.BlockSpec((top_k, block), tokens_block)
     call = pl.pallas_call(
-        functools.partial(backward_kernel, num_tokens=tokens),
+        functools.partial(backward_kernel, num_tokens=tokens, router=router),
         grid=(pl.cdiv(tokens, block),),
         in_specs=[
             values,

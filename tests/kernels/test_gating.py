@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taskmoe.kernels import Gating, row_plan, top_k_gating
+from taskmoe.kernels import ROUTERS, Gating, Router, row_plan, top_k_gating
 from taskmoe.tests.kernels import support
 
 ALL = ["reference", "xla", "mosaic"]
@@ -36,12 +36,13 @@ def by_hand(logits: np.ndarray, top_k: int, valid: np.ndarray) -> dict[str, np.n
 
 
 @functools.cache
-def run(implementation: str, top_k: int) -> Any:
+def run(implementation: str, top_k: int, router: Router | None = None) -> Any:
     """Gating and its logits' gradient for given gradients of weights, mean_probs and z_loss."""
 
-    def f(logits: Any, valid: Any, d_weights: Any, d_probs: Any) -> Any:
+    def f(logits: Any, valid: Any, d_weights: Any, d_probs: Any, bias: Any = None) -> Any:
         def differentiable(logits: Any) -> Any:
-            gating = top_k_gating(logits, top_k, valid=valid, implementation=implementation)
+            options: Any = {"router": router, "bias": bias, "implementation": implementation}
+            gating = top_k_gating(logits, top_k, valid=valid, **options)
             return (gating.weights, gating.mean_probs, gating.z_loss), gating
 
         _, pull, gating = jax.vjp(differentiable, logits, has_aux=True)
@@ -145,6 +146,127 @@ def test_a_planted_fault_is_caught(implementation: str, fault: str) -> None:
     want = by_hand(np.asarray(logits), 2, np.asarray(valid))
     with pytest.raises(AssertionError, match="slots"):
         np.testing.assert_array_equal(ours.slots, want["slots"], err_msg="slots")
+
+
+def scores_by_hand(router: Router, logits: np.ndarray) -> np.ndarray:
+    if router.scores == "softmax":
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        return odds / odds.sum(1, keepdims=True)
+    return {
+        "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+        "sqrt_softplus": lambda z: np.sqrt(np.log1p(np.exp(z))),
+    }[router.scores](logits)
+
+
+def routed_by_hand(
+    router: Router, top_k: int, logits: np.ndarray, bias: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Experts and weights, a token at a time."""
+    experts, weights = [], []
+    for score in scores_by_hand(router, logits):
+        choice = score + bias
+        groups = choice.reshape(router.groups, -1)
+        largest = np.sort(groups, axis=1)[:, ::-1]
+        judged = largest[:, 0] if router.group_score == "max" else largest[:, :2].sum(1)
+        best = np.argsort(-judged, kind="stable")[: router.kept_groups]
+        open_ = np.full_like(groups, -np.inf)
+        open_[best] = groups[best]
+        chosen = np.argsort(-open_.reshape(-1), kind="stable")[:top_k]
+        w = score[chosen]
+        experts.append(chosen)
+        weights.append(router.scale * (w / w.sum() if router.normalise else w))
+    return np.array(experts), np.array(weights)
+
+
+MODELS = [
+    ("switch", 1), ("qwen2_moe", 4), ("deepseek_v2", 6), ("deepseek_v3", 8), ("kimi_k2", 8),
+    ("deepseek_v4", 6), ("nllb_moe", 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("model", "top_k"), MODELS)
+def test_routers_of_models(implementation: str, biased: bool, model: str, top_k: int) -> None:
+    router, tokens, experts = ROUTERS[model], 70, 40
+    logits = 2 * support.normal(0, (tokens, experts))
+    bias = 0.3 * support.normal(1, (experts,)) if biased else None
+    grads = support.normal(5, (tokens, top_k)), support.normal(6, (experts,))
+    valid = jnp.arange(tokens) % 5 != 2
+    args = (logits, valid, *grads, *([] if bias is None else [bias]))
+    truth, d_truth = support.in_float64(run("reference", top_k, router), *args)
+    plain, d_plain = support.call("reference", run("reference", top_k, router), *args)
+    ours, d_ours = support.call(implementation, run(implementation, top_k, router), *args)
+    used = np.asarray(valid)
+    chosen, weights = routed_by_hand(
+        router, top_k, np.asarray(logits, np.float64), np.asarray(0.0 if bias is None else bias)
+    )
+    for gating in (truth, ours):
+        np.testing.assert_array_equal(gating.experts[used], chosen[used])
+        np.testing.assert_allclose(gating.weights[used], weights[used], rtol=2e-6)
+        assert not gating.weights[~used].any()
+    np.testing.assert_array_equal(ours.slots, plain.slots)
+    np.testing.assert_array_equal(ours.counts, plain.counts)
+    for name in ("weights", "mean_probs", "z_loss"):
+        have, base, true = (getattr(g, name) for g in (ours, plain, truth))
+        support.assert_as_good({name: have}, {name: base}, {name: true})
+    support.assert_as_good({"d logits": d_ours}, {"d logits": d_plain}, {"d logits": d_truth})
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_one_expert_a_token_learns_from_its_weight(implementation: str) -> None:
+    logits, upstream = support.normal(0, (9, 5)), support.normal(1, (9, 1))
+
+    def loss(logits: Any, router: Any) -> Any:
+        gating = top_k_gating(logits, 1, router=router, implementation=implementation)
+        return jnp.sum(gating.weights * upstream)
+
+    switch = ROUTERS["switch"]
+    slope = support.call(implementation, lambda x: jax.grad(loss)(x, switch), logits)
+    step = np.eye(5, dtype=np.float64)[1] * 1e-6
+    probs = scores_by_hand(switch, np.asarray(logits, np.float64) + step)
+    moved = scores_by_hand(switch, np.asarray(logits, np.float64) - step)
+    best = np.argmax(logits, axis=1)
+    rows = np.arange(9)
+    change = (probs[rows, best] - moved[rows, best]) / 2e-6 * np.asarray(upstream)[:, 0]
+    np.testing.assert_allclose(slope[:, 1], change, rtol=1e-4, atol=1e-7)
+    assert np.abs(slope).min() > 0
+    normalised = support.call(implementation, lambda x: jax.grad(loss)(x, None), logits)
+    assert not normalised.any()
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_a_bias_chooses_and_does_not_weigh(implementation: str) -> None:
+    logits, router = jnp.zeros((3, 4)), Router("sigmoid", normalise=False)
+
+    def f(logits: Any, bias: Any) -> Any:
+        options: Any = {"router": router, "implementation": implementation}
+        run = lambda b: top_k_gating(logits, 1, bias=b, **options)  # noqa: E731
+        return run(bias), jax.grad(lambda b: run(b).weights.sum())(bias)
+
+    gating, slope = support.call(implementation, f, logits, jnp.array([0.0, 0.0, 2.0, 0.0]))
+    np.testing.assert_array_equal(gating.experts, [[2]] * 3)
+    np.testing.assert_allclose(gating.weights, [[0.5]] * 3)
+    assert not slope.any()
+
+
+def test_what_a_router_must_be() -> None:
+    for field, value in (("scores", "tanh"), ("group_score", "mean"), ("scale", 0.0)):
+        with pytest.raises(ValueError, match=field):
+            Router(**{field: value})
+    with pytest.raises(ValueError, match=r"kept_groups must be in \[1, groups=2\], got 3"):
+        Router(groups=2, kept_groups=3)
+    logits = jnp.zeros((2, 6))
+    with pytest.raises(ValueError, match="groups must divide the 6 experts, got groups=4"):
+        top_k_gating(logits, 1, router=Router(groups=4))
+    with pytest.raises(ValueError, match="kept_groups must hold top_k=4 experts, got 1"):
+        top_k_gating(logits, 4, router=Router(groups=2))
+    with pytest.raises(ValueError, match="groups of two experts or more, got 1"):
+        top_k_gating(logits, 1, router=Router(groups=6, group_score="top2"))
+    with pytest.raises(TypeError, match="router must be a Router or None, got str"):
+        top_k_gating(logits, 1, router="switch")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bias must have shape \[6\], got \[5\]"):
+        top_k_gating(logits, 1, bias=jnp.zeros(5))
 
 
 def test_packed_rows_are_sorted_by_expert() -> None:
