@@ -6,7 +6,7 @@ is lowered for, see `taskmoe.kernels.platforms`; `for_chip` names a TPU that is 
 """
 
 from taskmoe.kernels.expert_network import expert_ffn
-from taskmoe.kernels.gating import Gating, top_k_gating
+from taskmoe.kernels.gating import Gating, given_gating, top_k_gating
 from taskmoe.kernels.grouped_matmul import gmm, tgmm
 from taskmoe.kernels.planning import RowPlan, row_plan
 from taskmoe.kernels.platforms import for_chip
@@ -25,6 +25,7 @@ __all__ = [
     "dispatch",
     "expert_ffn",
     "for_chip",
+    "given_gating",
     "gmm",
     "row_plan",
     "tgmm",

@@ -17,9 +17,21 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from taskmoe.kernels.checks import accumulator, as_floats, as_size, check_shape, match_varying
+from taskmoe.kernels.checks import (
+    accumulator,
+    as_floats,
+    as_integers,
+    as_size,
+    check_shape,
+    match_varying,
+)
 from taskmoe.kernels.gating_kernel import gating_backward_mosaic, gating_mosaic
-from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
+from taskmoe.kernels.platforms import (
+    Op,
+    check_implementation,
+    plain_settings,
+    with_plain_settings,
+)
 from taskmoe.kernels.router import (
     TINY,
     Denominator,
@@ -285,6 +297,51 @@ def _gating_backward(
 
 
 _gating.defvjp(_gating_forward, _gating_backward)
+
+
+def given_gating(
+    experts: jax.Array,
+    weights: jax.Array,
+    num_experts: int,
+    *,
+    valid: jax.Array | None = None,
+) -> Gating:
+    """What `top_k_gating` returns, for experts and weights that the caller has chosen.
+
+    experts: [T, k] i32, different ones for a token; what is not in [0, num_experts) is no
+      assignment: it has weight 0 and joins no queue.
+    weights: [T, k] bf16|f32, of any size.
+    num_experts: E.
+    valid: [T] bool, False at padding. None means all valid.
+
+    Returns `Gating`, whose mean_probs are the mean weights of each expert and whose z_loss is 0;
+    weights and mean_probs carry gradients. Raises ValueError or TypeError that names the argument
+    that does not fit.
+    """
+    experts = as_integers("experts", experts)
+    check_shape("experts", experts, ("T", "k"))
+    weights = as_floats("weights", weights)
+    check_shape("weights", weights, experts.shape)
+    num_experts = as_size("num_experts", num_experts)
+    tokens, top_k = experts.shape
+    valid = jnp.ones((tokens,), jnp.bool_) if valid is None else jnp.asarray(valid)
+    check_shape("valid", valid, (tokens,))
+    experts, weights, valid = match_varying(experts, weights, valid)
+    with plain_settings():
+        held = valid[:, None] & (experts >= 0) & (experts < num_experts)
+        chosen = jnp.where(held, experts, 0)
+        kept = jnp.where(held, weights, 0).astype(accumulator(weights.dtype))
+        columns = [jnp.where(held, experts, -1)[:, j, None] for j in range(top_k)]
+        slots, counts = _queue_places(columns, valid, num_experts)
+        sums = jnp.zeros((num_experts,), kept.dtype).at[chosen].add(kept)
+        return Gating(
+            experts=chosen,
+            weights=kept,
+            slots=jnp.where(held, slots, -1),
+            counts=counts,
+            mean_probs=sums / jnp.maximum(jnp.sum(valid), 1),
+            z_loss=jnp.zeros_like(kept[0, 0]),
+        )
 
 
 def top_k_gating(

@@ -2,6 +2,7 @@
 
 Pure functions on pytrees: `init` makes a layer's parameters, `apply` runs it, `extract` cuts one
 task's sub-network out, and `ffn` runs that; `extract_tasks` and `prune` make smaller layers.
+`balance_bias` balances experts without a loss.
 """
 
 from taskmoe.kernels import __version__ as __version__
@@ -9,6 +10,7 @@ from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.extraction import FFNParams, extract, extract_tasks, ffn, prune
 from taskmoe.moe.layer import apply, init
 from taskmoe.moe.mesh import MeshAxes, param_specs
+from taskmoe.moe.routing import balance_bias
 
 __all__ = [
     "FFNParams",
@@ -16,6 +18,7 @@ __all__ = [
     "Metrics",
     "MoEConfig",
     "apply",
+    "balance_bias",
     "extract",
     "extract_tasks",
     "ffn",

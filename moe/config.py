@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 
+from taskmoe.kernels import ROUTERS, Router
 from taskmoe.kernels.options import Activation
 
-Routing = Literal["token", "sentence", "task", "static"]
+Routing = Literal["token", "sentence", "task", "static", "given"]
 SecondPolicy = Literal["all", "random", "sampling"]
 
 
@@ -23,10 +24,18 @@ class MoEConfig:
     top_k: experts that each token, sentence or task uses.
     routing: "token" (gate on each token), "sentence" (gate on the mean of a sequence's valid
       tokens), "task" (gate on a learned embedding of the task) or "static" (the experts of each
-      task are given), Kudugunta et al. 2021, section 3.
+      task are given), Kudugunta et al. 2021, section 3; or "given" (`apply` is told the experts and
+      weights of each token).
+    router: how gate logits become experts and weights: a `taskmoe.kernels.Router`, or the name of a
+      model in `taskmoe.kernels.ROUTERS`. None is softmax over the chosen logits; with top_k=1,
+      where that is always 1 and the gate would learn nothing from the task, it is the probability,
+      as in Switch Transformer.
+    gate_bias: whether the gate has a learned bias.
+    choice_bias: whether experts have a bias where they are chosen, which has no gradient:
+      `balance_bias` moves it.
     num_tasks: number of tasks, for routing "task" only.
     table: the top_k different experts of each task, for routing "static" only.
-    table_weights: their gate weights, positive and each row summing to 1; None is 1/top_k each.
+    table_weights: their gate weights, positive; None is 1/top_k each.
     capacity_factor: None is dropless; a number c gives each expert room for
       `ceil(c * top_k * S / E)` of the S tokens (or sentences) of a group, as in GShard, Algorithm
       1, and what does not fit passes by the residual only. Routing by task is dropless.
@@ -53,6 +62,9 @@ class MoEConfig:
     num_experts: int
     top_k: int = 2
     routing: Routing = "token"
+    router: Router | str | None = None
+    gate_bias: bool = False
+    choice_bias: bool = False
     num_tasks: int = 0
     table: tuple[tuple[int, ...], ...] | None = None
     table_weights: tuple[tuple[float, ...], ...] | None = None
@@ -80,6 +92,17 @@ class MoEConfig:
             )
         if self.routing not in get_args(Routing):
             raise ValueError(f"routing must be one of {get_args(Routing)}, got {self.routing!r}")
+        if isinstance(self.router, str) and self.router not in ROUTERS:
+            raise ValueError(
+                f"router must be a Router, None or one of {', '.join(ROUTERS)}, got {self.router!r}"
+            )
+        if self.routing in ("static", "given"):
+            for name in ("router", "gate_bias", "choice_bias"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} must not be given with routing={self.routing!r}, which has no gate"
+                    )
+        self.chosen_by.check(self.num_experts, self.top_k)
         if self.activation not in get_args(Activation):
             raise ValueError(
                 f"activation must be one of {get_args(Activation)}, got {self.activation!r}"
@@ -116,12 +139,23 @@ class MoEConfig:
             )
         if self.second_policy != "all" and self.by_task:
             raise ValueError(f"second_policy must be 'all' with routing={self.routing!r}")
+        if self.second_policy == "sampling" and (self.router or self.choice_bias):
+            raise ValueError("second_policy 'sampling' draws by softmax: give no router or bias")
         if self.second_policy == "random" and self.capacity_factor is None:
             raise ValueError("second_policy 'random' drops choices: give a capacity_factor")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must be in [0, 1), got {self.jitter}")
-        if self.jitter and self.by_task:
+        if self.jitter and (self.by_task or self.routing == "given"):
             raise ValueError(f"jitter must be 0 with routing={self.routing!r}, got {self.jitter}")
+
+    @property
+    def chosen_by(self) -> Router:
+        """The router itself."""
+        if self.routing == "static":  # any positive weights are scores of some logits
+            return Router("sqrt_softplus", normalise=False)
+        if self.router is None:
+            return Router(normalise=self.top_k > 1)
+        return ROUTERS[self.router] if isinstance(self.router, str) else self.router
 
     @property
     def by_task(self) -> bool:
@@ -155,8 +189,8 @@ class MoEConfig:
             return
         if len(weights) != len(self.table) or any(len(row) != self.top_k for row in weights):
             raise ValueError("table_weights must have the table's shape")
-        if any(min(row) <= 0 or abs(sum(row) - 1) > 1e-3 for row in weights):
-            raise ValueError("table_weights must be positive and each row must sum to 1")
+        if any(min(row) <= 0 for row in weights):
+            raise ValueError(f"table_weights must be positive, got {weights}")
 
 
 class Metrics(NamedTuple):

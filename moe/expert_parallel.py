@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from taskmoe.kernels import Gating, top_k_gating
+from taskmoe.kernels import Gating
 from taskmoe.kernels.checks import vary_over
 from taskmoe.kernels.exchange_kernel import check_can_run
 from taskmoe.kernels.platforms import interpret_mode
@@ -22,13 +22,23 @@ from taskmoe.moe.exchange import STRATEGIES, Job, Peers, choose, run_here
 from taskmoe.moe.extraction import dense_ffn, fold
 from taskmoe.moe.mesh import EXPERT_PARAMS, Layout
 from taskmoe.moe.nested import nested_shard_map
-from taskmoe.moe.routing import Noise, Params, assign, metrics, task_logits, unit_logits
+from taskmoe.moe.routing import (
+    Chosen,
+    Noise,
+    Params,
+    assign,
+    gate,
+    metrics,
+    task_logits,
+    unit_logits,
+)
 
 
 class Batch(NamedTuple):
     """What a layer is applied to; every array but a scalar task begins with the sequences.
 
     x: [B, S, D]. valid: [B, S] bool. task: [B] or [] i32. sentence: [B, D]. noise: of the routing.
+    chosen: experts and weights [B, S, k].
     """
 
     x: jax.Array
@@ -36,6 +46,7 @@ class Batch(NamedTuple):
     task: jax.Array | None = None
     sentence: jax.Array | None = None
     noise: Noise = Noise()
+    chosen: Chosen | None = None
 
 
 def apply_here(
@@ -49,17 +60,17 @@ def apply_here(
     """The layer on one device, or with a layout one device's part of it, inside `jax.shard_map`."""
     axes = () if layout is None else layout.batch
     logits, unit_valid = unit_logits(params, config, *batch)
-    units = logits.shape[0]
+    units, bias = unit_valid.shape[0], params.get("choice_bias")
     x = batch.x.reshape(units, -1)
     if layout is None or layout.expert is None:
-        assigned = assign(config, logits, unit_valid, batch.noise, implementation)
+        assigned = assign(config, logits, unit_valid, batch.noise, implementation, bias=bias)
         here = Peers(1, ragged=False)
         y, lost = run_here(Job(params, config, x, assigned, here, implementation)), jnp.int32(0)
     else:
         peers = Peers(layout.peers, layout.ragged, layout.expert)
         chosen = choose(strategy, config, units, peers)
         padded = units if STRATEGIES[chosen].padded else None
-        assigned = assign(config, logits, unit_valid, batch.noise, implementation, padded)
+        assigned = assign(config, logits, unit_valid, batch.noise, implementation, padded, bias)
         job = Job(params, config, x, assigned, peers, implementation)
         y, lost = STRATEGIES[chosen].run(job)
     gating, plan, balance = assigned
@@ -84,7 +95,8 @@ def apply_one_task(
     axes = () if layout is None else layout.batch
     some = batch.valid.any()[None]  # only padding counts nowhere
     logits = task_logits(params, config)[batch.task][None]
-    gating = top_k_gating(logits, config.top_k, valid=jnp.ones(1, bool))
+    bias = params.get("choice_bias")
+    gating = gate(config, bias, logits, jnp.ones(1, bool))
     experts, weights = gating.experts[0], gating.weights[0]
     if layout is not None and layout.expert is not None:
         own = params["w_in"].shape[0]
@@ -100,7 +112,7 @@ def apply_one_task(
         params, experts = params | picked, jnp.arange(config.top_k)
     y = dense_ffn(fold(params, config, experts, weights), batch.x, jnp.float32)
     y = _whole(y, layout).astype(batch.x.dtype)
-    counted = top_k_gating(logits, config.top_k, valid=some, implementation=implementation)
+    counted = gate(config, bias, logits, some, implementation)
     num_valid = jnp.sum(some)
     return y, _over_devices(config, counted, num_valid, config.top_k * num_valid, None, axes)
 

@@ -22,11 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from taskmoe.kernels import top_k_gating
 from taskmoe.kernels.options import ACTIVATIONS, Activation
 from taskmoe.kernels.platforms import with_plain_settings
 from taskmoe.moe.config import MoEConfig
-from taskmoe.moe.routing import Params, task_logits
+from taskmoe.moe.routing import Params, gate, task_logits
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +80,7 @@ def extract(params: Params, config: MoEConfig, task: ArrayLike) -> FFNParams:
 @with_plain_settings
 def _extract(params: Params, task: jax.Array, config: MoEConfig) -> FFNParams:
     logits = task_logits(params, config)[jnp.clip(task, 0, config.tasks - 1)]
-    gating = top_k_gating(logits[None], config.top_k)
+    gating = gate(config, params.get("choice_bias"), logits[None], jnp.ones(1, bool))
     return fold(params, config, gating.experts[0], gating.weights[0])
 
 
@@ -102,13 +101,16 @@ def extract_tasks(
     if not tasks or len(set(tasks)) != len(tasks):
         raise ValueError(f"tasks must be one or more different ids, got {tuple(tasks)}")
     logits = task_logits(params, config)[jnp.asarray(tasks)]
-    gating = top_k_gating(logits, config.top_k)
+    gating = gate(config, params.get("choice_bias"), logits, jnp.ones(len(tasks), bool))
     kept, table = np.unique(np.asarray(gating.experts), return_inverse=True)
     table = table.reshape(len(tasks), config.top_k)
     weights = np.asarray(gating.weights)
     smaller = dataclasses.replace(
         config,
         routing="static",
+        router=None,
+        gate_bias=False,
+        choice_bias=False,
         num_experts=len(kept),
         num_tasks=0,
         table=tuple(tuple(int(e) for e in row) for row in table),
@@ -129,7 +131,9 @@ def prune(
 
     Koishekenov et al. 2022, Memory-efficient NLLB-200 (arXiv 2212.09811).
     """
-    if config.by_task:
+    if config.chosen_by.groups > 1:
+        raise ValueError("router must have one group to prune: its groups must stay equal")
+    if config.by_task or config.routing == "given":
         raise ValueError(
             f"routing must be 'token' or 'sentence' to prune, got {config.routing!r}: extract "
             "cuts out a task's experts exactly"
@@ -149,6 +153,8 @@ def _keep_experts(params: Params, kept: np.ndarray) -> Params:
     small: Params = {name: params[name][kept] for name in names}
     if "task_embedding" not in params and "gate" in params:
         small["gate"] = params["gate"][:, kept]
+        biases = [name for name in ("gate_bias", "choice_bias") if name in params]
+        small |= {name: params[name][kept] for name in biases}
     return small
 
 

@@ -20,22 +20,23 @@ from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.exchange import STRATEGIES
 from taskmoe.moe.expert_parallel import Batch, apply_here, apply_on_mesh, apply_one_task
 from taskmoe.moe.mesh import MeshAxes, find_layout
-from taskmoe.moe.routing import Params, draw_noise
+from taskmoe.moe.routing import Chosen, Params, draw_noise
 
 
 @with_plain_settings
 def init(key: jax.Array, config: MoEConfig, dtype: Any = jnp.float32) -> Params:
     """Fresh parameters of one layer.
 
-    Returns gate [D, E] (not with routing "static"), w_in [E, D, F], w_out [E, F, D]; with `gated`
-    w_gate [E, D, F]; with routing "task" task_embedding [num_tasks, D]. Experts are drawn with
-    variance 1/fan_in.
+    Returns gate [D, E] (not with routing "static" and "given"), w_in [E, D, F], w_out [E, F, D];
+    with `gated` w_gate [E, D, F]; with routing "task" task_embedding [num_tasks, D]; gate_bias and
+    choice_bias [E], zeros, where the configuration has them. Experts are drawn with variance
+    1/fan_in.
     """
     names = ["gate", "w_in", "w_out", "w_gate", "task_embedding"]
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     d, f, e = config.d_model, config.d_ff, config.num_experts
     shapes = {"gate": (d, e), "w_in": (e, d, f), "w_out": (e, f, d)}
-    if config.routing == "static":
+    if config.routing in ("static", "given"):
         del shapes["gate"]
     if config.gated:
         shapes["w_gate"] = (e, d, f)
@@ -47,6 +48,9 @@ def init(key: jax.Array, config: MoEConfig, dtype: Any = jnp.float32) -> Params:
         # Unit variance gives gate logits of unit variance, as normalised tokens have.
         shape = (config.num_tasks, d)
         params["task_embedding"] = jax.random.normal(keys["task_embedding"], shape, dtype)
+    for name in ("gate_bias", "choice_bias"):
+        if getattr(config, name):
+            params[name] = jnp.zeros((e,), dtype)
     return params
 
 
@@ -58,6 +62,8 @@ def apply(
     valid: jax.Array | None = None,
     task: ArrayLike | None = None,
     sentence: jax.Array | None = None,
+    experts: jax.Array | None = None,
+    weights: jax.Array | None = None,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
     axes: MeshAxes | None = None,
     strategy: str = "auto",
@@ -75,6 +81,8 @@ def apply(
     sentence: [B, D], what stands for each sequence at the gate, only with routing "sentence"; None
       is the mean of its valid tokens. A causal decoder must not look at tokens to come: it gives
       the mean of the encoder's output.
+    experts, weights: [B, S, k] i32 and floats, of the caller's own router, only with routing
+      "given"; an expert outside of [0, E) is no assignment. Gradients reach the weights.
     mesh: experts are spread over its axis "expert", sequences over all its axes, and rows travel
       between the devices of that axis. A batch that it does not divide is padded by sequences that
       count nowhere. None is the mesh of `jax.set_mesh` or of an outer `jax.shard_map` where that
@@ -96,11 +104,15 @@ def apply(
     valid = jnp.ones(x.shape[:2], bool) if valid is None else jnp.asarray(valid)
     task = None if task is None else jnp.asarray(task)
     sentence = None if sentence is None else jnp.asarray(sentence)
+    chosen = None
+    if experts is not None and weights is not None:
+        chosen = Chosen(jnp.asarray(experts), jnp.asarray(weights))
     _check(config, x, valid, task, sentence)
+    _check_chosen(config, x, chosen, experts, weights)
     check_implementation(implementation)
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
-    batch = Batch(x, valid, task, sentence)
+    batch = Batch(x, valid, task, sentence, chosen=chosen)
     return _apply(params, batch, key, config, mesh, axes, strategy, implementation)
 
 
@@ -165,3 +177,29 @@ def _check(
             raise ValueError(
                 f"sentence must be {[x.shape[0], x.shape[2]]}, got {list(sentence.shape)}"
             )
+
+
+def _check_chosen(
+    config: MoEConfig, x: jax.Array, chosen: Chosen | None, experts: Any, weights: Any
+) -> None:
+    if (config.routing == "given") != (chosen is not None) or (experts is None) != (
+        weights is None
+    ):
+        raise ValueError(
+            "experts and weights must be given with routing='given' and only then; routing is "
+            f"{config.routing!r}, experts are {'not ' if experts is None else ''}given and weights "
+            f"are {'not ' if weights is None else ''}given"
+        )
+    if chosen is None:
+        return
+    for name, value, kind in (
+        ("experts", chosen.experts, jnp.integer),
+        ("weights", chosen.weights, jnp.floating),
+    ):
+        if value.shape != (*x.shape[:2], config.top_k):
+            raise ValueError(
+                f"{name} must be [B, S, k] = {[*x.shape[:2], config.top_k]}, got "
+                f"{list(value.shape)}"
+            )
+        if not jnp.issubdtype(value.dtype, kind):
+            raise TypeError(f"{name} must be of a dtype {kind.__name__}, got {value.dtype}")

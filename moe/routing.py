@@ -7,13 +7,13 @@ so that queues, row plan and row movement never look at a token.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from taskmoe.kernels import Gating, RowPlan, row_plan, top_k_gating
+from taskmoe.kernels import Gating, RowPlan, given_gating, row_plan, top_k_gating
 from taskmoe.moe.config import Metrics, MoEConfig
 
 Params = dict[str, jax.Array]
@@ -21,18 +21,28 @@ Params = dict[str, jax.Array]
 
 def gate_logits(params: Params, x: jax.Array) -> jax.Array:
     """Gate logits of x [..., D]: [..., E] f32, whatever the dtype of the parameters."""
-    return x.astype(jnp.float32) @ params["gate"].astype(jnp.float32)
+    logits = x.astype(jnp.float32) @ params["gate"].astype(jnp.float32)
+    return logits + params["gate_bias"].astype(jnp.float32) if "gate_bias" in params else logits
 
 
 def task_logits(params: Params, config: MoEConfig) -> jax.Array:
     """Gate logits of every task: [tasks, E] f32; with routing "static" from the given table."""
     if config.table is None:
         return gate_logits(params, params["task_embedding"])
-    weights = config.table_weights or [[1.0] * config.top_k] * len(config.table)
-    # The softmax over a row's experts gives their weights back; the others are out of reach.
+    weights = config.table_weights or [[1.0 / config.top_k] * config.top_k] * len(config.table)
+    # The logits whose scores, sqrt(softplus(z)), are the weights; the others are out of reach.
+    square = np.square(np.array(weights, np.float64))
     logits = np.full((len(config.table), config.num_experts), -1e9, np.float32)
-    np.put_along_axis(logits, np.array(config.table), np.log(np.array(weights)), axis=1)
+    found = square + np.log(-np.expm1(-square))
+    np.put_along_axis(logits, np.array(config.table), found.astype(np.float32), axis=1)
     return jnp.asarray(logits)
+
+
+class Chosen(NamedTuple):
+    """Experts [U, k] i32 and weights [U, k] of units, as the caller of `apply` gave them."""
+
+    experts: jax.Array
+    weights: jax.Array
 
 
 class Noise(NamedTuple):
@@ -72,9 +82,16 @@ def unit_logits(
     task: jax.Array | None,
     sentence: jax.Array | None,
     noise: Noise,
-) -> tuple[jax.Array, jax.Array]:
-    """Gate logits [U, E] f32 of the units that are routed, and which of them are valid [U] bool."""
+    chosen: Chosen | None,
+) -> tuple[jax.Array | Chosen, jax.Array]:
+    """Gate logits [U, E] f32 of the units that are routed, and which of them are valid [U] bool.
+
+    What the caller has chosen stands for the logits.
+    """
     batch, length, d = x.shape
+    if chosen is not None:
+        flat = (a.reshape(batch * length, config.top_k) for a in chosen)
+        return Chosen(*flat), valid.reshape(-1)
     if config.by_task:
         return task_logits(params, config)[task], valid.any(axis=1)
     if config.routing == "token":
@@ -105,18 +122,20 @@ class Assignment(NamedTuple):
 
 def assign(
     config: MoEConfig,
-    logits: jax.Array,
+    logits: jax.Array | Chosen,
     valid: jax.Array,
     noise: Noise,
     implementation: str | None,
     capacity_room: int | None = None,
+    bias: jax.Array | None = None,
 ) -> Assignment:
     """Choose experts for units [U, E] and give each assignment its row.
 
+    bias: [E], where experts have one when they are chosen.
     capacity_room: rows an expert, where a dropless layer wants a padded plan all the same.
     Raises ValueError where group_size does not divide the units.
     """
-    units, num_experts = logits.shape
+    units, num_experts = valid.shape[0], config.num_experts
     size = config.group_size or units
     if units % size:
         raise ValueError(f"group_size must divide the {units} units routed together, got {size}")
@@ -124,13 +143,13 @@ def assign(
     room = capacity(config, size)
     draws = None if noise.policy is None else noise.policy.reshape(units, -1)
     if config.group_size is None:
-        gating = _gate(config, logits, valid, draws, implementation)
+        gating = _gate(config, bias, logits, valid, draws, implementation)
         balance = None
     else:
         split = jax.tree.map(
             lambda a: a.reshape(groups, size, *a.shape[1:]), (logits, valid, draws)
         )
-        each = jax.vmap(lambda a, b, c: _gate(config, a, b, c, implementation))(*split)
+        each = jax.vmap(lambda a, b, c: _gate(config, bias, a, b, c, implementation))(*split)
         gating, balance = _merge(each, jnp.sum(split[1], axis=1), num_experts)
     if room is None:
         return Assignment(gating, row_plan(gating, capacity=capacity_room), balance)
@@ -145,16 +164,42 @@ def assign(
     )
 
 
+def gate(
+    config: MoEConfig,
+    bias: jax.Array | None,
+    logits: jax.Array,
+    valid: jax.Array,
+    implementation: str | None = None,
+) -> Gating:
+    """Gating of logits [U, E] by the configuration's router."""
+    options: Any = {"router": config.chosen_by, "bias": bias, "implementation": implementation}
+    return top_k_gating(logits, config.top_k, valid=valid, **options)
+
+
+def balance_bias(bias: jax.Array, load: jax.Array, rate: float = 1e-3) -> jax.Array:
+    """The choice bias after a step: up where an expert had less than the mean load, else down.
+
+        b_e + rate * sign(mean(load) - load_e)
+
+    bias: [E], `params["choice_bias"]`. load: [E], of `Metrics`. Wang et al. 2024, Auxiliary-loss-
+    free load balancing (arXiv 2408.15664).
+    """
+    return bias + rate * jnp.sign(jnp.mean(load) - load).astype(bias.dtype)
+
+
 def _gate(
     config: MoEConfig,
-    logits: jax.Array,
+    bias: jax.Array | None,
+    logits: jax.Array | Chosen,
     valid: jax.Array,
     draws: jax.Array | None,
     implementation: str | None,
 ) -> Gating:
     """Gating of one group; with second_policy "sampling" the choices after the first are drawn."""
+    if isinstance(logits, Chosen):
+        return given_gating(*logits, config.num_experts, valid=valid)
     if draws is None or config.second_policy != "sampling":
-        return top_k_gating(logits, config.top_k, valid=valid, implementation=implementation)
+        return gate(config, bias, logits, valid, implementation)
     first = top_k_gating(logits, 1, valid=valid, implementation=implementation)
     lane = jnp.arange(logits.shape[1])
     tiny = jnp.finfo(jnp.float32).tiny

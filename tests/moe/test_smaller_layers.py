@@ -137,8 +137,8 @@ def test_wrong_calls_name_what_fits(call: Any, message: str) -> None:
         ({"routing": "static", "table": ((0, 0),)}, "2 different experts, got .0, 0."),
         ({"routing": "static", "table": ((0, 4),)}, r"experts in \[0, 4\), got .0, 4."),
         (
-            {"routing": "static", "table": ((0, 1),), "table_weights": ((0.5, 0.6),)},
-            "must sum to 1",
+            {"routing": "static", "table": ((0, 1),), "table_weights": ((0.5, 0.0),)},
+            "must be positive, got",
         ),
         ({"group_size": 4}, "group_size must be at least 1 with a capacity_factor"),
         ({"second_policy": "first"}, "second_policy must be one of"),
