@@ -112,7 +112,9 @@ def transcription(
             if queue[e] > room:
                 dropped += 1
                 continue
-            weight = probs[u, e] / probs[u, order[u]].sum()
+            weight = probs[u, e]
+            if config.top_k > 1:
+                weight /= probs[u, order[u]].sum()
             for token in tokens:
                 y[token] += weight * expert(config, p, e, x[token])
     n = max(len(units), 1)
