@@ -59,10 +59,10 @@ dist: $(READY)
 	rm -rf build dist taskmoe.egg-info
 	$(BIN)/python -m build --no-isolation
 
-# The documentation site, in site/; a warning or a broken link fails.  Nothing is imported: pages on
-# ops are made from the sources.
+# The documentation site, in site/; a warning or a broken link fails it, which --quiet would hide.
+# Pages on ops are made from the sources, without importing them.
 docs: $(DOCS_READY)
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
 	@echo "site/index.html"
 
 $(DOCS_READY): setup.py
