@@ -4,8 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 NEWEST := .venv-newest/bin
 NEWEST_READY := .venv-newest/.ready
+DOCS := .venv-docs/bin
+DOCS_READY := .venv-docs/.ready
 
-.PHONY: demo test test-gpu test-shipped test-newest check lint format lock dist clean
+.PHONY: demo test test-gpu test-shipped test-newest check lint format docs lock dist clean
 
 demo: $(READY)
 	$(BIN)/python -m taskmoe.bench demo
@@ -57,6 +59,18 @@ dist: $(READY)
 	rm -rf build dist taskmoe.egg-info
 	$(BIN)/python -m build --no-isolation
 
+# The documentation site, in site/; a warning or a broken link fails it, which --quiet would hide.
+# Pages on ops are made from the sources, without importing them.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
+	@echo "site/index.html"
+
+$(DOCS_READY): setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"taskmoe needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}: call make docs PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
 # What is newest changes by the day: make clean first to resolve it anew.
 $(NEWEST_READY): setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and f"the newest JAX needs Python 3.12 or newer; {sys.executable} is {sys.version.split()[0]}: call make test-newest PYTHON=python3.13")'
@@ -73,4 +87,4 @@ lock:
 	mv requirements.lock.new requirements.lock && rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-lock .venv-newest build taskmoe.egg-info
+	rm -rf .venv .venv-docs .venv-lock .venv-newest build site taskmoe.egg-info

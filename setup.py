@@ -41,6 +41,12 @@ DEV = [
     "ruff>=0.12,<0.18",
     "setuptools>=77",  # builds without a network; a venv has an older one or none
 ]
+DOCS = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.6,<10",
+    "mkdocstrings[python]>=1.0,<2",
+    "ruff>=0.12,<0.18",  # wraps signatures
+]
 PACKAGES = [
     *("kernels", "moe", "cli", "bench"),
     *("wmt", "wmt.text", "wmt.model", "wmt.training", "wmt.commands"),
@@ -83,6 +89,7 @@ setup(
         "bench": BENCH,
         "gpu": ["tokamax>=0.0.12,<0.1"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "docs": DOCS,
         "dev": DEV,
     },
 )

@@ -1,7 +1,10 @@
 """What README.md shows is what runs."""
 
 import functools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,20 @@ import pytest
 from taskmoe import moe
 from taskmoe.tests.kernels.support import running
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+#: Lines of README's shell blocks that are not typed here, and why.
+LEFT_OUT = {
+    "make demo": "ten minutes; tests/bench runs its parts",
+    "make test": "ten minutes; this test is part of it",
+    "python examples/task_routed.py": "tests/test_examples.py runs it",
+}
+#: What makes the rest small enough for a minute: the same commands, less text and fewer steps.
+SMALLER = {
+    "--out text": "--out text --set max_sentences=300",
+    "--steps 200": "--steps 3 --set d_model=32 --set d_ff=32 --set vocab_size=500",
+    "--limit 20": "--limit 2 --beam 1",
+}
 
 
 def examples() -> list[str]:
@@ -41,7 +57,8 @@ def test_the_ten_lines_run_as_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_ensemble_runs_as_on_a_tpu() -> None:
-    assert "jax.vmap(lambda params: moe.apply(params, config, x)[0])(layers)" in "".join(examples())
+    page = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8")
+    assert "jax.vmap(lambda params: moe.apply(params, config, x)[0])(layers)" in page
     config = moe.MoEConfig(d_model=64, d_ff=128, num_experts=8)
     x = jnp.ones((2, 10, 64), jnp.bfloat16)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -62,3 +79,53 @@ def test_every_command_is_known() -> None:
         text = path.read_text(encoding="utf-8")
         for package, command in re.findall(r"python -m taskmoe\.(\w+) (\w+)", text):
             assert command in known[package], f"{path.name}: {package} has no command {command}"
+
+
+def typed(text: str) -> list[str]:
+    """Lines of the shell blocks, in order."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    return [line.partition("  #")[0].strip() for line in "".join(blocks).splitlines()]
+
+
+def test_the_commands_fit_one_another_when_typed_in_order(tmp_path: Path) -> None:
+    lines = typed(README.read_text(encoding="utf-8"))
+    assert set(LEFT_OUT) <= set(lines)
+    script = "\n".join(line for line in lines if line not in LEFT_OUT)
+    for words, fewer in SMALLER.items():
+        assert script.count(words) == 1, words
+        script = script.replace(words, fewer)
+    environment = {name: v for name, v in os.environ.items() if name != "VIRTUAL_ENV"}
+    environment |= {"PYTHONPATH": str(ROOT / ".types"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    if not (
+        tmp_path / ".venv" / "bin" / "activate"
+    ).exists():  # tests run in no virtual environment
+        script = script.replace("source .venv/bin/activate\n", "")
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m taskmoe.wmt" in done.stdout
+    assert "SUBNET: task de, directions en-de" in done.stdout
+    between = done.stdout.partition("SUBNET: task de")[2].partition("SERVED/translate")[0]
+    assert between.count("\n") >= 4  # three translations behind the line on the sub-network
+    assert (tmp_path / "SERVED" / "translate.stablehlo").stat().st_size > 0
+
+
+def test_the_trainers_page_has_the_same_commands() -> None:
+    page = typed((ROOT / "docs" / "trainer.md").read_text(encoding="utf-8"))
+    commands = [
+        line for line in typed(README.read_text(encoding="utf-8")) if "taskmoe.wmt " in line
+    ]
+    assert page[: len(commands) - 1] == commands[1:]  # the first asks for help
+
+
+def test_every_link_leads_to_a_file() -> None:
+    for name in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        links = re.findall(r"\]\(([^)#:]+)\)", text)
+        assert links
+        for link in links:
+            assert (ROOT / link).is_file(), f"{name}: {link}"

@@ -5,7 +5,7 @@ The folder holds what a model folder holds (`config.json`, `params.safetensors`,
     translate.stablehlo   a function of (parameters, source ids [B, S] i32) -> ids [B, L] i32
     export.json           the names of the parameters in their order, B, S, L, and special ids
 
-A program reads them with jax.export, safetensors and sentencepiece; README.md has one.
+A program reads them with jax.export, safetensors and sentencepiece; docs/trainer.md has one.
 """
 
 from __future__ import annotations
