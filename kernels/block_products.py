@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from taskmoe.kernels.options import ACTIVATIONS
+from taskmoe.kernels.options import Activation, hidden_units
 from taskmoe.kernels.tiling import HIDDEN_CHUNK
 
 
@@ -40,7 +40,7 @@ def through_expert(
     w_in_ref: Any,
     w_gate_ref: Any,
     w_out_ref: Any,
-    activation: str,
+    activation: Activation,
     units_left: Any = None,
 ) -> jax.Array:
     """Rows [m, D] through an expert, or a block of its hidden units, in chunks: [m, D] f32.
@@ -48,11 +48,11 @@ def through_expert(
     w_gate_ref may be None. units_left: hidden units of the block that there are, where it overhangs
     the last one; what lies beyond may be NaN.
     """
-    act = ACTIVATIONS[activation]
     total = jnp.zeros((x.shape[0], w_out_ref.shape[1]), jnp.float32)
     for units in pieces(w_in_ref.shape[1], HIDDEN_CHUNK):
         up = dot(x, w_in_ref[:, units])
-        hidden = act(up) if w_gate_ref is None else act(dot(x, w_gate_ref[:, units])) * up
+        gate = None if w_gate_ref is None else dot(x, w_gate_ref[:, units])
+        hidden = hidden_units(activation, up, gate)
         hidden, w_out = hidden.astype(x.dtype), w_out_ref[units, :]
         if units_left is not None:
             left = units_left - units.start

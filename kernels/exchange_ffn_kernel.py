@@ -53,7 +53,7 @@ from taskmoe.kernels.exchange_plan import (
 from taskmoe.kernels.exchange_walk import Buffered, Plan, go_out, multiply
 from taskmoe.kernels.expert_network import expert_ffn
 from taskmoe.kernels.ffn_kernel import cost as ffn_cost
-from taskmoe.kernels.options import ACTIVATIONS, Activation
+from taskmoe.kernels.options import Activation, check_activation
 from taskmoe.kernels.platforms import chip, with_kernel_settings
 from taskmoe.kernels.tiling import HIDDEN_CHUNK
 
@@ -133,7 +133,7 @@ def kernel(
     semaphores: Semaphores,
     *,
     rows: int,
-    activation: str,
+    activation: Activation,
     dtype: Any,
 ) -> None:
     """The whole layer of one device. rows: of a block."""
@@ -340,10 +340,7 @@ def exchange_ffn(
             as_floats(name, weight, ("x", x))
     if w_gate is not None:
         check_shape("w_gate", w_gate, w_in.shape)
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
-        )
+    check_activation(activation, w_gate is not None)
     if not can_fuse(x, counts, w_in, w_gate, num_rows):
         raise ValueError(
             f"w_in must have D a multiple of {4 // x.dtype.itemsize * tilings.LANES}, F one of "

@@ -30,7 +30,14 @@ from taskmoe.kernels.ffn_backward_kernel import expert_ffn_backward_mosaic
 from taskmoe.kernels.ffn_kernel import expert_ffn_mosaic
 from taskmoe.kernels.grouped_matmul import gmm_reference
 from taskmoe.kernels.groups import Groups, check_groups
-from taskmoe.kernels.options import ACTIVATIONS, Activation, Experts, FFNOptions, ProductOptions
+from taskmoe.kernels.options import (
+    Activation,
+    Experts,
+    FFNOptions,
+    ProductOptions,
+    check_activation,
+    hidden_units,
+)
 from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
 from taskmoe.kernels.tiled_ffn import (
     expert_ffn_backward_xla,
@@ -51,14 +58,13 @@ def expert_ffn_reference(
 ) -> jax.Array:
     """The definition of `expert_ffn`."""
     acc, (w_in, w_out, w_gate) = accumulator(x.dtype), experts
-    act = ACTIVATIONS[options.activation]
 
     def times(rows: jax.Array, matrices: jax.Array, dtype: Any) -> jax.Array:
         product = ProductOptions(dtype, matrices.shape[0], options.shifted, None)
         return gmm_reference(product, rows, matrices, groups)
 
-    hidden = times(x, w_in, acc)
-    hidden = act(hidden) if w_gate is None else act(times(x, w_gate, acc)) * hidden
+    gate = None if w_gate is None else times(x, w_gate, acc)
+    hidden = hidden_units(options.activation, times(x, w_in, acc), gate)
     return times(hidden.astype(x.dtype), w_out, x.dtype)
 
 
@@ -152,7 +158,10 @@ def expert_ffn(
     w_in: [E, D, F], same dtype.
     w_out: [E, F, D], same dtype.
     group_sizes: [G] i32, rows of each expert; negative counts as 0, rows past M are cut off.
-    activation: "relu", "gelu" (tanh form) or "silu", taken in f32.
+    activation: "relu", "gelu" (tanh form) or "silu", taken in f32; with w_gate also "gpt_oss" and
+      "deepseek_v4", which clamp both; or a function of f32 arrays, act(x W_in), or with w_gate
+      act(x W_gate, x W_in), of operations that Pallas knows where it is to run on TPU. Another
+      function is another program.
     w_gate: [E, D, F] or None; the activation is on x W_gate (silu: SwiGLU, gelu: GeGLU).
     group_offset: scalar i32, the group that w_in[0] belongs to; None means 0 and wants E == G.
     tiling: a `Tiling` (m rows, k = D, n hidden units) that overrides the forward kernel's choice of
@@ -176,10 +185,7 @@ def expert_ffn(
     if w_gate is not None:
         w_gate = as_floats("w_gate", w_gate, ("x", x))
         check_shape("w_gate", w_gate, w_in.shape)
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
-        )
+    check_activation(activation, w_gate is not None)
     groups = check_groups(group_sizes, group_offset, num_groups, "w_in.shape[0]")
     check_tiling(tiling, x.shape[1], hidden, x.dtype.itemsize)
     if tiling is not None and tiling.k != x.shape[1]:

@@ -27,7 +27,7 @@ from taskmoe.kernels.block_products import dot, keep, zero_where_not
 from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.group_visits import Visit, Visits, visit_blocks
 from taskmoe.kernels.groups import Groups, group_bounds
-from taskmoe.kernels.options import ACTIVATIONS, Experts, FFNOptions
+from taskmoe.kernels.options import Activation, Experts, FFNOptions, hidden_units
 from taskmoe.kernels.platforms import chip
 from taskmoe.kernels.tiling import Tiling
 
@@ -70,13 +70,13 @@ def kernel(
     grads: Experts,
     sums: Any,
     *,
-    activation: str,
+    activation: Activation,
     hidden_size: int,
 ) -> None:
     """One visit at one block of hidden units; sums: `Experts`, of their gradients, in f32."""
     visit = Visit(walk, pl.program_id(1), x_ref.shape[0])
     w_in_ref, w_out_ref, w_gate_ref = experts
-    block_hidden, act = w_in_ref.shape[1], ACTIVATIONS[activation]
+    block_hidden, act = w_in_ref.shape[1], functools.partial(hidden_units, activation)
     left = hidden_size - pl.program_id(0) * block_hidden
 
     def units_kept(x: jax.Array, axis: int) -> jax.Array:
@@ -97,8 +97,8 @@ def kernel(
             dx = jnp.zeros(x.shape, jnp.float32)
         else:
             w_gate = units_kept(w_gate_ref[...], 1)
-            hidden, pull = jax.vjp(lambda s, u: act(s) * u, dot(x, w_gate), up)
-            d_gate, d_up = pull(d_hidden)
+            hidden, pull = jax.vjp(act, up, dot(x, w_gate))
+            d_up, d_gate = pull(d_hidden)
             d_gate = d_gate.astype(x.dtype)
             sums.w_gate[...] += dot(x, d_gate, 0, 0)
             dx = dot(d_gate, w_gate, 1, 1)

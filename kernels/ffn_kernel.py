@@ -24,7 +24,7 @@ from taskmoe.kernels.block_products import through_expert
 from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.group_visits import Visit, Visits, visit_blocks
 from taskmoe.kernels.groups import Groups, group_bounds
-from taskmoe.kernels.options import Experts, FFNOptions
+from taskmoe.kernels.options import Activation, Experts, FFNOptions
 from taskmoe.kernels.platforms import chip
 
 
@@ -61,7 +61,7 @@ def kernel(
     out_ref: Any,
     acc_ref: Any,
     *,
-    activation: str,
+    activation: Activation,
     hidden_size: int,
 ) -> None:
     """One visit and one block of hidden units. w_gate_ref may be None."""

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from taskmoe.kernels import hopper_products
 from taskmoe.kernels.checks import accumulator
 from taskmoe.kernels.groups import Groups, group_bounds
-from taskmoe.kernels.options import ACTIVATIONS, Experts, FFNOptions, ProductOptions
+from taskmoe.kernels.options import Experts, FFNOptions, ProductOptions, hidden_units
 from taskmoe.kernels.row_tiles import SYMBOLIC_ROWS, Tiles
 from taskmoe.kernels.tiled_products import tgmm_in_tiles
 
@@ -152,9 +152,8 @@ def expert_ffn_backward(
 
 
 def _activate(options: FFNOptions, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
-    act, acc = ACTIVATIONS[options.activation], accumulator(up.dtype)
-    wide = act(up.astype(acc)) if gate is None else act(gate.astype(acc)) * up.astype(acc)
-    return wide.astype(up.dtype)
+    wide = [z.astype(accumulator(up.dtype)) for z in (up, gate) if z is not None]
+    return hidden_units(options.activation, *wide).astype(up.dtype)
 
 
 def _product(options: FFNOptions, w: jax.Array, transpose_rhs: bool = False) -> ProductOptions:

@@ -6,6 +6,7 @@ cheaper than the product.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from taskmoe.kernels import row_tiles
 from taskmoe.kernels.checks import accumulator
 from taskmoe.kernels.groups import Groups, group_bounds
-from taskmoe.kernels.options import ACTIVATIONS, Experts, FFNOptions
+from taskmoe.kernels.options import Experts, FFNOptions, hidden_units
 from taskmoe.kernels.row_tiles import Tile, choose_tiles
 
 
@@ -52,7 +53,6 @@ def _forward(
 ) -> tuple[jax.Array, list[jax.Array]]:
     w_in, w_out, w_gate = experts
     num_rows, (num_groups, _, hidden_size) = x.shape[0], w_in.shape
-    act = ACTIVATIONS[options.activation]
     bounds = group_bounds(groups, num_groups, num_rows)
     tiles = choose_tiles(num_rows, *w_in.shape)
     into = [w_in] if w_gate is None else [w_in, w_gate]
@@ -62,7 +62,7 @@ def _forward(
         out, kept = state
         xs = row_tiles.take(x, tile)
         up, *gates = (_dot(xs, row_tiles.pick(w, group)) for w in into)
-        hidden = act(gates[0]) * up if gates else act(up)
+        hidden = hidden_units(options.activation, up, *gates)
         product = _dot(hidden.astype(x.dtype), row_tiles.pick(w_out, group))
         values = zip(kept, [up, *gates], strict=False)  # kept may be empty
         kept = [row_tiles.put(buffer, tile, value) for buffer, value in values]
@@ -88,7 +88,6 @@ def expert_ffn_backward_xla(
     """Gradients of x and of the experts."""
     w_in, w_out, w_gate = experts
     num_rows, num_groups = x.shape[0], w_in.shape[0]
-    act = ACTIVATIONS[options.activation]
     bounds = group_bounds(groups, num_groups, num_rows)
     tiles = choose_tiles(num_rows, *w_in.shape)
     weights = [w_in, w_out] if w_gate is None else [w_in, w_out, w_gate]
@@ -100,19 +99,14 @@ def expert_ffn_backward_xla(
         xs, g = row_tiles.take(x, tile), row_tiles.take(grad, tile)
         d_hidden = _dot(g, outer, 1, 1)
         up, *pre_gate = (row_tiles.take(value, tile).astype(d_hidden.dtype) for value in kept)
-        if gates:
-            hidden, pull = jax.vjp(lambda s, u: act(s) * u, pre_gate[0], up)
-            d_gate, d_up = pull(d_hidden)
-        else:
-            hidden, pull = jax.vjp(act, up)
-            (d_up,) = pull(d_hidden)
-        d_up = d_up.astype(x.dtype)
+        act = functools.partial(hidden_units, options.activation)
+        hidden, pull = jax.vjp(act, up, *pre_gate)
+        d_up, *d_gate = (d.astype(x.dtype) for d in pull(d_hidden))
         d_rows = _dot(d_up, inner, 1, 1)
         products = [_dot(xs, d_up, 0, 0), _dot(hidden.astype(x.dtype), g, 0, 0)]
         if gates:
-            d_gate = d_gate.astype(x.dtype)
-            d_rows += _dot(d_gate, gates[0], 1, 1)
-            products.append(_dot(xs, d_gate, 0, 0))
+            d_rows += _dot(d_gate[0], gates[0], 1, 1)
+            products.append(_dot(xs, d_gate[0], 0, 0))
         return (row_tiles.put(d_x, tile, d_rows), d_weights), products
 
     def per_group(group: jax.Array, sums: list[jax.Array], state: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 
 from taskmoe.kernels import ROUTERS, Router
-from taskmoe.kernels.options import Activation
+from taskmoe.kernels.options import Activation, check_activation
 
 Routing = Literal["token", "sentence", "task", "static", "given"]
 SecondPolicy = Literal["all", "random", "sampling"]
@@ -50,7 +50,8 @@ class MoEConfig:
       `min(devices, E / top_k)` times what comes when the experts are equally busy; a number f gives
       it room for f times that, and what comes beyond it is dropped and counted as with a capacity.
       Only without a capacity factor; the strategies "ragged", "all_gather" and "mosaic" heed it.
-    activation: "relu", "gelu" or "silu"; with `gated`, `act(x w_gate) * (x w_in)`.
+    activation: "relu", "gelu" or "silu"; with `gated`, `act(x w_gate) * (x w_in)`, or "gpt_oss" or
+      "deepseek_v4"; or a function, as in `taskmoe.kernels.expert_ffn`.
     load_balance_weight, z_loss_weight: coefficients of the two auxiliary losses (Lingvo's and
       ST-MoE's by default).
 
@@ -103,10 +104,7 @@ class MoEConfig:
                         f"{name} must not be given with routing={self.routing!r}, which has no gate"
                     )
         self.chosen_by.check(self.num_experts, self.top_k)
-        if self.activation not in get_args(Activation):
-            raise ValueError(
-                f"activation must be one of {get_args(Activation)}, got {self.activation!r}"
-            )
+        check_activation(self.activation, self.gated)
         if (self.routing == "task") != (self.num_tasks > 0):
             raise ValueError(
                 "num_tasks must be at least 1 with routing='task' and 0 otherwise, "

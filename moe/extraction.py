@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from taskmoe.kernels.options import ACTIVATIONS, Activation
+from taskmoe.kernels.options import Activation, hidden_units
 from taskmoe.kernels.platforms import with_plain_settings
 from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.routing import Params, gate, task_logits
@@ -36,7 +36,7 @@ class FFNParams:
     w_in: [D, F] bf16|f32
     w_out: [F, D], same dtype
     w_gate: [D, F] or None; with it the layer is `(act(x w_gate) * (x w_in)) w_out`
-    activation: "relu", "gelu" or "silu" (static)
+    activation: as of the layer (static)
     """
 
     w_in: jax.Array
@@ -58,9 +58,8 @@ def ffn(params: FFNParams, x: jax.Array) -> jax.Array:
 @with_plain_settings
 def dense_ffn(params: FFNParams, x: jax.Array, out_dtype: Any) -> jax.Array:
     """`ffn` with a result of this dtype."""
-    act = ACTIVATIONS[params.activation]
-    hidden = _matmul(x, params.w_in)
-    hidden = act(hidden) if params.w_gate is None else act(_matmul(x, params.w_gate)) * hidden
+    gate = None if params.w_gate is None else _matmul(x, params.w_gate)
+    hidden = hidden_units(params.activation, _matmul(x, params.w_in), gate)
     return _matmul(hidden.astype(x.dtype), params.w_out).astype(out_dtype)
 
 

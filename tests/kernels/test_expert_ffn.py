@@ -88,6 +88,32 @@ def test_forward_and_gradients(
     check(implementation, activation, gated, operands(70, 40, 136, [20, 0, 31, 1, 10], dtype))
 
 
+def squared_relu(x: jax.Array) -> jax.Array:
+    return jnp.square(jax.nn.relu(x))
+
+
+def bilinear(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return gate * up
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize(
+    ("activation", "gated"),
+    [("gpt_oss", True), ("deepseek_v4", True), (squared_relu, False), (bilinear, True)],
+)
+def test_activations_of_models_and_of_callers(
+    implementation: str, activation: Any, gated: bool
+) -> None:
+    x, *others = operands(70, 40, 136, [20, 0, 31, 1, 10], jnp.float32)
+    check(implementation, activation, gated, (8 * x, *others))  # beyond what the models clamp
+
+
+def test_a_gated_activation_wants_a_gate() -> None:
+    x, w_in, w_out, _, sizes, _ = operands(8, 4, 6, [5, 3], jnp.float32)
+    with pytest.raises(ValueError, match="gpt_oss, deepseek_v4 want gated experts"):
+        expert_ffn(x, w_in, w_out, sizes, activation="gpt_oss")
+
+
 @support.on_hopper
 @pytest.mark.parametrize(("activation", "gated"), [("relu", False), ("silu", True)])
 def test_forward_and_gradients_on_hopper(activation: str, gated: bool) -> None:
