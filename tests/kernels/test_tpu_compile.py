@@ -19,7 +19,16 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from taskmoe.kernels import combine, dispatch, expert_ffn, gmm, row_plan, tgmm, top_k_gating
+from taskmoe.kernels import (
+    ROUTERS,
+    combine,
+    dispatch,
+    expert_ffn,
+    gmm,
+    row_plan,
+    tgmm,
+    top_k_gating,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -133,6 +142,32 @@ def each_failure(chip: str, programs: dict[str, tuple[Any, Any]]) -> list[tuple[
         except Exception as error:
             failures.append((op, str(error)))
     return failures
+
+
+def test_routers_and_activations_of_models_compile() -> None:
+    array = jax.ShapeDtypeStruct
+
+    def gating(router: str, k: int) -> Any:
+        def run(logits: Any, bias: Any) -> Any:
+            found = top_k_gating(logits, k, router=ROUTERS[router], bias=bias)
+            return found.weights, found.mean_probs, found.z_loss
+
+        return run
+
+    def gated(x: Any, w_in: Any, w_out: Any, w_gate: Any, sizes: Any) -> Any:
+        return expert_ffn(x, w_in, w_out, sizes, activation="gpt_oss", w_gate=w_gate)
+
+    up, down = array((4, 256, 512), jnp.bfloat16), array((4, 512, 256), jnp.bfloat16)
+    logits = {e: (array((512, e), jnp.float32), array((e,), jnp.float32)) for e in (160, 256)}
+    programs = {
+        "deepseek_v2": forward_and_backward(gating("deepseek_v2", 6), logits[160], 1),
+        "deepseek_v3": forward_and_backward(gating("deepseek_v3", 8), logits[256], 1),
+        "deepseek_v4": forward_and_backward(gating("deepseek_v4", 6), logits[256], 1),
+        "gpt_oss": forward_and_backward(
+            gated, (array((64, 256), jnp.bfloat16), up, down, up, array((4,), jnp.int32)), 4
+        ),
+    }
+    assert each_failure("v5e", programs) == []
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
