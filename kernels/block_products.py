@@ -35,25 +35,28 @@ def dot(a: jax.Array, b: jax.Array, left: int = 1, right: int = 0) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
+def before_activation(x: jax.Array, expert: Any, units: Any) -> list[jax.Array]:
+    """x W_in + b_in and, where gated, x W_gate + b_gate, of these hidden units: [m, f] f32 each."""
+    found = []
+    for weight, bias in expert.into():
+        product = dot(x, weight[:, units])
+        found.append(product if bias is None else product + bias[:, units].astype(jnp.float32))
+    return found
+
+
 def through_expert(
-    x: jax.Array,
-    w_in_ref: Any,
-    w_gate_ref: Any,
-    w_out_ref: Any,
-    activation: Activation,
-    units_left: Any = None,
+    x: jax.Array, expert: Any, activation: Activation, units_left: Any = None
 ) -> jax.Array:
     """Rows [m, D] through an expert, or a block of its hidden units, in chunks: [m, D] f32.
 
-    w_gate_ref may be None. units_left: hidden units of the block that there are, where it overhangs
-    the last one; what lies beyond may be NaN.
+    expert: `Experts` of refs to one, biases [1, N]; b_out is left to the caller.
+    units_left: hidden units of the block that there are, where it overhangs the last one; what lies
+      beyond may be NaN.
     """
-    total = jnp.zeros((x.shape[0], w_out_ref.shape[1]), jnp.float32)
-    for units in pieces(w_in_ref.shape[1], HIDDEN_CHUNK):
-        up = dot(x, w_in_ref[:, units])
-        gate = None if w_gate_ref is None else dot(x, w_gate_ref[:, units])
-        hidden = hidden_units(activation, up, gate)
-        hidden, w_out = hidden.astype(x.dtype), w_out_ref[units, :]
+    total = jnp.zeros((x.shape[0], expert.w_out.shape[1]), jnp.float32)
+    for units in pieces(expert.w_in.shape[1], HIDDEN_CHUNK):
+        hidden = hidden_units(activation, *before_activation(x, expert, units))
+        hidden, w_out = hidden.astype(x.dtype), expert.w_out[units, :]
         if units_left is not None:
             left = units_left - units.start
             hidden, w_out = keep(hidden, left, axis=1), keep(w_out, left, axis=0)

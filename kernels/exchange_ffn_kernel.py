@@ -53,7 +53,7 @@ from taskmoe.kernels.exchange_plan import (
 from taskmoe.kernels.exchange_walk import Buffered, Plan, go_out, multiply
 from taskmoe.kernels.expert_network import expert_ffn
 from taskmoe.kernels.ffn_kernel import cost as ffn_cost
-from taskmoe.kernels.options import Activation, check_activation
+from taskmoe.kernels.options import Activation, Experts, check_activation
 from taskmoe.kernels.platforms import chip, with_kernel_settings
 from taskmoe.kernels.tiling import HIDDEN_CHUNK
 
@@ -156,10 +156,11 @@ def kernel(
     def one(expert: jax.Array) -> None:
         slot = jax.lax.rem(expert, 2)
         w_in, w_gate, w_out = (None if b is None else b.at[slot] for b in scratch.weights)
+        held: Any = Experts(w_in, w_out, w_gate)  # type: ignore[arg-type]
 
         def through(at: Any) -> None:
             x = unpack(scratch.rows[at, :, 0, :], dtype)
-            y = through_expert(x, w_in, w_gate, w_out, activation)
+            y = through_expert(x, held, activation)
             scratch.results[at, :, 0, :] = pack(y, dtype)
 
         pl.when(expert + 1 < own)(lambda: matrices.start(expert + 1))

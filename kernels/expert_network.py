@@ -57,15 +57,17 @@ def expert_ffn_reference(
     groups: Groups,
 ) -> jax.Array:
     """The definition of `expert_ffn`."""
-    acc, (w_in, w_out, w_gate) = accumulator(x.dtype), experts
+    acc = accumulator(x.dtype)
 
-    def times(rows: jax.Array, matrices: jax.Array, dtype: Any) -> jax.Array:
-        product = ProductOptions(dtype, matrices.shape[0], options.shifted, None)
-        return gmm_reference(product, rows, matrices, groups)
+    def times(rows: jax.Array, matrices: jax.Array, bias: jax.Array | None) -> jax.Array:
+        product = ProductOptions(acc, matrices.shape[0], options.shifted, None)
+        out = gmm_reference(product, rows, matrices, groups)
+        if bias is None:
+            return out
+        return out + gmm_reference(product, jnp.ones_like(rows[:, :1]), bias[:, None], groups)
 
-    gate = None if w_gate is None else times(x, w_gate, acc)
-    hidden = hidden_units(options.activation, times(x, w_in, acc), gate)
-    return times(hidden.astype(x.dtype), w_out, x.dtype)
+    hidden = hidden_units(options.activation, *(times(x, *into) for into in experts.into()))
+    return times(hidden.astype(x.dtype), experts.w_out, experts.b_out).astype(x.dtype)
 
 
 def _keeping_mosaic(
@@ -146,6 +148,9 @@ def expert_ffn(
     *,
     activation: Activation = "relu",
     w_gate: jax.Array | None = None,
+    b_in: jax.Array | None = None,
+    b_out: jax.Array | None = None,
+    b_gate: jax.Array | None = None,
     group_offset: int | jax.Array | None = None,
     tiling: Tiling | None = None,
     implementation: str | None = None,
@@ -153,6 +158,8 @@ def expert_ffn(
     """Run each group of rows through its expert's feed-forward network.
 
         out[i] = act(x[i] W_in) W_out,  or gated  (act(x[i] W_gate) * (x[i] W_in)) W_out
+
+    with biases added to the products, where they are given.
 
     x: [M, D] bf16|f32, rows sorted by expert.
     w_in: [E, D, F], same dtype.
@@ -163,6 +170,8 @@ def expert_ffn(
       act(x W_gate, x W_in), of operations that Pallas knows where it is to run on TPU. Another
       function is another program.
     w_gate: [E, D, F] or None; the activation is on x W_gate (silu: SwiGLU, gelu: GeGLU).
+    b_in, b_out, b_gate: [E, F], [E, D], [E, F] or None, added to x W_in, to the result and to
+      x W_gate. They reach the rows of their experts alone.
     group_offset: scalar i32, the group that w_in[0] belongs to; None means 0 and wants E == G.
     tiling: a `Tiling` (m rows, k = D, n hidden units) that overrides the forward kernel's choice of
       block sizes ("mosaic" only).
@@ -186,13 +195,19 @@ def expert_ffn(
         w_gate = as_floats("w_gate", w_gate, ("x", x))
         check_shape("w_gate", w_gate, w_in.shape)
     check_activation(activation, w_gate is not None)
+    if b_gate is not None and w_gate is None:
+        raise ValueError("b_gate must be None without w_gate")
+    biases = {"b_in": (b_in, hidden), "b_out": (b_out, x.shape[1]), "b_gate": (b_gate, hidden)}
+    given = {name: as_floats(name, b, ("x", x)) for name, (b, _) in biases.items() if b is not None}
+    for name, bias in given.items():
+        check_shape(name, bias, (num_groups, biases[name][1]))
     groups = check_groups(group_sizes, group_offset, num_groups, "w_in.shape[0]")
     check_tiling(tiling, x.shape[1], hidden, x.dtype.itemsize)
     if tiling is not None and tiling.k != x.shape[1]:
         raise ValueError(f"tiling.k must be D={x.shape[1]} in expert_ffn, got {tiling.k}")
     check_implementation(implementation)
     options = FFNOptions(activation, group_offset is not None, implementation, tiling)
-    leaves, tree = jax.tree.flatten((x, Experts(w_in, w_out, w_gate), groups))
+    leaves, tree = jax.tree.flatten((x, Experts(w_in, w_out, w_gate, **given), groups))
     operands = jax.tree.unflatten(tree, match_varying(*leaves))
     if 0 in (*x.shape, *w_in.shape):
         return zeros_like_all(x.shape, x.dtype, *leaves)

@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.block_products import dot, keep, zero_where_not
 from taskmoe.kernels.checks import result_like
+from taskmoe.kernels.ffn_kernel import where_held, with_rows
 from taskmoe.kernels.group_visits import Visit, Visits, visit_blocks
 from taskmoe.kernels.groups import Groups, group_bounds
 from taskmoe.kernels.options import Activation, Experts, FFNOptions, hidden_units
@@ -56,6 +57,11 @@ def in_block(hidden: Any, visit: Any, walk: Visits) -> tuple[Any, ...]:
     return walk.group[visit], 0, hidden
 
 
+def out_bias_block(hidden: Any, visit: Any, walk: Visits) -> tuple[Any, ...]:
+    """b_out of the visit's expert, and its gradient."""
+    return walk.group[visit], 0, 0
+
+
 def out_block(hidden: Any, visit: Any, walk: Visits) -> tuple[Any, ...]:
     """W_out of the visit's expert, and its gradient."""
     return walk.group[visit], hidden, 0
@@ -75,13 +81,22 @@ def kernel(
 ) -> None:
     """One visit at one block of hidden units; sums: `Experts`, of their gradients, in f32."""
     visit = Visit(walk, pl.program_id(1), x_ref.shape[0])
-    w_in_ref, w_out_ref, w_gate_ref = experts
+    w_in_ref, w_out_ref, w_gate_ref = experts[:3]
     block_hidden, act = w_in_ref.shape[1], functools.partial(hidden_units, activation)
     left = hidden_size - pl.program_id(0) * block_hidden
 
     def units_kept(x: jax.Array, axis: int) -> jax.Array:
         """The last block of hidden units overhangs: what lies past the last unit may be NaN."""
         return keep(x, left, axis) if hidden_size % block_hidden else x
+
+    def biased(product: jax.Array, bias_ref: Any) -> jax.Array:
+        if bias_ref is None:
+            return product
+        return product + units_kept(bias_ref[...], 1).astype(jnp.float32)
+
+    def add_rows(sum_ref: Any, rows: jax.Array) -> None:
+        if sum_ref is not None:
+            sum_ref[...] += jnp.sum(rows.astype(jnp.float32), axis=0, keepdims=True)
 
     def work(start: Any, size: int, masked: bool) -> None:
         part = pl.ds(start, size)
@@ -90,21 +105,24 @@ def kernel(
         if masked:  # rows of others may be NaN; as zeros they add nothing
             x, dy = zero_where_not(owned, x), zero_where_not(owned, dy)
         w_in, w_out = units_kept(w_in_ref[...], 1), units_kept(w_out_ref[...], 0)
-        up, d_hidden = dot(x, w_in), dot(dy, w_out, 1, 1)
+        up, d_hidden = biased(dot(x, w_in), experts.b_in), dot(dy, w_out, 1, 1)
         if w_gate_ref is None:
             hidden, pull = jax.vjp(act, up)
             (d_up,) = pull(d_hidden)
             dx = jnp.zeros(x.shape, jnp.float32)
         else:
             w_gate = units_kept(w_gate_ref[...], 1)
-            hidden, pull = jax.vjp(act, up, dot(x, w_gate))
+            hidden, pull = jax.vjp(act, up, biased(dot(x, w_gate), experts.b_gate))
             d_up, d_gate = pull(d_hidden)
             d_gate = d_gate.astype(x.dtype)
             sums.w_gate[...] += dot(x, d_gate, 0, 0)
+            add_rows(sums.b_gate, d_gate)
             dx = dot(d_gate, w_gate, 1, 1)
         d_up = d_up.astype(x.dtype)
         sums.w_out[...] += dot(hidden.astype(x.dtype), dy, 0, 0)
         sums.w_in[...] += dot(x, d_up, 0, 0)
+        add_rows(sums.b_in, d_up)
+        add_rows(sums.b_out, dy)
         dx += dot(d_up, w_in, 1, 1)
         if masked:
             dx = jnp.where(owned, dx, dx_ref[part, :].astype(jnp.float32))
@@ -146,25 +164,29 @@ def expert_ffn_backward_mosaic(
     walk = visit_blocks(group_bounds(groups, e, m), m, t.m, every_group=True)
     cuts = pl.cdiv(f, t.n)
 
-    def each(into: Any, out: Any) -> Any:
-        """The same for W_in and, where there is one, W_gate; another for W_out."""
-        return Experts(into, out, None if experts.w_gate is None else into)
-
     rows = pl.BlockSpec((t.m, d), rows_block)
-    blocks = each(pl.BlockSpec((None, d, t.n), in_block), pl.BlockSpec((None, t.n, d), out_block))
+    blocks = where_held(
+        experts,
+        pl.BlockSpec((None, d, t.n), in_block),
+        pl.BlockSpec((None, t.n, d), out_block),
+        pl.BlockSpec((None, 1, t.n), in_block),
+        pl.BlockSpec((None, 1, d), out_bias_block),
+    )
+    shapes = (d, t.n), (t.n, d), (1, t.n), (1, d)
+    cut = with_rows(experts)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(cuts, walk.num[0]),
         in_specs=[rows, rows, blocks],
         out_specs=(pl.BlockSpec((None, t.m, d), part_block), blocks),
-        scratch_shapes=[each(pltpu.VMEM((d, t.n), jnp.float32), pltpu.VMEM((t.n, d), jnp.float32))],
+        scratch_shapes=[where_held(experts, *(pltpu.VMEM(s, jnp.float32) for s in shapes))],
     )
     call = pl.pallas_call(
         functools.partial(kernel, activation=options.activation, hidden_size=f),
         grid_spec=grid_spec,
         out_shape=(
             result_like(x, (cuts, m, d), x.dtype if cuts == 1 else jnp.float32),
-            jax.tree.map(lambda w: result_like(x, w.shape, w.dtype), experts),
+            jax.tree.map(lambda w: result_like(x, w.shape, w.dtype), cut),
         ),
         compiler_params=tilings.compiler_params(
             ("parallel", "arbitrary"), tilings.ffn_backward_vmem_bytes(t, matrices, itemsize)
@@ -172,6 +194,7 @@ def expert_ffn_backward_mosaic(
         cost_estimate=cost(m, d, f, e, matrices, itemsize),
         name="taskmoe_expert_ffn_backward",
     )
-    dx, grads = call(walk, x, dy, experts)
+    dx, grads = call(walk, x, dy, cut)
+    grads = jax.tree.map(lambda grad, w: grad.reshape(w.shape), grads, experts)
     dx = dx[0] if cuts == 1 else jnp.sum(dx, axis=0).astype(x.dtype)
     return dx, grads

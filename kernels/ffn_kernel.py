@@ -47,6 +47,16 @@ def in_block(visit: Any, hidden: Any, walk: Visits) -> tuple[Any, ...]:
     return walk.group[visit], 0, hidden
 
 
+def in_bias_block(visit: Any, hidden: Any, walk: Visits) -> tuple[Any, ...]:
+    """b_in or b_gate of the visit's expert."""
+    return walk.group[visit], 0, hidden
+
+
+def out_bias_block(visit: Any, hidden: Any, walk: Visits) -> tuple[Any, ...]:
+    """b_out of the visit's expert."""
+    return walk.group[visit], 0, 0
+
+
 def out_block(visit: Any, hidden: Any, walk: Visits) -> tuple[Any, ...]:
     """W_out of the visit's expert."""
     return walk.group[visit], hidden, 0
@@ -55,23 +65,21 @@ def out_block(visit: Any, hidden: Any, walk: Visits) -> tuple[Any, ...]:
 def kernel(
     walk: Visits,
     x_ref: Any,
-    w_in_ref: Any,
-    w_gate_ref: Any,
-    w_out_ref: Any,
+    expert: Experts,
     out_ref: Any,
     acc_ref: Any,
     *,
     activation: Activation,
     hidden_size: int,
 ) -> None:
-    """One visit and one block of hidden units. w_gate_ref may be None."""
+    """One visit and one block of hidden units."""
     visit = Visit(walk, pl.program_id(0), x_ref.shape[0])
-    step, steps, block_hidden = pl.program_id(1), pl.num_programs(1), w_in_ref.shape[1]
+    step, steps, block_hidden = pl.program_id(1), pl.num_programs(1), expert.w_in.shape[1]
     left = hidden_size - step * block_hidden if hidden_size % block_hidden else None
 
     def work(start: Any, size: int, masked: bool) -> None:
         part = pl.ds(start, size)
-        value = through_expert(x_ref[part, :], w_in_ref, w_gate_ref, w_out_ref, activation, left)
+        value = through_expert(x_ref[part, :], expert, activation, left)
 
         @pl.when((step > 0) & (step < steps - 1))
         def _accumulate() -> None:
@@ -84,6 +92,8 @@ def kernel(
         @pl.when(step == steps - 1)
         def _store() -> None:
             total = jnp.where(step > 0, acc_ref[part, :], 0) + value
+            if expert.b_out is not None:
+                total += expert.b_out[...].astype(jnp.float32)
             if masked:
                 old = out_ref[part, :].astype(jnp.float32)
                 total = jnp.where(visit.owned(start, total.shape), total, old)
@@ -96,6 +106,19 @@ def kernel(
     visit.work(work)
 
 
+def where_held(experts: Experts, into: Any, out: Any, into_bias: Any, out_bias: Any) -> Any:
+    """`Experts` of what stands for each matrix and bias that there is, None for the others."""
+    parts: Any = Experts(into, out, into, into_bias, out_bias, into_bias)
+    absent = {name: None for name, held in experts._asdict().items() if held is None}
+    return parts._replace(**absent)
+
+
+def with_rows(experts: Experts) -> Experts:
+    """The experts with biases [E, 1, N]: a block of one row is all of that axis."""
+    b_in, b_out, b_gate = (b if b is None else b[:, None] for b in experts[3:])
+    return experts._replace(b_in=b_in, b_out=b_out, b_gate=b_gate)
+
+
 def expert_ffn_mosaic(
     options: FFNOptions,
     x: jax.Array,
@@ -103,9 +126,8 @@ def expert_ffn_mosaic(
     groups: Groups,
 ) -> jax.Array:
     """The kernel call; arguments as in `expert_ffn`, validated."""
-    w_in, w_out, w_gate = experts
-    (m, d), (e, _, f) = x.shape, w_in.shape
-    itemsize, matrices = x.dtype.itemsize, 2 if w_gate is None else 3
+    (m, d), (e, _, f) = x.shape, experts.w_in.shape
+    itemsize, matrices = x.dtype.itemsize, 2 if experts.w_gate is None else 3
     t = options.tiling or tilings.ffn_tiling(m, d, f, e, matrices, itemsize, chip())
     walk = visit_blocks(group_bounds(groups, e, m), m, t.m)
     into = pl.BlockSpec((None, d, t.n), in_block)
@@ -114,9 +136,13 @@ def expert_ffn_mosaic(
         grid=(walk.num[0], pl.cdiv(f, t.n)),
         in_specs=[
             pl.BlockSpec((t.m, d), rows_block),
-            into,
-            None if w_gate is None else into,
-            pl.BlockSpec((None, t.n, d), out_block),
+            where_held(
+                experts,
+                into,
+                pl.BlockSpec((None, t.n, d), out_block),
+                pl.BlockSpec((None, 1, t.n), in_bias_block),
+                pl.BlockSpec((None, 1, d), out_bias_block),
+            ),
         ],
         out_specs=pl.BlockSpec((t.m, d), rows_block),
         scratch_shapes=[pltpu.VMEM((t.m, d), jnp.float32)],
@@ -131,4 +157,4 @@ def expert_ffn_mosaic(
         cost_estimate=cost(m, d, f, e, matrices, itemsize),
         name="taskmoe_expert_ffn",
     )
-    return call(walk, x, w_in, w_gate, w_out)
+    return call(walk, x, with_rows(experts))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from taskmoe.kernels.checks import as_integers, check_shape
+from taskmoe.kernels.checks import accumulator, as_integers, check_shape
 
 
 class Groups(NamedTuple):
@@ -49,3 +49,22 @@ def group_bounds(groups: Groups, num_groups: int, num_rows: Any) -> tuple[jax.Ar
     bounds = jnp.concatenate([jnp.zeros_like(ends[:1]), ends])
     index = groups.offset + jnp.arange(num_groups, dtype=jnp.int32)
     return bounds[jnp.clip(index, 0, last)], bounds[jnp.clip(index + 1, 0, last)]
+
+
+def of_each_row(values: jax.Array, groups: Groups, num_rows: Any) -> jax.Array:
+    """[M, N]: the row of values [E, N] that belongs to each row's group; zeros where none does."""
+    starts, ends = group_bounds(groups, values.shape[0], num_rows)
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    group = jnp.sum(row[:, None] >= ends, axis=1)
+    picked = values[jnp.minimum(group, values.shape[0] - 1)]
+    return jnp.where(((row >= starts[0]) & (row < ends[-1]))[:, None], picked, 0)
+
+
+def sum_of_each_group(rows: jax.Array, groups: Groups, num_groups: int) -> jax.Array:
+    """[E, N]: sums of rows [M, N] over each group, whatever rows of none hold."""
+    starts, ends = group_bounds(groups, num_groups, rows.shape[0])
+    row = jnp.arange(rows.shape[0], dtype=jnp.int32)
+    own = (row >= starts[0]) & (row < ends[-1])
+    group = jnp.where(own, jnp.sum(row[:, None] >= ends, axis=1), num_groups)
+    sums = jnp.zeros((num_groups, rows.shape[1]), accumulator(rows.dtype))
+    return sums.at[group].add(jnp.where(own[:, None], rows, 0).astype(sums.dtype), mode="drop")

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from taskmoe.kernels import hopper_products
 from taskmoe.kernels.checks import accumulator
-from taskmoe.kernels.groups import Groups, group_bounds
+from taskmoe.kernels.groups import Groups, group_bounds, of_each_row, sum_of_each_group
 from taskmoe.kernels.options import Experts, FFNOptions, ProductOptions, hidden_units
 from taskmoe.kernels.row_tiles import SYMBOLIC_ROWS, Tiles
 from taskmoe.kernels.tiled_products import tgmm_in_tiles
@@ -119,10 +119,13 @@ def expert_ffn(
     groups: Groups,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """`expert_ffn` [M, D], and what comes before the activation: x W_in and x W_gate [M, F]."""
-    w_in, w_out, w_gate = experts
-    kept = [gmm(_product(options, w), x, w, groups) for w in (w_in, w_gate) if w is not None]
-    hidden = _activate(options, *kept)
-    return gmm(_product(options, w_out), hidden, w_out, groups), kept
+
+    def times(rows: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+        out = gmm(_product(options, w), rows, w, groups)
+        return out if bias is None else out + of_each_row(bias, groups, x.shape[0])
+
+    kept = [times(x, *into) for into in experts.into()]
+    return times(_activate(options, *kept), experts.w_out, experts.b_out), kept
 
 
 def expert_ffn_backward(
@@ -134,7 +137,7 @@ def expert_ffn_backward(
     grad: jax.Array,
 ) -> tuple[jax.Array, Experts]:
     """Gradients of x and of the experts."""
-    acc, (w_in, w_out, w_gate) = accumulator(x.dtype), experts
+    acc, w_out = accumulator(x.dtype), experts.w_out
 
     def back(rows: jax.Array, w: jax.Array) -> jax.Array:
         return gmm(_product(options, w, transpose_rhs=True), rows, w, groups)
@@ -144,11 +147,16 @@ def expert_ffn_backward(
 
     hidden, pull = jax.vjp(lambda *kept: _activate(options, *kept), *kept)
     d_kept = pull(back(grad, w_out))
-    into = [w for w in (w_in, w_gate) if w is not None]
+    into = [w for w, _ in experts.into()]
     d_x = sum(back(d, w).astype(acc) for d, w in zip(d_kept, into, strict=True))
     d_in, *d_gate = (total(x, d, w) for d, w in zip(d_kept, into, strict=True))
-    d_out = total(hidden, grad, w_out)
-    return jnp.asarray(d_x).astype(x.dtype), Experts(d_in, d_out, *d_gate)
+    found = Experts(d_in, total(hidden, grad, w_out), *d_gate)
+    rows = {"b_in": d_kept[0], "b_out": grad, "b_gate": d_kept[-1]}
+    for name, of in rows.items():
+        if (bias := getattr(experts, name)) is not None:
+            sums = sum_of_each_group(of, groups, bias.shape[0]).astype(bias.dtype)
+            found = found._replace(**{name: sums})
+    return jnp.asarray(d_x).astype(x.dtype), found
 
 
 def _activate(options: FFNOptions, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:

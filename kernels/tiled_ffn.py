@@ -24,6 +24,16 @@ def _dot(a: jax.Array, b: jax.Array, left: int = 1, right: int = 0) -> jax.Array
     return jax.lax.dot_general(a, b, dims, preferred_element_type=accumulator(a.dtype))
 
 
+def _biased(product: jax.Array, bias: jax.Array | None, group: jax.Array) -> jax.Array:
+    """Product [m, N] plus the group's bias of [E, N]."""
+    return product if bias is None else product + row_tiles.pick(bias, group)
+
+
+def _total(rows: jax.Array) -> jax.Array:
+    """Sum of rows [m, N], [N]."""
+    return jnp.sum(rows, axis=0, dtype=accumulator(rows.dtype))
+
+
 def expert_ffn_xla(
     options: FFNOptions,
     x: jax.Array,
@@ -51,19 +61,20 @@ def _forward(
     groups: Groups,
     keep: bool,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    w_in, w_out, w_gate = experts
+    w_in, w_out = experts.w_in, experts.w_out
     num_rows, (num_groups, _, hidden_size) = x.shape[0], w_in.shape
     bounds = group_bounds(groups, num_groups, num_rows)
     tiles = choose_tiles(num_rows, *w_in.shape)
-    into = [w_in] if w_gate is None else [w_in, w_gate]
+    into = experts.into()
     x = row_tiles.padded(x)
 
     def per_tile(group: jax.Array, tile: Tile, state: Any) -> tuple[Any, Any]:
         out, kept = state
         xs = row_tiles.take(x, tile)
-        up, *gates = (_dot(xs, row_tiles.pick(w, group)) for w in into)
+        up, *gates = (_biased(_dot(xs, row_tiles.pick(w, group)), bias, group) for w, bias in into)
         hidden = hidden_units(options.activation, up, *gates)
         product = _dot(hidden.astype(x.dtype), row_tiles.pick(w_out, group))
+        product = _biased(product, experts.b_out, group)
         values = zip(kept, [up, *gates], strict=False)  # kept may be empty
         kept = [row_tiles.put(buffer, tile, value) for buffer, value in values]
         return (row_tiles.put(out, tile, product), kept), ()
@@ -86,11 +97,12 @@ def expert_ffn_backward_xla(
     grad: jax.Array,
 ) -> tuple[jax.Array, Experts]:
     """Gradients of x and of the experts."""
-    w_in, w_out, w_gate = experts
+    w_in = experts.w_in
     num_rows, num_groups = x.shape[0], w_in.shape[0]
     bounds = group_bounds(groups, num_groups, num_rows)
     tiles = choose_tiles(num_rows, *w_in.shape)
-    weights = [w_in, w_out] if w_gate is None else [w_in, w_out, w_gate]
+    weights = [w for w in experts[:3] if w is not None]
+    parts, tree = jax.tree.flatten(experts)
     x, grad, *kept = (row_tiles.padded(rows) for rows in (x, grad, *kept))
 
     def per_tile(group: jax.Array, tile: Tile, state: Any) -> tuple[Any, Any]:
@@ -103,19 +115,19 @@ def expert_ffn_backward_xla(
         hidden, pull = jax.vjp(act, up, *pre_gate)
         d_up, *d_gate = (d.astype(x.dtype) for d in pull(d_hidden))
         d_rows = _dot(d_up, inner, 1, 1)
-        products = [_dot(xs, d_up, 0, 0), _dot(hidden.astype(x.dtype), g, 0, 0)]
+        found = {"w_in": _dot(xs, d_up, 0, 0), "w_out": _dot(hidden.astype(x.dtype), g, 0, 0)}
+        found |= {"b_in": _total(d_up), "b_out": _total(g)}
         if gates:
             d_rows += _dot(d_gate[0], gates[0], 1, 1)
-            products.append(_dot(xs, d_gate[0], 0, 0))
-        return (row_tiles.put(d_x, tile, d_rows), d_weights), products
+            found |= {"w_gate": _dot(xs, d_gate[0], 0, 0), "b_gate": _total(d_gate[0])}
+        held = [found[name] for name, part in experts._asdict().items() if part is not None]
+        return (row_tiles.put(d_x, tile, d_rows), d_weights), held
 
     def per_group(group: jax.Array, sums: list[jax.Array], state: Any) -> Any:
         d_x, d_weights = state
         pairs = zip(d_weights, sums, strict=True)
         return d_x, [row_tiles.put_group(d, group, total) for d, total in pairs]
 
-    init = jnp.zeros(x.shape, x.dtype), [jnp.zeros(w.shape, w.dtype) for w in weights]
-    d_x, (d_in, d_out, *d_gates) = row_tiles.for_each_tile(
-        bounds, tiles, x.shape[0], per_tile, per_group, init
-    )
-    return d_x[:num_rows], Experts(d_in, d_out, *d_gates)
+    init = jnp.zeros(x.shape, x.dtype), [jnp.zeros_like(part) for part in parts]
+    d_x, d_parts = row_tiles.for_each_tile(bounds, tiles, x.shape[0], per_tile, per_group, init)
+    return d_x[:num_rows], jax.tree.unflatten(tree, d_parts)

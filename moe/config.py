@@ -52,6 +52,7 @@ class MoEConfig:
       Only without a capacity factor; the strategies "ragged", "all_gather" and "mosaic" heed it.
     activation: "relu", "gelu" or "silu"; with `gated`, `act(x w_gate) * (x w_in)`, or "gpt_oss" or
       "deepseek_v4"; or a function, as in `taskmoe.kernels.expert_ffn`.
+    biases: whether experts add biases to each of their products.
     load_balance_weight, z_loss_weight: coefficients of the two auxiliary losses (Lingvo's and
       ST-MoE's by default).
 
@@ -76,6 +77,7 @@ class MoEConfig:
     jitter: float = 0.0
     activation: Activation = "relu"
     gated: bool = False
+    biases: bool = False
     load_balance_weight: float = 0.01
     z_loss_weight: float = 1e-3
 

@@ -272,6 +272,7 @@ def _mosaic(job: Job) -> tuple[jax.Array, jax.Array]:
     fuse = (
         job.implementation in (None, "mosaic")
         and job.x.shape[1] == job.config.d_model
+        and not job.config.biases
         and can_fuse(packed, counts, w_in, w_gate, room)
     )
     if fuse:
@@ -305,14 +306,16 @@ def _sorted_experts(
 def _experts(job: Job, rows: jax.Array, sizes: jax.Array) -> jax.Array:
     """Rows [N, W] of whole units, sorted by expert, through the experts; sizes count units."""
     width = rows.shape[1]
+    names = ("w_gate", "b_in", "b_out", "b_gate")
+    optional: Any = {name: job.params.get(name) for name in names}
     return expert_ffn(
         rows.reshape(-1, job.config.d_model),
         job.params["w_in"],
         job.params["w_out"],
         sizes * (width // job.config.d_model),
         activation=job.config.activation,
-        w_gate=job.params.get("w_gate"),
         implementation=job.implementation,
+        **optional,
     ).reshape(-1, width)
 
 

@@ -59,6 +59,7 @@ def apply_here(
 ) -> tuple[jax.Array, Metrics]:
     """The layer on one device, or with a layout one device's part of it, inside `jax.shard_map`."""
     axes = () if layout is None else layout.batch
+    params = _biased_once(params, layout)
     logits, unit_valid = unit_logits(params, config, *batch)
     units, bias = unit_valid.shape[0], params.get("choice_bias")
     x = batch.x.reshape(units, -1)
@@ -93,6 +94,7 @@ def apply_one_task(
     """
     assert batch.task is not None
     axes = () if layout is None else layout.batch
+    params = _biased_once(params, layout)
     some = batch.valid.any()[None]  # only padding counts nowhere
     logits = task_logits(params, config)[batch.task][None]
     bias = params.get("choice_bias")
@@ -105,7 +107,8 @@ def apply_one_task(
         held = {name: params[name] for name in EXPERT_PARAMS if name in params}
         picked = {
             name: jax.lax.psum(
-                jnp.where(mine[:, None, None], w[jnp.clip(local, 0, own - 1)], 0), layout.expert
+                jnp.where(mine.reshape(-1, *[1] * (w.ndim - 1)), w[jnp.clip(local, 0, own - 1)], 0),
+                layout.expert,
             )
             for name, w in held.items()
         }
@@ -115,6 +118,15 @@ def apply_one_task(
     counted = gate(config, bias, logits, some, implementation)
     num_valid = jnp.sum(some)
     return y, _over_devices(config, counted, num_valid, config.top_k * num_valid, None, axes)
+
+
+def _biased_once(params: Params, layout: Layout | None) -> Params:
+    """Parameters whose b_out one device alone adds, of those that share the hidden units."""
+    if layout is None or not layout.hidden or "b_out" not in params:
+        return params
+    first = jax.lax.axis_index(layout.hidden) == 0
+    bias = vary_over(params["b_out"], layout.hidden)
+    return params | {"b_out": jnp.where(first, bias, 0)}
 
 
 def _whole(y: jax.Array, layout: Layout | None) -> jax.Array:

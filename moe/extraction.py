@@ -6,7 +6,8 @@ after its activation, so
     sum_j g_j * act(x W_in[e_j]) W_out[e_j]
       = act(x [W_in[e_1] | ... | W_in[e_k]]) [g_1 W_out[e_1]; ...; g_k W_out[e_k]]
 
-is one dense FFN of width k * d_ff, for every activation and for gated ones (Kudugunta et al. 2021,
+is one dense FFN of width k * d_ff (with biases side by side, and sum_j g_j * b_out[e_j]), for every
+activation and for gated ones (Kudugunta et al. 2021,
 section 3.2; the folding is ours). The layer itself runs a batch of one task through the same fold.
 """
 
@@ -25,6 +26,7 @@ from jax.typing import ArrayLike
 from taskmoe.kernels.options import Activation, hidden_units
 from taskmoe.kernels.platforms import with_plain_settings
 from taskmoe.moe.config import MoEConfig
+from taskmoe.moe.mesh import EXPERT_PARAMS
 from taskmoe.moe.routing import Params, gate, task_logits
 
 
@@ -36,12 +38,16 @@ class FFNParams:
     w_in: [D, F] bf16|f32
     w_out: [F, D], same dtype
     w_gate: [D, F] or None; with it the layer is `(act(x w_gate) * (x w_in)) w_out`
+    b_in, b_out, b_gate: [F], [D], [F] or None, added to the products
     activation: as of the layer (static)
     """
 
     w_in: jax.Array
     w_out: jax.Array
     w_gate: jax.Array | None = None
+    b_in: jax.Array | None = None
+    b_out: jax.Array | None = None
+    b_gate: jax.Array | None = None
     activation: Activation = dataclasses.field(default="relu", metadata={"static": True})
 
 
@@ -58,9 +64,14 @@ def ffn(params: FFNParams, x: jax.Array) -> jax.Array:
 @with_plain_settings
 def dense_ffn(params: FFNParams, x: jax.Array, out_dtype: Any) -> jax.Array:
     """`ffn` with a result of this dtype."""
-    gate = None if params.w_gate is None else _matmul(x, params.w_gate)
-    hidden = hidden_units(params.activation, _matmul(x, params.w_in), gate)
-    return _matmul(hidden.astype(x.dtype), params.w_out).astype(out_dtype)
+
+    def times(rows: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+        product = _matmul(rows, w)
+        return product if bias is None else product + bias.astype(jnp.float32)
+
+    gate = None if params.w_gate is None else times(x, params.w_gate, params.b_gate)
+    hidden = hidden_units(params.activation, times(x, params.w_in, params.b_in), gate)
+    return times(hidden.astype(x.dtype), params.w_out, params.b_out).astype(out_dtype)
 
 
 def extract(params: Params, config: MoEConfig, task: ArrayLike) -> FFNParams:
@@ -148,8 +159,7 @@ def prune(
 
 def _keep_experts(params: Params, kept: np.ndarray) -> Params:
     """Parameters with these experts only; a gate keeps their columns, task embeddings go."""
-    names = [name for name in ("w_in", "w_out", "w_gate") if name in params]
-    small: Params = {name: params[name][kept] for name in names}
+    small: Params = {name: params[name][kept] for name in EXPERT_PARAMS if name in params}
     if "task_embedding" not in params and "gate" in params:
         small["gate"] = params["gate"][:, kept]
         biases = [name for name in ("gate_bias", "choice_bias") if name in params]
@@ -173,12 +183,22 @@ def fold(params: Params, config: MoEConfig, experts: jax.Array, weights: jax.Arr
     def side_by_side(w: jax.Array) -> jax.Array:  # [E, D, F] -> [D, k*F]
         return jnp.moveaxis(w[experts], 0, 1).reshape(w.shape[1], -1)
 
-    w_out = params["w_out"]
-    gated = w_out[experts].astype(jnp.float32) * weights[:, None, None]
+    def flat(name: str) -> jax.Array | None:  # [E, F] -> [k*F]
+        return params[name][experts].reshape(-1) if name in params else None
+
+    def weighted(w: jax.Array) -> jax.Array:
+        each = weights.reshape(-1, *[1] * (w.ndim - 1))
+        return w[experts].astype(jnp.float32) * each
+
+    w_out, b_out = params["w_out"], params.get("b_out")
+    gated = weighted(w_out)
     return FFNParams(
         w_in=side_by_side(params["w_in"]),
         w_out=gated.astype(w_out.dtype).reshape(-1, w_out.shape[2]),
         w_gate=side_by_side(params["w_gate"]) if config.gated else None,
+        b_in=flat("b_in"),
+        b_out=None if b_out is None else weighted(b_out).sum(0).astype(b_out.dtype),
+        b_gate=flat("b_gate"),
         activation=config.activation,
     )
 

@@ -29,8 +29,8 @@ def init(key: jax.Array, config: MoEConfig, dtype: Any = jnp.float32) -> Params:
 
     Returns gate [D, E] (not with routing "static" and "given"), w_in [E, D, F], w_out [E, F, D];
     with `gated` w_gate [E, D, F]; with routing "task" task_embedding [num_tasks, D]; gate_bias and
-    choice_bias [E], zeros, where the configuration has them. Experts are drawn with variance
-    1/fan_in.
+    choice_bias [E], and of biased experts b_in [E, F], b_out [E, D] and b_gate [E, F], zeros.
+    Experts are drawn with variance 1/fan_in.
     """
     names = ["gate", "w_in", "w_out", "w_gate", "task_embedding"]
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
@@ -51,6 +51,9 @@ def init(key: jax.Array, config: MoEConfig, dtype: Any = jnp.float32) -> Params:
     for name in ("gate_bias", "choice_bias"):
         if getattr(config, name):
             params[name] = jnp.zeros((e,), dtype)
+    if config.biases:
+        widths = {"b_in": f, "b_out": d} | ({"b_gate": f} if config.gated else {})
+        params |= {name: jnp.zeros((e, width), dtype) for name, width in widths.items()}
     return params
 
 

@@ -27,7 +27,7 @@ from taskmoe.moe.config import MoEConfig
 #: The experts' axis unless another is named.
 EXPERT_AXIS = "expert"
 #: Parameters that are spread over the experts' axis.
-EXPERT_PARAMS = ("w_in", "w_out", "w_gate")
+EXPERT_PARAMS = ("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,9 @@ def _param_specs(params: Any, expert: Any, hidden: Any) -> dict[str, PartitionSp
     into, out = PartitionSpec(expert, None, hidden), PartitionSpec(expert, hidden)
     if hidden is None:
         into = out = PartitionSpec(expert)
+    one = PartitionSpec(expert) if hidden is None else PartitionSpec(expert, hidden)
     cut = {"w_in": into, "w_gate": into, "w_out": out}
+    cut |= {"b_in": one, "b_gate": one, "b_out": PartitionSpec(expert)}
     return {name: cut.get(name, PartitionSpec()) for name in params}
 
 

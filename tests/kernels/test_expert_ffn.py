@@ -21,11 +21,16 @@ FAST = ["xla", "ragged_dot", "mosaic"]
 
 
 @functools.cache
-def run(implementation: str, activation: Any, gated: bool) -> Any:
-    """Output and gradients as one function."""
+def run(implementation: str, activation: Any, gated: bool, tiling: Tiling | None = None) -> Any:
+    """Output and gradients as one function; biases may follow the gradient."""
 
-    def f(x: Any, w_in: Any, w_out: Any, w_gate: Any, sizes: Any, grad: Any) -> Any:
-        def forward(x: Any, w_in: Any, w_out: Any, w_gate: Any) -> Any:
+    def f(x: Any, w_in: Any, w_out: Any, w_gate: Any, sizes: Any, grad: Any, *biases: Any) -> Any:
+        names = ("x", "w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")[: 4 + len(biases)]
+
+        def forward(x: Any, w_in: Any, w_out: Any, w_gate: Any, *biases: Any) -> Any:
+            options = dict(zip(names[4:], biases, strict=True))
+            if not gated:
+                options.pop("b_gate", None)
             return expert_ffn(
                 x,
                 w_in,
@@ -33,11 +38,12 @@ def run(implementation: str, activation: Any, gated: bool) -> Any:
                 sizes,
                 activation=activation,
                 w_gate=w_gate if gated else None,
+                tiling=tiling,
                 implementation=implementation,
+                **options,
             )
 
-        out, pull = jax.vjp(forward, x, w_in, w_out, w_gate)
-        names = ("x", "w_in", "w_out", "w_gate")
+        out, pull = jax.vjp(forward, x, w_in, w_out, w_gate, *biases)
         return {"out": out} | dict(zip(names, pull(grad), strict=True))
 
     return f
@@ -86,6 +92,50 @@ def test_forward_and_gradients(
     implementation: str, activation: str, gated: bool, dtype: Any
 ) -> None:
     check(implementation, activation, gated, operands(70, 40, 136, [20, 0, 31, 1, 10], dtype))
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize(
+    ("activation", "gated", "dtype", "tiling"),
+    [
+        ("relu", False, jnp.float32, None),
+        ("gpt_oss", True, jnp.float32, None),
+        ("silu", True, jnp.bfloat16, None),
+        ("gelu", False, jnp.float32, Tiling(16, 40, 128)),
+    ],
+)
+def test_biases_reach_the_rows_of_their_experts_alone(
+    implementation: str, activation: str, gated: bool, dtype: Any, tiling: Any
+) -> None:
+    sizes = [20, 0, 31, 1, 10]
+    args = operands(70, 40, 136, sizes, dtype)
+    biases = [support.normal(6 + i, (5, n), dtype) for i, n in enumerate((136, 40, 136))]
+    args = (*args, *(biases if gated else biases[:2]))
+    truth = support.in_float64(run("reference", activation, gated), *args)
+    plain = support.call("reference", run("reference", activation, gated), *args)
+    x, *weights, sizes, grad = args[:6]
+    poisoned = (support.poison_tail(x, 62), *weights, sizes, support.poison_tail(grad, 62))
+    tiling = tiling if implementation == "mosaic" else None
+    f = run(implementation, activation, gated, tiling)
+    ours = support.call(implementation, f, *poisoned, *args[6:])
+    support.assert_as_good(ours, plain, truth)
+    assert not ours["out"][62:].any()
+    assert not ours["b_in"][1].any()
+    np.testing.assert_allclose(
+        truth["b_out"][0], np.asarray(grad, np.float64)[:20].sum(0), rtol=1e-6, atol=1e-6
+    )
+    without = support.in_float64(run("reference", activation, gated), *args[:6])
+    assert np.abs(without["out"] - truth["out"])[:62].max() > 0.1
+
+
+def test_biases_that_do_not_fit() -> None:
+    x, w_in, w_out, w_gate, sizes, _ = operands(8, 4, 6, [5, 3], jnp.float32)
+    with pytest.raises(ValueError, match=r"b_in must have shape \[2, 6\], got \[2, 4\]"):
+        expert_ffn(x, w_in, w_out, sizes, b_in=jnp.zeros((2, 4)))
+    with pytest.raises(ValueError, match="b_gate must be None without w_gate"):
+        expert_ffn(x, w_in, w_out, sizes, b_gate=jnp.zeros((2, 6)))
+    with pytest.raises(TypeError, match="b_out"):
+        expert_ffn(x, w_in, w_out, sizes, w_gate=w_gate, b_out=jnp.zeros((2, 4), jnp.bfloat16))
 
 
 def squared_relu(x: jax.Array) -> jax.Array:
@@ -145,7 +195,7 @@ def test_hidden_dimension_cut_with_a_tail(gated: bool) -> None:
             tiling=tiling, implementation="mosaic",
         )  # fmt: skip
         groups, options = Groups(sizes, jnp.int32(0)), FFNOptions("silu", False, "mosaic")
-        d_x, (d_in, d_out, d_gate) = expert_ffn_backward_mosaic(
+        d_x, (d_in, d_out, d_gate, *_) = expert_ffn_backward_mosaic(
             options, x, Experts(w_in, w_out, gate), groups, grad, tiling
         )
         d_gate = jnp.zeros_like(w_gate) if d_gate is None else d_gate

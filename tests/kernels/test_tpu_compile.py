@@ -154,9 +154,11 @@ def test_routers_and_activations_of_models_compile() -> None:
 
         return run
 
-    def gated(x: Any, w_in: Any, w_out: Any, w_gate: Any, sizes: Any) -> Any:
-        return expert_ffn(x, w_in, w_out, sizes, activation="gpt_oss", w_gate=w_gate)
+    def gated(x: Any, w_in: Any, w_out: Any, w_gate: Any, up: Any, down: Any, sizes: Any) -> Any:
+        biases: Any = {"b_in": up, "b_gate": 2 * up, "b_out": down}
+        return expert_ffn(x, w_in, w_out, sizes, activation="gpt_oss", w_gate=w_gate, **biases)
 
+    biases = array((4, 512), jnp.bfloat16), array((4, 256), jnp.bfloat16)
     up, down = array((4, 256, 512), jnp.bfloat16), array((4, 512, 256), jnp.bfloat16)
     logits = {e: (array((512, e), jnp.float32), array((e,), jnp.float32)) for e in (160, 256)}
     programs = {
@@ -164,7 +166,9 @@ def test_routers_and_activations_of_models_compile() -> None:
         "deepseek_v3": forward_and_backward(gating("deepseek_v3", 8), logits[256], 1),
         "deepseek_v4": forward_and_backward(gating("deepseek_v4", 6), logits[256], 1),
         "gpt_oss": forward_and_backward(
-            gated, (array((64, 256), jnp.bfloat16), up, down, up, array((4,), jnp.int32)), 4
+            gated,
+            (array((64, 256), jnp.bfloat16), up, down, up, *biases, array((4,), jnp.int32)),
+            6,
         ),
     }
     assert each_failure("v5e", programs) == []

@@ -24,18 +24,19 @@ def layer(**fields: Any) -> tuple[dict[str, jax.Array], moe.MoEConfig]:
     sizes: dict[str, Any] = {"d_model": D, "d_ff": F, "num_experts": E, "gated": True}
     config = moe.MoEConfig(**(sizes | {"activation": "silu"} | fields))
     params = moe.init(jax.random.key(0), config)
-    for i, name in enumerate(("gate_bias", "choice_bias")):
+    for i, name in enumerate(("gate_bias", "choice_bias", "b_in", "b_out", "b_gate")):
         if name in params:
-            params[name] = 0.2 * normal(7 + i, (E,))
+            params[name] = 0.2 * normal(7 + i, params[name].shape)
     return params, config
 
 
 def by_hand(params: Any, config: moe.MoEConfig, x: jax.Array, gating: Any) -> jax.Array:
     """Every expert on every token, and a sum with the weights of the chosen."""
     rows = x.reshape(-1, D)
-    hidden = jax.nn.silu(jnp.einsum("td,edf->etf", rows, params["w_gate"]))
-    hidden = hidden * jnp.einsum("td,edf->etf", rows, params["w_in"])
-    out = jnp.einsum("etf,efd->ted", hidden, params["w_out"])
+    bias = lambda name: params[name][:, None] if name in params else 0.0  # noqa: E731
+    hidden = jax.nn.silu(jnp.einsum("td,edf->etf", rows, params["w_gate"]) + bias("b_gate"))
+    hidden = hidden * (jnp.einsum("td,edf->etf", rows, params["w_in"]) + bias("b_in"))
+    out = jnp.swapaxes(jnp.einsum("etf,efd->etd", hidden, params["w_out"]) + bias("b_out"), 0, 1)
     picked = jnp.take_along_axis(out, gating.experts[..., None], axis=1)
     return jnp.sum(picked * gating.weights[..., None], axis=1).reshape(x.shape)
 
@@ -56,7 +57,9 @@ def mesh(devices: int = 8) -> Mesh:
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("model", "top_k"), MODELS)
 def test_the_layer_is_the_sum_over_chosen_experts(model: str, top_k: int, biased: bool) -> None:
-    params, config = layer(router=model, top_k=top_k, gate_bias=biased, choice_bias=biased)
+    params, config = layer(
+        router=model, top_k=top_k, gate_bias=biased, choice_bias=biased, biases=biased
+    )
     x, upstream = normal(1, (B, S, D)), normal(2, (B, S, D))
 
     def ours(params: Any, x: Any) -> jax.Array:
@@ -77,8 +80,9 @@ def test_the_layer_is_the_sum_over_chosen_experts(model: str, top_k: int, biased
 @pytest.mark.parametrize(("model", "top_k"), MODELS)
 def test_extraction_is_exact_for_every_router(model: str, top_k: int) -> None:
     params, config = layer(
-        router=model, top_k=top_k, routing="task", num_tasks=5, gate_bias=True, choice_bias=True
-    )
+        router=model, top_k=top_k, routing="task", num_tasks=5, gate_bias=True, choice_bias=True,
+        biases=True,
+    )  # fmt: skip
     x = normal(3, (5, S, D))
     whole = moe.apply(params, config, x, task=jnp.arange(5))[0]
     smaller, static = moe.extract_tasks(params, config, [3, 1])
@@ -93,11 +97,29 @@ def test_extraction_is_exact_for_every_router(model: str, top_k: int) -> None:
 
 @pytest.mark.parametrize("strategy", ["auto", "all_to_all", "ragged", "all_gather"])
 def test_routers_on_a_mesh(strategy: str) -> None:
-    params, config = layer(router="deepseek_v3", top_k=8, choice_bias=True)
+    params, config = layer(router="deepseek_v3", top_k=8, choice_bias=True, biases=True)
     x = normal(1, (B, S, D))
     want = moe.apply(params, config, x)[0]
     have = moe.apply(params, config, x, mesh=mesh(), strategy=strategy)[0]
     np.testing.assert_allclose(have, want, rtol=2e-5, atol=2e-5)
+
+
+def test_biased_experts_whose_hidden_units_are_shared() -> None:
+    params, config = layer(routing="task", num_tasks=3, biases=True)
+    x, tasks = normal(1, (B, S, D)), jnp.arange(B) % 3
+    shape = Mesh(
+        np.array(jax.devices()).reshape(2, 2, 2),
+        ("data", "expert", "tensor"),
+        axis_types=(AxisType.Auto,) * 3,
+    )
+    axes = moe.MeshAxes(batch="data", hidden="tensor")
+    for task in (tasks, jnp.int32(1)):
+        f = lambda p, m: moe.apply(p, config, x, task=task, mesh=m, axes=m and axes)[0]  # noqa: B023, E731
+        np.testing.assert_allclose(f(params, shape), f(params, None), rtol=2e-5, atol=2e-5)
+        loss = lambda p, m: jnp.sum(jnp.sin(f(p, m)))  # noqa: B023, E731
+        have, want = (jax.grad(loss)(params, m) for m in (shape, None))
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # noqa: E731
+        jax.tree.map(close, have, want)
 
 
 def mine(x: jax.Array, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
