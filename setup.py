@@ -44,11 +44,13 @@ DEV = [
     "setuptools>=77",  # builds without a network; a venv has an older one or none
 ]
 PACKAGES = [
-    *("kernels", "moe", "cli", "bench"),
+    *("kernels", "moe", "cli"),
     *("wmt", "wmt.text", "wmt.model", "wmt.training", "wmt.commands"),
+    *("bench", "bench.harness", "bench.ops", "bench.serving", "bench.exchange"),
+    *("bench.tpu", "bench.tpu.model", "bench.gate", "bench.story"),
 ]
 DATA = {f"taskmoe.{name}": ["py.typed"] for name in PACKAGES if "." not in name}
-DATA["taskmoe.bench"].append("baseline/*.json")  # bench/results is the checkout's alone
+DATA["taskmoe.bench.gate"] = ["baseline/*.json"]  # bench/results is the checkout's alone
 
 setup(
     name="taskmoe",

@@ -16,15 +16,15 @@ from taskmoe.cli.errors import InputError
 
 #: Command -> module with a docstring, `add_arguments(parser)` and `run(arguments) -> int`.
 COMMANDS = {
-    "demo": "taskmoe.bench.demo",
-    "ops": "taskmoe.bench.ops",
-    "exchange": "taskmoe.bench.exchange",
-    "decode": "taskmoe.bench.decode",
-    "beam": "taskmoe.bench.beam",
-    "task": "taskmoe.bench.task_path",
-    "study": "taskmoe.bench.study",
-    "tpu": "taskmoe.bench.tpu_lab",
-    "check": "taskmoe.bench.check",
+    "demo": "taskmoe.bench.story.demo",
+    "ops": "taskmoe.bench.ops.measure",
+    "exchange": "taskmoe.bench.exchange.measure",
+    "decode": "taskmoe.bench.serving.decode",
+    "beam": "taskmoe.bench.serving.beam",
+    "task": "taskmoe.bench.serving.task",
+    "study": "taskmoe.bench.story.study",
+    "tpu": "taskmoe.bench.tpu.lab",
+    "check": "taskmoe.bench.gate.check",
     "report": "taskmoe.bench.report",
 }
 

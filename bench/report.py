@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from taskmoe.bench.console import out
+from taskmoe.bench.harness.console import out
 from taskmoe.bench.report_sections import SECTIONS
 from taskmoe.cli.command_line import write_text
 from taskmoe.cli.errors import InputError

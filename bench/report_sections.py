@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from taskmoe.bench import beam, decode, demo_report, exchange, paper, report_tpu, serving, study
-from taskmoe.bench.stored import RESULTS, load, provenance, save_figure
-from taskmoe.bench.tables import markdown, paragraph
+from taskmoe.bench import report_tpu
+from taskmoe.bench.exchange import measure as exchange
+from taskmoe.bench.harness.results import RESULTS, load, provenance, save_figure
+from taskmoe.bench.harness.tables import markdown, paragraph
+from taskmoe.bench.serving import beam, decode
+from taskmoe.bench.serving import systems as serving
+from taskmoe.bench.story import demo_report, paper, study
 
 
 def _demo(root: Path) -> str:

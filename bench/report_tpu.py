@@ -7,9 +7,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from taskmoe.bench import paper, tpu_model, tpu_published
-from taskmoe.bench.stored import RESULTS, load, provenance, save_figure
-from taskmoe.bench.tables import markdown, paragraph
+from taskmoe.bench.harness.results import RESULTS, load, provenance, save_figure
+from taskmoe.bench.harness.tables import markdown, paragraph
+from taskmoe.bench.story import paper
+from taskmoe.bench.tpu import published as tpu_published
+from taskmoe.bench.tpu.model import measure as tpu_model
 
 #: Scenario of `tpu_model` with the blog's batches.
 BLOG = "the blog's"

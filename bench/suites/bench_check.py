@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import pytest
 
-from taskmoe.bench.frozen import WORKLOADS
+from taskmoe.bench.gate.workloads import WORKLOADS
 
 
 @pytest.mark.parametrize("part", ["run", "calibration"])

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import pytest
 
-from taskmoe.bench import decode, serving
-from taskmoe.bench.collectives import count_collectives
+from taskmoe.bench.harness.collectives import count_collectives
+from taskmoe.bench.serving import decode
+from taskmoe.bench.serving import systems as serving
 
 DEVICES, BATCH = 8, 64
 

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
-from taskmoe.bench import serving
-from taskmoe.bench.collectives import count_collectives
-from taskmoe.bench.exchange_step import SYSTEMS
+from taskmoe.bench.exchange.step import SYSTEMS
+from taskmoe.bench.harness.collectives import count_collectives
+from taskmoe.bench.serving import systems as serving
 
 TOKENS, EXPERTS, D_MODEL = 64, 32, 256
 

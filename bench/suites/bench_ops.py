@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import pytest
 
-from taskmoe.bench.op_cases import OURS, OpCase, build, quick_cases
-from taskmoe.bench.ops import check
+from taskmoe.bench.ops.cases import OURS, OpCase, build, quick_cases
+from taskmoe.bench.ops.measure import check
 
 
 @pytest.mark.parametrize("case", quick_cases(), ids=lambda case: case.name.replace(" ", "-"))

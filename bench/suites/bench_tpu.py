@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from taskmoe.bench import tpu_lab
-from taskmoe.bench.kernel_cases import Case
+from taskmoe.bench.tpu.cases import Case
+from taskmoe.bench.tpu.compiler import compiler
 
 OPS = ("top_k_gating", "dispatch", "combine", "gmm", "tgmm", "expert_ffn")
 
@@ -17,7 +17,7 @@ def compile_one() -> Iterator[Any]:
     """A function of a case, with a compiler beside this process."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, the TPU compiler, is not installed")
-    with tpu_lab.compiler() as compile_one:
+    with compiler() as compile_one:
         yield compile_one
 
 

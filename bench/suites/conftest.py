@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from taskmoe.bench import serving
+from taskmoe.bench.serving import systems as serving
 
 serving.use_host_devices(8)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from taskmoe.bench import exchange
 from taskmoe.bench.__main__ import COMMANDS, main
-from taskmoe.bench.exchange_step import add_copy_shares, times
+from taskmoe.bench.exchange import measure as exchange
+from taskmoe.bench.exchange.step import add_copy_shares, times
 
 #: The tests' settings without their eight devices: the command asks for its own.
 QUICKLY_COMPILED = " ".join(f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f)

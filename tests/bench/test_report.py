@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from taskmoe.bench import demo_report, report
+from taskmoe.bench import report
 from taskmoe.bench.__main__ import main
+from taskmoe.bench.harness.results import RESULTS
+from taskmoe.bench.harness.tables import markdown, paragraph
 from taskmoe.bench.report_sections import SECTIONS
-from taskmoe.bench.stored import RESULTS
-from taskmoe.bench.tables import markdown, paragraph
+from taskmoe.bench.story import demo_report
 from taskmoe.cli.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

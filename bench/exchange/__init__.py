@@ -1,0 +1,1 @@
+"""Exchange: what do the ways for rows to travel between devices cost, beside not travelling?"""

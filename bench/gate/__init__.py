@@ -1,0 +1,1 @@
+"""The regression gate: did a change make compiled kernels, exchanges or speeds worse?"""

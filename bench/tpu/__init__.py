@@ -1,0 +1,1 @@
+"""The TPU compile lab: what does the TPU compiler make of kernels and models, without a TPU?"""
