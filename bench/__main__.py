@@ -24,7 +24,7 @@ COMMANDS = {
     "task": "taskmoe.bench.serving.task",
     "study": "taskmoe.bench.story.study",
     "tpu": "taskmoe.bench.tpu.lab",
-    "check": "taskmoe.bench.gate.check",
+    "check": "taskmoe.bench.gate",
     "report": "taskmoe.bench.report",
 }
 
@@ -44,13 +44,20 @@ def main(argv: list[str] | None = None) -> int:
             continue
         try:
             modules[name] = importlib.import_module(path)
+            if hasattr(modules[name], "__path__"):
+                options = importlib.import_module(f"{path}.spec")
+                command = importlib.import_module("taskmoe.bench.harness.command")
+            else:
+                options = modules[name]
         except ModuleNotFoundError as error:
             parser.error(missing_package(error, "bench"))
         lines = (modules[name].__doc__ or "").strip()
         sub = commands.add_parser(name, help=lines.splitlines()[0], description=lines)
-        modules[name].add_arguments(sub)
+        options.add_arguments(sub)
     arguments = parser.parse_args(argv)
     try:
+        if hasattr(modules[arguments.command], "__path__"):
+            return int(command.run(COMMANDS[arguments.command], arguments))
         return int(modules[arguments.command].run(arguments))
     except (InputError, OSError) as error:
         print(f"{parser.prog} {arguments.command}: error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 
 from taskmoe.bench.__main__ import main
-from taskmoe.bench.gate import check, verdicts
+from taskmoe.bench.gate import measure, revision, verdicts, view
 from taskmoe.bench.gate import static as static_facts
 from taskmoe.bench.gate import timed as timed_facts
 from taskmoe.bench.gate import worker as timed_worker
+from taskmoe.bench.gate.spec import BASELINE
 from taskmoe.bench.gate.timed import Effort
 from taskmoe.bench.gate.verdicts import Interval, compare, decided, interval, judge_timed, slower
 from taskmoe.bench.gate.workloads import Workload
@@ -39,7 +41,7 @@ def test_a_block_size_that_adds_bundles_is_caught_and_named() -> None:
     changes = compare(facts, worse)
     failed = [c for c in changes if c.fails]
     assert "bundles run" in {c.fact for c in failed}
-    line = check.last_line(changes, failed)
+    line = view.last_line(changes, failed)
     assert line.startswith("regression: gmm forward v5e bf16 decode: ")
 
 
@@ -65,7 +67,7 @@ def test_a_needless_all_gather_is_caught_and_named(monkeypatch: pytest.MonkeyPat
         "collectives: all", "collectives: all-gather", "collective bytes: all-gather",
     }  # fmt: skip
     jax.clear_caches()
-    line = check.last_line(changes, failed)
+    line = view.last_line(changes, failed)
     assert "layer, all_to_all, forward, 8 devices: collectives: all-gather" in line
 
 
@@ -88,7 +90,7 @@ def test_the_limit_of_a_fact() -> None:
     assert [c.verdict for c in compare({}, facts)] == ["new"]
     assert [c.verdict for c in compare(facts, {})] == ["gone"]
     (broken,) = (c for c in compare({"a": {"spills": 1}}, {"a": {"error": "no"}}) if c.fails)
-    assert check.last_line([broken], [broken]) == "regression: a does not compile: no"
+    assert view.last_line([broken], [broken]) == "regression: a does not compile: no"
 
 
 def synthetic(
@@ -113,7 +115,7 @@ def test_noise_common_to_both_passes_and_a_tenth_slower_fails(seed: int) -> None
     slow = judge_timed("decoding", old, interval(synthetic(0.10, blocks=60, seed=seed)))
     assert slow.verdict == "REGRESSION"
     assert slow.worse == pytest.approx(0.10, abs=0.02)
-    assert "decoding: time, in calibrations" in check.last_line([same, slow], [slow])
+    assert "decoding: time, in calibrations" in view.last_line([same, slow], [slow])
 
 
 def test_intervals_hold_the_truth_and_shrink_with_rounds() -> None:
@@ -136,7 +138,7 @@ def test_what_is_open_stays_open() -> None:
     assert decided(slower(old, Interval(1.2, 1.15, 1.25)))
     open_one = judge_timed("x", old, Interval(1.08, 1.0, 1.16))
     assert open_one.verdict == "undecided"
-    assert check.last_line([open_one], []) == (
+    assert view.last_line([open_one], []) == (
         "no regression in 1 facts, 1 undecided within the limit of rounds"
     )
 
@@ -150,13 +152,36 @@ def test_more_processes_are_asked_while_it_is_open() -> None:
         ratios = synthetic(0.0, seed=len(started))
         yield lambda name, blocks: {"blocks": ratios[:blocks], "tokens_per_s": 1.0}
 
-    def after_three(name: str, so_far: Interval) -> bool:
+    def after_three(name: str, so_far: Any) -> bool:
         return name == "easy" or len(started) >= 3
 
-    found = timed_facts.collect(["easy", "hard"], Effort(1, 9, 2), after_three, start=start)
-    assert [len(found[name].blocks) for name in ("easy", "hard")] == [2, 6]
-    never = timed_facts.collect(["hard"], Effort(1, 4, 2), lambda *_: False, start=start)
-    assert never["hard"].facts()["processes"] == 4
+    sides = {measure.HERE: start}
+    found = timed_facts.collect(sides, ["easy", "hard"], Effort(1, 9, 2), after_three)
+    timed = found[measure.HERE]
+    assert [len(timed[name].blocks) for name in ("easy", "hard")] == [2, 6]
+    never = timed_facts.collect(sides, ["hard"], Effort(1, 4, 2), lambda *_: False)
+    assert never[measure.HERE]["hard"].speed().processes == 4
+
+
+def test_blocks_of_two_revisions_alternate_and_each_may_go_first() -> None:
+    asked = []
+
+    def side(name: str) -> Any:
+        @contextlib.contextmanager
+        def start(core: int, folder: Path) -> Iterator[Any]:
+            def ask(workload: str, blocks: int) -> Any:
+                asked.append(name)
+                return {"blocks": synthetic(0.0)[:blocks], "tokens_per_s": 1.0}
+
+            yield ask
+
+        return start
+
+    sides = {name: side(name) for name in ("here", "there")}
+    found = timed_facts.collect(sides, ["train"], Effort(1, 1, 4), lambda *_: False)
+    assert asked == ["here", "there", "there", "here"] * 2
+    assert [len(found[name]["train"].blocks) for name in sides] == [4, 4]
+    assert found["there"]["train"].processes == 1
 
 
 def test_rounds_alternate_and_a_planted_sleep_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,15 +203,16 @@ def baseline(tmp_path: Path) -> Path:
     """A folder with both files, comparable here."""
     here = machine.describe() | {"cpu_details": machine.cpu_details()}
     fact = {"median": 1.0, "low": 0.99, "high": 1.01}
-    for name, facts in ((check.STATIC, {"a": {"spills": 1}}), (check.TIMED, {"b": fact})):
+    fact |= {"rounds": 9, "processes": 2, "tokens_per_s": 1.0}
+    for name, facts in ((measure.STATIC, {"a": {"spills": 1}}), (measure.TIMED, {"b": fact})):
         (tmp_path / name).write_text(json.dumps({"machine": here, "facts": facts}))
     return tmp_path
 
 
 def test_static_end_to_end(baseline: Path, monkeypatch: Any, capsys: Any) -> None:
     facts = {"a": {"spills": 1}}
-    monkeypatch.setattr(check, "_static", lambda quick: facts)
-    monkeypatch.setattr(check.compiler, "need_libtpu", lambda: None)
+    monkeypatch.setattr(measure, "_static", lambda quick: facts)
+    monkeypatch.setattr(measure.compiler, "need_libtpu", lambda: None)
     words = ["check", "--static", "--baseline", str(baseline)]
     assert main(words) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "no regression in 1 facts"
@@ -204,13 +230,12 @@ def test_static_end_to_end(baseline: Path, monkeypatch: Any, capsys: Any) -> Non
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
-        (check.STATIC, None, "static.json is not there"),
-        (check.STATIC, "{", "static.json is damaged"),
-        (check.STATIC, '{"machine": {}}', "static.json is damaged"),
-        (check.STATIC, {"jax": "0.1"}, "was made with jax 0.1, here is"),
-        (check.STATIC, {"libtpu": "0.0.1"}, "was made with libtpu 0.0.1, here is"),
-        (check.TIMED, {"cpu": "Z80"}, "was made with cpu Z80, here is"),
-        (check.TIMED, '{"machine": {}, "facts": {"b": {"median": 1}}}', "timed.json is damaged"),
+        (measure.STATIC, None, "static.json is not there"),
+        (measure.STATIC, "{", "static.json is damaged"),
+        (measure.STATIC, '{"machine": {}}', "static.json is damaged"),
+        (measure.STATIC, {"jax": "0.1"}, "was made with jax 0.1, here is"),
+        (measure.STATIC, {"libtpu": "0.0.1"}, "was made with libtpu 0.0.1, here is"),
+        (measure.TIMED, '{"machine": {}, "facts": {"b": {"median": 1}}}', "timed.json is damaged"),
     ],
 )
 def test_a_baseline_that_does_not_fit_is_one_line(
@@ -232,6 +257,113 @@ def test_a_baseline_that_does_not_fit_is_one_line(
     assert "--update" in error
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"), [({"cpu": "Z80"}, "was made with cpu Z80, here is"), (None, "not there")]
+)
+def test_speeds_without_a_baseline_of_this_machine_are_a_line(
+    baseline: Path, spoil: Any, message: str, monkeypatch: Any, capsys: Any
+) -> None:
+    path = baseline / measure.TIMED
+    path.unlink()
+    if spoil is not None:
+        here = machine.describe() | {"cpu_details": machine.cpu_details()} | spoil
+        path.write_text(json.dumps({"machine": here, "facts": {}}))
+    monkeypatch.setattr(measure, "_static", lambda quick: {"a": {"spills": 1}})
+    assert main(["check", "--baseline", str(baseline)]) == 0
+    line, last = capsys.readouterr().out.splitlines()[-2:]
+    assert line.startswith("Speeds were not compared: ")
+    assert message in line
+    assert line.endswith("; or name a revision with --against.")
+    assert last == "no regression in 1 facts"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git checkout with one revision that has a worker, and one before it that has none."""
+    root = tmp_path / "checkout"
+    worker = root / "bench" / "gate" / "worker.py"
+    worker.parent.mkdir(parents=True)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q", str(root)], check=True)
+    for words in ("", "# there"):
+        if words:
+            worker.write_text(words)
+        subprocess.run([*git, "add", "-A"], cwd=root, check=True)
+        subprocess.run([*git, "commit", "-qm", "one", "--allow-empty"], cwd=root, check=True)
+    monkeypatch.setattr(revision, "HERE", root)
+    return root
+
+
+def test_the_other_revision_is_there_while_needed_and_then_gone(repository: Path) -> None:
+    def trees() -> int:
+        command = ["git", "worktree", "list"]
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
+        return done.stdout.count("\n")
+
+    with revision.checked_out("HEAD") as (tree, module):
+        assert (tree / "bench/gate/worker.py").read_text() == "# there"
+        assert module == "taskmoe.bench.gate.worker"
+        assert trees() == 2
+    with pytest.raises(KeyboardInterrupt), revision.checked_out("HEAD") as (tree, _):
+        raise KeyboardInterrupt
+    assert trees() == 1
+    assert not tree.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--against", "nothing"], "has no revision 'nothing'"),
+        (["--against", "--all"], "expected one argument"),
+        (["--against", "HEAD~1"], "'HEAD~1' is older than the workloads of check"),
+        (["--against", "HEAD", "--static"], "leave --static out"),
+        (["--against", "HEAD", "--update"], "leave --update out"),
+    ],
+)
+def test_a_wrong_revision_is_one_line(
+    repository: Path, words: list[str], message: str, capsys: Any
+) -> None:
+    try:
+        code = main(["check", *words])
+    except SystemExit as end:
+        code = int(str(end.code))
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_revision_outside_a_checkout_is_one_line(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(revision, "HERE", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert main(["check", "--against", "HEAD"]) == 2
+    assert "needs a git checkout" in capsys.readouterr().err
+
+
+def test_speeds_against_a_revision_end_to_end(
+    repository: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(measure, "_static", lambda quick: {})
+    monkeypatch.setattr(measure, "_static_baseline", lambda *_: {})
+
+    def side(slowdown: float, seed: int) -> Any:
+        @contextlib.contextmanager
+        def start(core: int, folder: Path) -> Iterator[Any]:
+            ratios = iter(synthetic(slowdown, blocks=30, seed=seed))
+            yield lambda name, blocks: {"blocks": [next(ratios)], "tokens_per_s": 1.0}
+
+        return start
+
+    monkeypatch.setattr(measure.timed, "of_revision", lambda *_: side(0.0, 1))
+    for slowdown, code in ((0.0, 0), (0.15, 1)):
+        monkeypatch.setattr(measure.timed, "worker", side(slowdown, 2))
+        assert main(["check", "--against", "HEAD"]) == code
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("regression: decoding, tokens/s: time, in calibrations")
+
+
 def test_no_compiler_is_one_line(baseline: Path, monkeypatch: Any, capsys: Any) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
@@ -244,9 +376,9 @@ def test_no_compiler_is_one_line(baseline: Path, monkeypatch: Any, capsys: Any) 
 
 
 def test_the_stored_baselines_are_whole() -> None:
-    static = json.loads((check.BASELINE / check.STATIC).read_text())
-    timed = json.loads((check.BASELINE / check.TIMED).read_text())
-    assert set(timed["facts"]) == set(check.WORKLOADS)
+    static = json.loads((BASELINE / measure.STATIC).read_text())
+    timed = json.loads((BASELINE / measure.TIMED).read_text())
+    assert set(timed["facts"]) == set(measure.WORKLOADS)
     assert not any("error" in facts for facts in static["facts"].values())
     assert len(static["facts"]) >= len(static_facts.CASES) + len(static_facts.STEPS)
     for facts in timed["facts"].values():
