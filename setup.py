@@ -46,8 +46,10 @@ DEV = [
 PACKAGES = [
     *("kernels", "moe", "cli"),
     *("wmt", "wmt.text", "wmt.model", "wmt.training", "wmt.commands"),
-    *("bench", "bench.harness", "bench.ops", "bench.serving", "bench.exchange"),
-    *("bench.tpu", "bench.tpu.model", "bench.gate", "bench.story"),
+    *("bench", "bench.harness", "bench.ops", "bench.exchange", "bench.gate"),
+    *("bench.serving", "bench.serving.decode", "bench.serving.beam", "bench.serving.task"),
+    *("bench.tpu", "bench.tpu.kernels", "bench.tpu.model", "bench.tpu.published"),
+    *("bench.story", "bench.story.demo", "bench.story.study"),
 ]
 DATA = {f"taskmoe.{name}": ["py.typed"] for name in PACKAGES if "." not in name}
 DATA["taskmoe.bench.gate"] = ["baseline/*.json"]  # bench/results is the checkout's alone

@@ -58,12 +58,16 @@ def measure_step(
         for name, error in errors.items()
     ]
     good = {r["system"]: systems[r["system"]] for r in rows if r["agrees"]}
-    measured = {r["system"]: r for r in serving.measure(good, batch, rounds=rounds, given=True)}
+    measured = {p.system: p for p in serving.measure(good, batch, rounds=rounds, given=True)}
     for row in rows:
         if row["agrees"]:
             told = measured[row["system"]]
-            row |= times(np.asarray(told["seconds"]) / serving.POSITIONS)
-            row |= {key: told[key] for key in ("collectives", "transfer_share", "waiting_share")}
+            row |= times(np.asarray(told.seconds) / serving.POSITIONS)
+            row |= {
+                "collectives": told.collectives,
+                "transfer_share": told.transfer_share,
+                "waiting_share": told.waiting_share,
+            }
     add_copy_shares(rows)
     return rows
 

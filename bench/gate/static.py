@@ -24,9 +24,9 @@ from taskmoe import moe
 from taskmoe.bench.harness.collectives import collective_bytes, count_collectives
 from taskmoe.bench.serving import systems as serving
 from taskmoe.bench.tpu.cases import Case
-from taskmoe.bench.tpu.compiler import compile_all
+from taskmoe.bench.tpu.compiler import Compiled, compile_all
 from taskmoe.bench.tpu.model import search as tpu_model_search
-from taskmoe.bench.tpu.model.worker import CORES
+from taskmoe.bench.tpu.model.step import CORES
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model import subnetwork, transformer
 
@@ -91,20 +91,17 @@ def kernel_facts(cases: tuple[Case, ...]) -> Facts:
     return found
 
 
-def _added_up(result: dict[str, Any]) -> dict[str, float | str]:
-    if "error" in result:
-        return {"error": str(result["error"])}
-    kernels = result["kernels"]
-    main = sum(kernel["main_bundles"] for kernel in kernels)
-    filled = sum(kernel["filled"]["MXU"] * kernel["main_bundles"] for kernel in kernels)
+def _added_up(result: Compiled) -> dict[str, float | str]:
+    if result.error is not None:
+        return {"error": result.error}
     return {
-        "bundles of main loop": main,
-        "bundles run": result["bundles_run"],
-        "MXU slots filled": round(filled / main, 4),
-        "spills": sum(kernel["spills"] for kernel in kernels),
-        "VMEM bytes": max(kernel["vmem_bytes"] for kernel in kernels),
-        "HBM bytes (modelled)": result["moved_bytes"],
-        "us (modelled)": round(result["modelled_us"], 3),
+        "bundles of main loop": result.main_bundles,
+        "bundles run": result.bundles_run or 0,
+        "MXU slots filled": round(result.filled, 4),
+        "spills": result.spills,
+        "VMEM bytes": result.vmem_bytes,
+        "HBM bytes (modelled)": result.moved_bytes or 0,
+        "us (modelled)": round(result.modelled_us or 0.0, 3),
     }
 
 
@@ -113,15 +110,15 @@ def step_facts() -> Facts:
     found: Facts = {}
     with tpu_model_search.compiler() as ask:
         for system, batch in STEPS:
-            told = ask(system, "v5e", batch)
+            step = ask(system, "v5e", batch)
             name = f"{system}, step of {batch} on {CORES[system]} v5e"
-            if "error" in told:
-                found[name] = {"error": told["error"]}
+            if step.error is not None:
+                found[name] = {"error": step.error}
                 continue
             found[name] = {
-                "HBM bytes": told["hbm_bytes"],
-                "all-to-all bytes sent": told["exchange_bytes"],
-                **{f"collectives: {kind}": n for kind, n in told["collectives"].items()},
+                "HBM bytes": step.hbm_bytes,
+                "all-to-all bytes sent": step.exchange_bytes,
+                **{f"collectives: {kind}": n for kind, n in step.collectives.items()},
             }
     return found
 

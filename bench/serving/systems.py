@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
 from taskmoe.bench.harness.collectives import count_collectives, profile_communication
+from taskmoe.bench.harness.results import Spread
 from taskmoe.bench.harness.timing import alternate
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model import transformer
@@ -33,7 +34,7 @@ from taskmoe.wmt.model.transformer import (
     start_cache,
     with_softmax,
 )
-from taskmoe.wmt.text.tokenizer import BOS
+from taskmoe.wmt.text.tokenizer import BOS, PAD
 
 POSITIONS = 16
 SOURCE_LENGTH = 32
@@ -179,6 +180,14 @@ def place(mesh: Mesh, tree: Any, spec: Any) -> Any:
     return jax.tree.map(one, tree, spec)
 
 
+def padded(ids: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """Token ids as rows of one width, cut or filled up, [rows, width] i32."""
+    rows = np.full((len(ids), width), PAD, np.int32)
+    for row, line in zip(rows, ids, strict=True):
+        row[: min(len(line), width)] = line[:width]
+    return rows
+
+
 def inputs(
     config: ModelConfig, batch: int, *, given: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -242,7 +251,8 @@ def serve(system: System, batch: int, *, given: bool = False) -> Served:
     )
 
 
-class Agreement(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Agreement:
     """How a system's decoding compares with the whole model's on one device.
 
     tokens, identical: compared, and those that are the same. error: largest difference of logits,
@@ -319,36 +329,58 @@ def _local_rows(arrays: Any) -> tuple[np.ndarray, Any]:
     return mine, jax.tree.map(rows, arrays)
 
 
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A system's decoding of a batch: speed with its 10th and 90th percentile, and where it goes.
+
+    seconds: of each round, a run. params_per_device, bytes_per_device: as `Served`. step_ms,
+    transfer_share, waiting_share: by the profiler.
+    """
+
+    system: str
+    batch: int
+    tokens_per_s: float
+    tokens_per_s_p10: float
+    tokens_per_s_p90: float
+    collectives: dict[str, int]
+    step_ms: float
+    transfer_share: float
+    waiting_share: float
+    params_per_device: int
+    bytes_per_device: int = 0
+    seconds: tuple[float, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Share of the time in collectives."""
+        return self.transfer_share + self.waiting_share
+
+
+def fastest(points: Iterable[Point]) -> dict[str, Point]:
+    """System -> its fastest point."""
+    best: dict[str, Point] = {}
+    for point in points:
+        if point.system not in best or point.tokens_per_s > best[point.system].tokens_per_s:
+            best[point.system] = point
+    return best
+
+
 def measure(
     systems: dict[str, System], batch: int, *, rounds: int = 7, given: bool = False
-) -> list[dict[str, Any]]:
-    """Compile each system for a batch, time them in turns and profile each; given: as `inputs`.
-
-    Returns a JSON-ready row a system: system, batch, tokens_per_s (median) with its 10th and 90th
-    percentile, seconds (of each round, a run), collectives, params_per_device, bytes_per_device,
-    and the profiler's step_ms, transfer_share and waiting_share.
-    """
+) -> list[Point]:
+    """Compile each system for a batch, time them in turns and profile each; given: as `inputs`."""
     served = {name: serve(system, batch, given=given) for name, system in systems.items()}
     # Where several processes take part all must make the same calls: a round is one, however short.
     timings = alternate({name: s.run for name, s in served.items()}, rounds=rounds, min_seconds=0)
-    rows = []
+    points = []
     for name, s in served.items():
-        speeds = s.tokens / np.asarray(timings[name].seconds)
+        speed = Spread.of(s.tokens / np.asarray(timings[name].seconds))
         told = profile_communication(s.run)
-        rows.append(
-            {
-                "system": name,
-                "batch": batch,
-                "tokens_per_s": float(np.median(speeds)),
-                "tokens_per_s_p10": float(np.quantile(speeds, 0.1)),
-                "tokens_per_s_p90": float(np.quantile(speeds, 0.9)),
-                "seconds": timings[name].seconds,
-                "collectives": count_collectives(s.hlo),
-                "params_per_device": s.params_per_device,
-                "bytes_per_device": s.bytes_per_device,
-                "step_ms": told.step_ms / POSITIONS,
-                "transfer_share": told.transfer_share,
-                "waiting_share": told.waiting_share,
-            }
-        )
-    return rows
+        points.append(
+            Point(
+                name, batch, speed.median, speed.p10, speed.p90, count_collectives(s.hlo),
+                told.step_ms / POSITIONS, told.transfer_share, told.waiting_share,
+                s.params_per_device, s.bytes_per_device, timings[name].seconds,
+            )
+        )  # fmt: skip
+    return points

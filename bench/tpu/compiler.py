@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from taskmoe.bench.harness.results import from_json
 from taskmoe.bench.harness.worker import Died, Worker
 from taskmoe.bench.tpu import schedule
 from taskmoe.bench.tpu.cases import Case
@@ -26,6 +27,57 @@ WORKERS = 2
 CPUS_FILE = Path("/sys/devices/system/cpu/possible")
 #: The compiler asks no server about a TPU, and several may be loaded at once.
 SETTINGS = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel of a case as compiled; see `schedule.Schedule`. vmem_bytes: 0 where not told."""
+
+    kernel: str
+    bundles: int
+    main_bundles: int
+    filled: dict[str, float]
+    spills: int
+    vmem_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What compiler and model say of a case: why it does not compile, or its kernels.
+
+    Bytes and times are modelled, and there where the grid can be walked; see `kernels.worker`.
+    """
+
+    error: str | None = None
+    compile_s: float | None = None
+    kernels: list[Kernel] = dataclasses.field(default_factory=list)
+    bundles_run: int | None = None
+    moved_bytes: int | None = None
+    floor_bytes: int | None = None
+    flops: int | None = None
+    modelled_us: float | None = None
+    roofline_us: float | None = None
+
+    @property
+    def main_bundles(self) -> int:
+        """Bundles of the main loops, added up."""
+        return sum(kernel.main_bundles for kernel in self.kernels)
+
+    @property
+    def filled(self) -> float:
+        """Share of the MXU's slots that the main loops fill."""
+        whole = sum(kernel.filled["MXU"] * kernel.main_bundles for kernel in self.kernels)
+        return whole / self.main_bundles
+
+    @property
+    def spills(self) -> int:
+        """Vector spills and fills of the main loops."""
+        return sum(kernel.spills for kernel in self.kernels)
+
+    @property
+    def vmem_bytes(self) -> int:
+        """VMEM of the kernel that takes most."""
+        return max(kernel.vmem_bytes for kernel in self.kernels)
 
 
 def chosen(what: str, given: str | None, known: Any, default: Any) -> list[str]:
@@ -46,9 +98,9 @@ def need_libtpu() -> None:
     jax.config.update("jax_platforms", "cpu")  # the lab needs no TPU, and must not hold one
 
 
-def compile_all(cases: Sequence[Case]) -> list[dict[str, Any]]:
+def compile_all(cases: Sequence[Case]) -> list[Compiled]:
     """What the compiler and the model say of each case, in their order, with a bar on stderr."""
-    results: dict[Case, dict[str, Any]] = {}
+    results: dict[Case, Compiled] = {}
     chips = list(dict.fromkeys(case.chip for case in cases))
     stopping = threading.Event()
     with bar("compiling", "kernel") as move, ThreadPoolExecutor(WORKERS) as pool:
@@ -71,7 +123,7 @@ def compile_all(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def compiler() -> Iterator[Callable[[Case], dict[str, Any]]]:
+def compiler() -> Iterator[Callable[[Case], Compiled]]:
     """A function that compiles cases in a process beside this one, and a new one after a crash."""
     with (
         tempfile.TemporaryDirectory(prefix="taskmoe-tpu-") as dumps,
@@ -80,15 +132,15 @@ def compiler() -> Iterator[Callable[[Case], dict[str, Any]]]:
         settings = SETTINGS | {"LIBTPU_INIT_ARGS": schedule.dump_flags(Path(dumps))}
         running: list[Worker] = []
 
-        def compile_one(case: Case) -> dict[str, Any]:
+        def compile_one(case: Case) -> Compiled:
             if not running:
-                module = "taskmoe.bench.tpu.kernel_worker"
+                module = "taskmoe.bench.tpu.kernels.worker"
                 running.append(stack.enter_context(Worker(module, [dumps], settings)))
             try:
-                return dict(running[0].ask(dataclasses.asdict(case)))
+                return from_json(Compiled, running[0].ask(dataclasses.asdict(case)))
             except Died as death:
                 running.clear()
-                return {"error": death_note(death)}
+                return Compiled(error=death_note(death))
 
         yield compile_one
 

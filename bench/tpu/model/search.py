@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 
+from taskmoe.bench.harness.results import from_json
 from taskmoe.bench.harness.worker import Died, Worker
 from taskmoe.bench.tpu import cases as kernel_cases
 from taskmoe.bench.tpu.compiler import SETTINGS, death_note
-from taskmoe.bench.tpu.model.worker import CORES, cache_shapes
+from taskmoe.bench.tpu.model.step import CORES, Step, cache_shapes
 from taskmoe.cli.errors import InputError
 
-Ask = Callable[[str, str, int], dict[str, Any]]
+Ask = Callable[[str, str, int], Step]
 
 
 @contextlib.contextmanager
@@ -23,17 +24,17 @@ def compiler() -> Iterator[Ask]:
     """A function of (system, chip, batch) that compiles in a process beside this one."""
     with Worker("taskmoe.bench.tpu.model.worker", settings=SETTINGS) as worker:
 
-        def ask(system: str, chip: str, batch: int) -> dict[str, Any]:
+        def ask(system: str, chip: str, batch: int) -> Step:
             question = {"system": system, "chip": chip, "batch": batch}
             try:
-                return {"batch": batch, **worker.ask(question)}
+                return from_json(Step, worker.ask(question))
             except Died as death:
                 raise InputError(death_note(death)) from None
 
         yield ask
 
 
-def largest_batch(system: str, chip: str, ask: Ask) -> dict[str, Any]:
+def largest_batch(system: str, chip: str, ask: Ask) -> Step:
     """Facts of the largest batch that compiles, within 25% (per core 4, 5, 6 or 7 times 2^k).
 
     Goes down from the smallest rung that the cache alone would not leave in HBM; a batch that does
@@ -44,12 +45,12 @@ def largest_batch(system: str, chip: str, ask: Ask) -> dict[str, Any]:
     limit = "no larger one was tried"
     for rung in rungs(most):
         facts = ask(system, chip, rung * CORES[system])
-        if "error" not in facts:
-            return facts | {"limit": limit}
-        limit = facts["error"]
+        if facts.error is None:
+            return dataclasses.replace(facts, limit=limit)
+        limit = facts.error
         if "RESOURCE_EXHAUSTED" not in limit:
             break
-    return {"error": limit}
+    return Step(error=limit)
 
 
 def rungs(most: float) -> list[int]:

@@ -1,60 +1,59 @@
-"""Results and charts are kept whole: written beside their place, then renamed there."""
+"""Results come back from JSON as they went, and what does not fit is one line."""
 
-from __future__ import annotations
-
-import argparse
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
-import matplotlib.pyplot as plt
 import pytest
-from matplotlib.figure import Figure
 
-from taskmoe.bench.harness.results import keep, save_figure
+from taskmoe.bench import report
+from taskmoe.bench.harness.results import Result, Spread, from_json, load
+from taskmoe.cli.errors import InputError
 
-PNG = b"\x89PNG"
-
-
-def _chart(result: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots()
-    axes.plot(result["values"])
-    return figure
+ROOT = Path(__file__).resolve().parents[3]
 
 
-def _files(folder: Path) -> argparse.Namespace:
-    return argparse.Namespace(json=folder / "of" / "result.json", png=folder / "of" / "result.png")
+@dataclasses.dataclass(frozen=True)
+class Row:
+    name: str
+    error: float | None
+    speed: Spread | None = None
+    rounds: tuple[float, ...] = ()
 
 
-def test_keep_writes_both_files_into_a_folder_that_was_not_there(tmp_path: Path) -> None:
-    a = _files(tmp_path)
-    keep({"values": [1, 2, 4]}, _chart, a)
-    assert json.loads(a.json.read_text()) == {"values": [1, 2, 4]}
-    assert a.png.read_bytes().startswith(PNG)
-    assert sorted(p.name for p in a.json.parent.iterdir()) == ["result.json", "result.png"]
-    assert not plt.get_fignums()
+@dataclasses.dataclass(frozen=True)
+class Found(Result):
+    rows: list[Row]
+    by_name: dict[str, Row]
 
 
-def test_keep_writes_nothing_unasked(tmp_path: Path) -> None:
-    keep({"values": [1]}, _chart, argparse.Namespace(json=None, png=None))
-    assert not list(tmp_path.iterdir())
+def test_there_and_back() -> None:
+    row = Row("a", None, Spread.of([1.0, 2.0, 3.0]), (1.0, 2.0))
+    found = Found([row, Row("b", 0.5)], {"a": row})
+    told = json.loads(json.dumps(found.to_json()))
+    assert told["version"] == 1
+    assert told["rows"][1] == {"name": "b", "error": 0.5, "rounds": []}
+    assert told["rows"][0]["error"] is None
+    assert from_json(Found, told) == found
 
 
-def test_a_chart_that_cannot_be_drawn_leaves_the_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    a = _files(tmp_path)
-    keep({"values": [1, 2, 4]}, _chart, a)
-    before = a.png.read_bytes()
+def test_spread_in_words() -> None:
+    assert Spread(0.0015, 0.001, 0.002).words(".1f", 1e3) == "1.5 (1.0 to 2.0)"
 
-    def half_written(self: Figure, file: Any, **_: Any) -> None:
-        file.write(before[:100])
-        raise OSError("no space left on device")
 
-    monkeypatch.setattr(Figure, "savefig", half_written)
-    figure = _chart({"values": [3]})
-    with pytest.raises(OSError, match="no space"):
-        save_figure(figure, a.png)
-    plt.close(figure)
-    assert a.png.read_bytes() == before
-    assert sorted(p.name for p in a.png.parent.iterdir()) == ["result.json", "result.png"]
+def test_every_stored_result_comes_back_as_it_was() -> None:
+    for name in report.BENCHMARKS:
+        for stem, result in report.Sections(ROOT)._results(name).items():
+            stored = json.loads((ROOT / f"bench/results/{stem}.json").read_text("utf-8"))
+            told = json.loads(json.dumps(result.to_json()))
+            assert set(stored) <= set(told), stem
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"rows": [1], "by_name": {}}'])
+def test_a_damaged_file_is_told_with_the_command_that_makes_it(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "found.json"
+    with pytest.raises(InputError, match=r"is not there; make it with: make it"):
+        load(Found, path, "make it")
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"is damaged .*; make it again with: make it"):
+        load(Found, path, "make it")

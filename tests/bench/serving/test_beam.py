@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from taskmoe.bench.__main__ import main
-from taskmoe.bench.serving import beam
+from taskmoe.bench.serving.beam import measure as beam
 from taskmoe.wmt.config import PRESETS
 from taskmoe.wmt.model import transformer
 from taskmoe.wmt.text.tokenizer import EOS
@@ -58,7 +58,7 @@ def test_a_search_that_ends_early_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(beam, "search", ended)
     with pytest.raises(RuntimeError, match="ended before its last position"):
-        beam.measure(params, config, 1, 2, 1)
+        beam.one_batch(params, config, 1, 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Decoding of all systems on eight devices: tokens agree first, a fault stops it, bad input."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from taskmoe.bench.__main__ import main
-from taskmoe.bench.serving import decode
+from taskmoe.bench.harness.results import from_json
 from taskmoe.bench.serving import systems as serving
+from taskmoe.bench.serving.decode import measure as decode
+from taskmoe.bench.serving.decode.view import largest
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model import transformer
 
@@ -84,13 +87,15 @@ def test_a_wrong_sub_network_is_noticed() -> None:
 
 
 def test_peaks_and_largest_by_hand() -> None:
-    def point(system: str, batch: int, speed: float, size: int) -> dict[str, Any]:
-        return {"system": system, "batch": batch, "tokens_per_s": speed, "bytes_per_device": size}
+    def point(batch: int, speed: float, size: int) -> serving.Point:
+        return serving.Point("a", batch, speed, speed, speed, {}, 1.0, 0.0, 0.0, 1, size)
 
-    points = [point("a", 64, 10.0, 1000), point("a", 128, 30.0, 1640), point("a", 256, 20.0, 2920)]
-    result = {"points": points, "ram_bytes": 8 * 5480, "devices": 8}
-    assert decode.peaks(result)["a"]["batch"] == 128
-    assert decode.largest(result) == {"a": 512}
+    points = [point(64, 10.0, 1000), point(128, 30.0, 1640), point(256, 20.0, 2920)]
+    assert serving.fastest(points)["a"].batch == 128
+    stored = Path(__file__).parents[3] / "bench/results/decode.json"
+    result = from_json(decode.Decoded, json.loads(stored.read_text()))
+    result = dataclasses.replace(result, points=points, ram_bytes=8 * 5480, devices=8)
+    assert largest(result) == {"a": 512}
     assert np.isclose((5480 - 1000) / 10 + 64, 512)
 
 

@@ -1,5 +1,6 @@
 """The paper's models on TPU: parameters by part, bytes in all-to-alls, the search, the model."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -11,8 +12,14 @@ from taskmoe.bench.__main__ import main
 from taskmoe.bench.tpu import compiler
 from taskmoe.bench.tpu.model import measure as tpu_model
 from taskmoe.bench.tpu.model import search as tpu_model_search
-from taskmoe.bench.tpu.model import worker as tpu_model_worker
-from taskmoe.bench.tpu.model.worker import busiest_link, exchange_bytes, group_size, longest_way
+from taskmoe.bench.tpu.model import step, view
+from taskmoe.bench.tpu.model.step import (
+    Step,
+    busiest_link,
+    exchange_bytes,
+    group_size,
+    longest_way,
+)
 from taskmoe.cli.errors import InputError
 from taskmoe.moe.exchange import Peers, rows_sent
 
@@ -36,7 +43,7 @@ LAYER = "\n".join([ROWS, line("pred[32,1,2]{2,1,0:T(4,128)(4,1)}"), ROWS])
 
 def test_parameters_by_part_are_the_papers() -> None:
     table = tpu_model.parameters()
-    for system, told in tpu_model.PAPER_MILLIONS.items():
+    for system, told in view.PAPER_MILLIONS.items():
         for part, millions in zip(tpu_model.PARTS, told, strict=True):
             if millions is not None:
                 assert table[system][part] == pytest.approx(millions, abs=0.8), (system, part)
@@ -48,7 +55,7 @@ def test_parameters_by_part_are_the_papers() -> None:
 
 
 def test_bytes_sent_are_those_of_the_rows_and_their_masks() -> None:
-    config = tpu_model_worker.shapes("token-MoE")[1].moe("decoder")
+    config = step.shapes("token-MoE")[1].moe("decoder")
     assert config is not None
     rows = rows_sent("all_to_all", config, 1024 // 64, Peers(32, ragged=True))
     masks = 31 * 2
@@ -103,77 +110,76 @@ def test_busiest_link_by_hand() -> None:
 def test_the_search_finds_the_largest_batch_within_a_quarter(largest: int) -> None:
     asked = []
 
-    def ask(system: str, chip: str, batch: int) -> dict[str, Any]:
+    def ask(system: str, chip: str, batch: int) -> Step:
         asked.append(batch)
-        if batch > largest:
-            return {"batch": batch, "error": "RESOURCE_EXHAUSTED: too much"}
-        return {"batch": batch}
+        return Step(batch, "RESOURCE_EXHAUSTED: too much" if batch > largest else None)
 
     found = tpu_model_search.largest_batch("dense", "v3", ask)
-    assert found["batch"] <= largest < found["batch"] * 1.25 + 1
-    assert found["limit"] == "RESOURCE_EXHAUSTED: too much"
+    assert found.batch <= largest < found.batch * 1.25 + 1
+    assert found.limit == "RESOURCE_EXHAUSTED: too much"
     assert asked == sorted(asked, reverse=True)
 
 
 def test_another_error_ends_the_search() -> None:
-    found = tpu_model_search.largest_batch("dense", "v3", lambda *_: {"error": "INTERNAL: a bug"})
-    assert found == {"error": "INTERNAL: a bug"}
+    found = tpu_model_search.largest_batch("dense", "v3", lambda *_: Step(error="INTERNAL: a bug"))
+    assert found == Step(error="INTERNAL: a bug")
 
 
 def test_model_by_hand() -> None:
-    alone = {"collectives": {}, "exchange_bytes": 0, "busiest_link": 0.0, "hops": 0}
-    sub = {"batch": 2, "flops": 1.0, "read_bytes": 412_500_000, "optimal_s": 2e-3, **alone}
-    meeting = {"collectives": {"all-to-all": 2}, "busiest_link": 2.0, "hops": 6}
-    token = sub | meeting | {"batch": 64, "exchange_bytes": 41_000_000}
+    sub = Step(2, flops=1.0, read_bytes=412_500_000, optimal_s=2e-3)
+    token = dataclasses.replace(
+        sub,
+        batch=64,
+        collectives={"all-to-all": 2},
+        exchange_bytes=41_000_000,
+        busiest_link=2.0,
+        hops=6,
+    )
     wire_s = 41e6 * 2 / 82e9 + 2 * 6 * 1e-6
     for by, compute_s in (("roofline", 1e-3), ("compiler", 2e-3)):
         row = tpu_model.compare("v3", token, sub, by)
-        assert row["sub"]["step_s"] == pytest.approx(compute_s)
-        assert row["sub"]["communication_share"] == 0
-        share = row["token"]["communication_share"]
+        assert row.sub.step_s == pytest.approx(compute_s)
+        assert row.sub.communication_share == 0
+        share = row.token.communication_share
         assert share == pytest.approx(wire_s / (compute_s + wire_s))
-        ratio = 2 * (compute_s + wire_s) / compute_s
-        assert row["throughput_ratio"] == pytest.approx(ratio)
-        half, twice = row["sensitivity"]["half"], row["sensitivity"]["twice"]
-        assert half["token"]["communication_share"] > share
-        assert twice["throughput_ratio"] < ratio
-        links = {"v3": tpu_model.Link(tpu_model.needed("v3", row | {"compute_by": by}), "")}
+        assert row.throughput_ratio == pytest.approx(2 * (compute_s + wire_s) / compute_s)
+        half, twice = row.sensitivity["half"], row.sensitivity["twice"]
+        assert half.token.communication_share > share
+        assert twice.throughput_ratio < row.throughput_ratio
+        links = {"v3": tpu_model.Link(tpu_model.needed("v3", row), "")}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tpu_model, "LINKS", links)
             again = tpu_model.compare("v3", token, sub, by)
-        assert again["token"]["communication_share"] == pytest.approx(0.25)
+        assert again.token.communication_share == pytest.approx(0.25)
 
 
 @needs_libtpu
 def test_steps_compile_and_only_the_mixture_exchanges() -> None:
     with tpu_model_search.compiler() as ask:
         sub, token = ask("sub-network", "v5e", 16), ask("token-MoE", "v5e", 64)
-    assert sub["collectives"] == {}
-    assert sub["exchange_bytes"] == sub["kernels"] == sub["hops"] == 0
-    assert sub["hbm_bytes"] > 4 * 154e6
-    assert token["collectives"] == {"all-to-all": 9}
-    assert token["kernels"] > 0
-    assert token["exchange_bytes"] == 3 * (2 * 31 * 512 * 4 + 31)  # one row an expert
+    assert sub.collectives == {}
+    assert sub.exchange_bytes == sub.kernels == sub.hops == 0
+    assert sub.hbm_bytes > 4 * 154e6
+    assert token.collectives == {"all-to-all": 9}
+    assert token.kernels > 0
+    assert token.exchange_bytes == 3 * (2 * 31 * 512 * 4 + 31)  # one row an expert
 
 
 @needs_libtpu
 def test_tables_and_json(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = {
-        "hbm_bytes": 2**30, "read_bytes": 2**29, "flops": 1e9, "optimal_s": 1e-3, "kernels": 18,
-        "collectives": {}, "exchange_bytes": 0, "busiest_link": 0.0, "hops": 0,
-    }  # fmt: skip
+    facts = Step(hbm_bytes=2**30, read_bytes=2**29, flops=1e9, optimal_s=1e-3, kernels=18)
     token = {
         "collectives": {"all-to-all": 9},
         "exchange_bytes": 10**6,
-        "busiest_link": 2,
+        "busiest_link": 2.0,
         "hops": 6,
     }
 
     class Fake:
         def __enter__(self) -> Any:
-            return lambda system, chip, batch: {
-                **facts, **(token if system == "token-MoE" else {}), "batch": batch,
-            }  # fmt: skip
+            return lambda system, chip, batch: dataclasses.replace(
+                facts, batch=batch, **(token if system == "token-MoE" else {})
+            )
 
         def __exit__(self, *_: object) -> None:
             pass
