@@ -20,6 +20,8 @@ from taskmoe.bench.serving.task.spec import Spec
 from taskmoe.cli.devices import use_present_devices
 
 DENSE, LAYER = "dense FFN of the same width", "task-routed layer"
+SUB = "extracted sub-network"
+SYSTEMS = (DENSE, LAYER, SUB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +55,12 @@ class Tasks(Result):
 RESULT = Tasks
 
 
-def measure(spec: Spec) -> Tasks:
-    """Compare the results, then time forward, and forward and backward."""
-    use_present_devices()
+def systems(spec: Spec) -> tuple[jax.Array, dict[str, tuple[Callable[..., Any], Any]]]:
+    """The input, and system -> function of (parameters, input), and its parameters."""
     config = spec.config
     params = moe.init(jax.random.key(0), config)
     x = jax.random.normal(jax.random.key(1), (1, spec.tokens, config.d_model))
     small = jax.jit(lambda p: moe.extract(p, config, 3))(params)
-    plain = small.w_in, small.w_out
 
     def layer(params: Any, x: jax.Array) -> jax.Array:
         return moe.apply(params, config, x, task=3)[0]
@@ -68,20 +68,29 @@ def measure(spec: Spec) -> Tasks:
     def dense(params: Any, x: jax.Array) -> jax.Array:
         return jax.nn.relu(x @ params[0]) @ params[1]
 
-    systems: dict[str, tuple[Callable[..., Any], Any]] = {
-        DENSE: (dense, plain),
+    found: dict[str, tuple[Callable[..., Any], Any]] = {
+        DENSE: (dense, (small.w_in, small.w_out)),
         LAYER: (layer, params),
-        "extracted sub-network": (moe.ffn, small),
+        SUB: (moe.ffn, small),
     }
+    return x, found
+
+
+def measure(spec: Spec) -> Tasks:
+    """Compare the results, then time forward, and forward and backward."""
+    use_present_devices()
+    config = spec.config
+    x, every = systems(spec)
     rows: list[Row] = []
-    want = np.asarray(jax.jit(dense)(plain, x))
+    plain, weights = every[DENSE]
+    want = np.asarray(jax.jit(plain)(weights, x))
     error = max(
         float(np.abs(np.asarray(jax.jit(f)(p, x)) - want).max() / np.abs(want).max())
-        for f, p in systems.values()
+        for f, p in every.values()
     )
     for direction in ("forward", "forward+backward"):
         runs, collectives = {}, {}
-        for name, (f, p) in systems.items():
+        for name, (f, p) in every.items():
             compiled = jax.jit(_direction(f, direction)).lower(p, x).compile()
             runs[name] = functools.partial(compiled, p, x)
             collectives[name] = sum(count_collectives(compiled.as_text() or "").values())
