@@ -48,11 +48,15 @@ DOCS = [
     "ruff>=0.12,<0.18",  # wraps signatures
 ]
 PACKAGES = [
-    *("kernels", "moe", "cli", "bench"),
+    *("kernels", "moe", "cli"),
     *("wmt", "wmt.text", "wmt.model", "wmt.training", "wmt.commands"),
+    *("bench", "bench.harness", "bench.ops", "bench.exchange", "bench.gate"),
+    *("bench.serving", "bench.serving.decode", "bench.serving.beam", "bench.serving.task"),
+    *("bench.tpu", "bench.tpu.kernels", "bench.tpu.model", "bench.tpu.published"),
+    *("bench.story", "bench.story.demo", "bench.story.study"),
 ]
 DATA = {f"taskmoe.{name}": ["py.typed"] for name in PACKAGES if "." not in name}
-DATA["taskmoe.bench"].append("baseline/*.json")  # bench/results is the checkout's alone
+DATA["taskmoe.bench.gate"] = ["baseline/*.json"]  # bench/results is the checkout's alone
 
 setup(
     name="taskmoe",

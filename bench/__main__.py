@@ -9,24 +9,28 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from typing import Any
 
 from taskmoe.cli.command_line import Parser, missing_package
 from taskmoe.cli.errors import InputError
 
-#: Command -> module with a docstring, `add_arguments(parser)` and `run(arguments) -> int`.
+#: Command -> package of its four parts: docstring, `spec`, `measure` and `view`.
 COMMANDS = {
-    "demo": "taskmoe.bench.demo",
+    "demo": "taskmoe.bench.story.demo",
     "ops": "taskmoe.bench.ops",
     "exchange": "taskmoe.bench.exchange",
-    "decode": "taskmoe.bench.decode",
-    "beam": "taskmoe.bench.beam",
-    "task": "taskmoe.bench.task_path",
-    "study": "taskmoe.bench.study",
-    "tpu": "taskmoe.bench.tpu_lab",
-    "check": "taskmoe.bench.check",
+    "decode": "taskmoe.bench.serving.decode",
+    "beam": "taskmoe.bench.serving.beam",
+    "task": "taskmoe.bench.serving.task",
+    "study": "taskmoe.bench.story.study",
+    "tpu": "taskmoe.bench.tpu",
+    "check": "taskmoe.bench.gate",
     "report": "taskmoe.bench.report",
 }
+
+
+#: The one command that is no benchmark: it walks the others' views.
+REPORT = "taskmoe.bench.report"
+HARNESS = "taskmoe.bench.harness.command"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,21 +41,25 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     # Only the named command is imported: some set flags that count before JAX starts.
     named = [name for name in COMMANDS if name in argv[:1]]
-    modules: dict[str, Any] = {}
     for name, path in COMMANDS.items():
         if named and name not in named:
             commands.add_parser(name, help=argparse.SUPPRESS)
             continue
         try:
-            modules[name] = importlib.import_module(path)
+            module = importlib.import_module(path)
+            options = importlib.import_module(path if path == REPORT else f"{path}.spec")
+            importlib.import_module(HARNESS)
         except ModuleNotFoundError as error:
             parser.error(missing_package(error, "bench"))
-        lines = (modules[name].__doc__ or "").strip()
+        lines = (module.__doc__ or "").strip()
         sub = commands.add_parser(name, help=lines.splitlines()[0], description=lines)
-        modules[name].add_arguments(sub)
+        options.add_arguments(sub)
     arguments = parser.parse_args(argv)
     try:
-        return int(modules[arguments.command].run(arguments))
+        path = COMMANDS[arguments.command]
+        if path == REPORT:
+            return int(importlib.import_module(path).run(arguments))
+        return int(importlib.import_module(HARNESS).run(path, arguments))
     except (InputError, OSError) as error:
         print(f"{parser.prog} {arguments.command}: error: {error}", file=sys.stderr)
         return 2

@@ -1,22 +1,70 @@
 """Fill README.md and BENCHMARKS.md from the JSON files in bench/results.
 
-Text between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced by what section NAME says of
-its JSON; charts are drawn beside it. Nothing changes when it is run twice.
+Text between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced by the answer, chart and
+short table of benchmark NAME; charts, and every row in NAME.md, are written beside its JSON.
+Nothing changes when it is run twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import importlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from taskmoe.bench.console import out
-from taskmoe.bench.report_sections import SECTIONS
+from taskmoe.bench.harness.console import out
+from taskmoe.bench.harness.results import RESULTS, load
+from taskmoe.bench.harness.view import View, brief, draw, markdown, paragraph, whole
 from taskmoe.cli.command_line import write_text
 from taskmoe.cli.errors import InputError
 
 FILES = ("README.md", "BENCHMARKS.md")
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark's code lies, and name of a stored result -> what it was made with."""
+
+    package: str
+    results: dict[str, str]
+
+    @property
+    def question(self) -> str:
+        """The first line of the package's docstring."""
+        return str(importlib.import_module(f"taskmoe.bench.{self.package}").__doc__).splitlines()[0]
+
+
+_STUDY = "study work/study-{0} --data work/study-{0}/data"
+BENCHMARKS = {
+    "demo": Benchmark("story.demo", {"demo": "demo"}),
+    "study": Benchmark(
+        "story.study",
+        {
+            "study-multi30k": _STUDY.format("multi30k"),
+            "study-news": f"{_STUDY.format('news')}/news --data work/study-news/data/tatoeba",
+        },
+    ),
+    "decode": Benchmark("serving.decode", {"decode": "decode"}),
+    "beam": Benchmark("serving.beam", {"beam": "beam"}),
+    "exchange": Benchmark(
+        "exchange",
+        {
+            "exchange-own": "exchange --devices 2 --batches 512 --step-batches 512",
+            "exchange-1": "exchange --processes 1",
+            "exchange-2": "exchange --processes 2",
+        },
+    ),
+    "task": Benchmark("serving.task", {"task": "task"}),
+    "ops": Benchmark("ops", {"ops": "ops --quick"}),
+    "kernels": Benchmark("tpu.kernels", {"kernels": "tpu --kernels --quick"}),
+    "published": Benchmark("tpu.published", {"published": "tpu --published"}),
+    "model": Benchmark("tpu.model", {"tpu-model": "tpu --model wmt"}),
+}
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -47,16 +95,90 @@ def fill(text: str, root: Path) -> tuple[str, list[str]]:
     Raises InputError for a section that is unknown, not closed, or whose JSON is missing.
     """
     found: list[str] = []
+    sections = Sections(root).all()
 
     def one(match: re.Match[str]) -> str:
         name = match[1]
-        if name not in SECTIONS:
-            raise InputError(f"section {name!r} is unknown; there are {', '.join(SECTIONS)}")
+        if name not in sections:
+            raise InputError(f"section {name!r} is unknown; there are {', '.join(sections)}")
         found.append(name)
-        return f"<!-- begin {name} -->\n{SECTIONS[name](root)}\n<!-- end {name} -->"
+        return f"<!-- begin {name} -->\n{sections[name]()}\n<!-- end {name} -->"
 
     opened = re.findall(r"<!-- begin ([\w-]+) -->", text)
     text = re.sub(r"<!-- begin ([\w-]+) -->\n.*?<!-- end \1 -->", one, text, flags=re.DOTALL)
     if missing := set(opened) - set(found):
         raise InputError(f"section {missing.pop()!r} has no <!-- end ... -->")
     return text, found
+
+
+@dataclasses.dataclass(frozen=True)
+class Sections:
+    """What the sections say, from the results under a root."""
+
+    root: Path
+
+    def all(self) -> dict[str, Callable[[], str]]:
+        """Name of a section -> what makes its text."""
+        own = {name: functools.partial(self.benchmark, name) for name in BENCHMARKS}
+        return {"overview": self.overview, "provenance": self.provenance, **own}
+
+    def benchmark(self, name: str) -> str:
+        """Answer, chart and short table; every row goes to a file, charts beside it."""
+        results, view = self._results(name), self._view(name)
+        folder, benchmark = self.root / RESULTS, BENCHMARKS[name]
+        draw(view, folder)
+        made = [f"- `{_command(stem)}`: {_where(r.machine)}" for stem, r in results.items()]
+        text = "\n\n".join(
+            (f"# {benchmark.question}", whole(view, "."), "Made by", "\n".join(made))
+        )
+        write_text(folder / f"{name}.md", f"{text}\n")
+        rows = f"[Every row]({RESULTS}/{name}.md), by `{_command(next(iter(results)))}`."
+        return f"{brief(view, str(RESULTS))}\n\n{paragraph(rows)}"
+
+    def overview(self) -> str:
+        """Question, answer and command of every benchmark."""
+        rows = [
+            (
+                f"[{benchmark.question}](#{name})",
+                self._view(name).answer,
+                f"`{next(iter(benchmark.results.values())).split()[0]}`",
+            )
+            for name, benchmark in BENCHMARKS.items()
+        ]
+        return markdown(("question", "answer", "`python -m taskmoe.bench` ..."), rows)
+
+    def provenance(self) -> str:
+        """Machine, versions and commit of every stored result."""
+        places: dict[str, list[str]] = {}
+        for name in BENCHMARKS:
+            for stem, result in self._results(name).items():
+                made = f"{stem} at {result.machine['commit']}"
+                places.setdefault(_where(result.machine), []).append(made)
+        rows = [(place, ", ".join(made)) for place, made in places.items()]
+        return markdown(("made on", "result at commit"), rows)
+
+    def _view(self, name: str) -> View:
+        module = importlib.import_module(f"taskmoe.bench.{BENCHMARKS[name].package}.view")
+        found: View = module.view(*self._results(name).values())
+        return found
+
+    def _results(self, name: str) -> dict[str, Any]:
+        """Stem of the JSON file -> result, of the type that the benchmark's measure names."""
+        benchmark = BENCHMARKS[name]
+        kind = importlib.import_module(f"taskmoe.bench.{benchmark.package}.measure").RESULT
+        return {
+            stem: load(kind, self.root / RESULTS / f"{stem}.json", _command(stem))
+            for stem in benchmark.results
+        }
+
+
+def _command(stem: str) -> str:
+    words = next(b.results[stem] for b in BENCHMARKS.values() if stem in b.results)
+    return f"python -m taskmoe.bench {words} --json {RESULTS}/{stem}.json"
+
+
+def _where(facts: dict[str, str]) -> str:
+    """The machine and the versions, in words."""
+    names = ("jax", "libtpu", "numpy")
+    libraries = ", ".join(f"{name} {facts[name]}" for name in names if name in facts)
+    return f"{facts['cpu']}, {facts['cores']} cores, Python {facts['python']}, {libraries}"

@@ -63,7 +63,6 @@ def circle(sources: dict[str, str]) -> list[str] | None:
     return None
 
 
-@pytest.mark.xfail(strict=True, reason="tpu_lab calls tpu_model, which builds on it")
 def test_no_modules_import_one_another_in_a_circle() -> None:
     assert circle({module(path): (ROOT / path).read_text("utf-8") for path in FILES}) is None
 

@@ -1,17 +1,5 @@
-"""Files of this folder are collected although their names start with bench_; eight host devices."""
+"""Eight host devices, as the commands have."""
 
-from pathlib import Path
+from taskmoe.bench.serving import systems
 
-import pytest
-
-from taskmoe.bench import serving
-
-serving.use_host_devices(8)
-
-
-def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    """Collect bench_*.py, once: a file that was named on the command line is collected anyway."""
-    if not file_path.match("bench_*.py") or parent.session.isinitpath(file_path):
-        return None
-    module: pytest.Module = pytest.Module.from_parent(parent, path=file_path)
-    return module
+systems.use_host_devices(8)

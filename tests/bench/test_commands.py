@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from taskmoe.bench import exchange
 from taskmoe.bench.__main__ import COMMANDS, main
-from taskmoe.bench.exchange_step import add_copy_shares, times
+from taskmoe.bench.exchange import view as exchange
+from taskmoe.bench.exchange.measure import Exchanged
+from taskmoe.bench.exchange.step import add_copy_shares, times
+from taskmoe.bench.harness.results import from_json
 
 #: The tests' settings without their eight devices: the command asks for its own.
 QUICKLY_COMPILED = " ".join(f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f)
@@ -69,8 +71,11 @@ def test_shares_of_the_exchange_two_ways_and_why_they_differ() -> None:
         ]  # fmt: skip
         add_copy_shares(rows)
         assert rows[0]["copy_share"] == pytest.approx(0.2)
-        result = {"shapes": [{"rows": rows}], "steps": [], "machine": {"cores": "2"}}
-        return exchange.findings(result | {"spec": {"devices": devices}})
+        sizes = {"experts": 8, "d_model": 8, "tokens": 8, "rows": rows}
+        spec = {"batches": [8], "step_batches": [8], "experts": [8], "d_model": [8]}
+        spec |= {"devices": devices, "processes": 1, "rounds": 3}
+        found = {"shapes": [sizes], "steps": [], "machine": {"cores": "2"}, "spec": spec}
+        return exchange.findings(from_json(Exchanged, found))
 
     assert "within 5 points in 1 of 1 cases" in said(0.05, 2)[0]
     assert len(said(0.05, 8)) == 1

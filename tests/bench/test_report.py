@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from taskmoe.bench import demo_report, report
+from taskmoe.bench import report
 from taskmoe.bench.__main__ import main
-from taskmoe.bench.report_sections import SECTIONS
-from taskmoe.bench.stored import RESULTS
-from taskmoe.bench.tables import markdown, paragraph
+from taskmoe.bench.harness.results import RESULTS, from_json
+from taskmoe.bench.harness.view import draw, markdown, paragraph, whole
+from taskmoe.bench.story.demo.measure import Demo
+from taskmoe.bench.story.demo.view import TASK, TOKEN, claims, view
 from taskmoe.cli.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ def demo_result() -> dict[str, Any]:
         name: {"parameters": 3000, "decoder_parameters": 900, "seconds": 1.0, "bleu": bleu(level)}
         for name, level in (("dense", 20.0), ("token", 22.0), ("task", 25.0))
     }
-    systems = ((demo_report.TOKEN, 0.3), ("token-MoE, capacity 2", 0.2), (demo_report.TASK, 0.0))
+    systems = ((TOKEN, 0.3), ("token-MoE, capacity 2", 0.2), (TASK, 0.0))
     return {
         "seconds": 61.0,
         "machine": {
@@ -67,21 +68,22 @@ def demo_result() -> dict[str, Any]:
 
 
 def test_the_demos_report_says_what_its_json_says(tmp_path: Path) -> None:
-    demo_report.write(demo_result(), tmp_path)
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    found = view(from_json(Demo, demo_result()))
+    draw(found, tmp_path)
+    text = whole(found, ".")
     assert "| BLEU, task-MoE over dense | +2.31 | +5.00 | same order |" in text
     assert "| peak decoding throughput, task over token | 1.87 | 2.00 |" in text
     assert "45.0% (30.0% moving, 15.0% waiting)" in text
     for name in ("bleu", "throughput", "step_time"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert f"({name}.png)" in text
+        assert f"(./{name}.png)" in text
 
 
 def test_another_result_gives_another_report() -> None:
     result = demo_result()
     result["models"]["task"]["bleu"]["averages"]["all"] = 10.0
-    rows = {claim: (here, remark) for claim, _, here, remark in demo_report.claims(result)}
-    assert rows["BLEU, task-MoE over dense"] == ("-10.00", "the other way round")
+    rows = {claim: (here, remark) for claim, _, here, remark in claims(from_json(Demo, result))}
+    assert rows["BLEU, task-MoE over dense"] == ("-10.00", "opposite order")
 
 
 @pytest.fixture
@@ -136,7 +138,7 @@ def test_the_project_says_what_its_stored_results_say(tmp_path: Path) -> None:
             assert (tmp_path / picture).is_file()
             assert (ROOT / picture).is_file()
         if name == "BENCHMARKS.md":
-            assert set(sections) == set(SECTIONS)
+            assert set(sections) == {"overview", "provenance", *report.BENCHMARKS}
 
 
 def test_tables_and_paragraphs() -> None:

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
-from taskmoe.bench.collectives import count_collectives
+from taskmoe.bench.harness.collectives import count_collectives
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"

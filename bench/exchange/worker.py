@@ -1,0 +1,147 @@
+"""One process of `bench exchange`: builds every system, checks it, times it, profiles it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from taskmoe import moe
+from taskmoe.bench.exchange.step import (
+    SUB,
+    SYSTEMS,
+    add_copy_shares,
+    exchange_alone,
+    measure_step,
+    times,
+)
+from taskmoe.bench.harness import machine
+from taskmoe.bench.harness.collectives import count_collectives, profile_communication
+from taskmoe.bench.harness.timing import alternate
+from taskmoe.bench.harness.worker import serve
+from taskmoe.bench.serving.systems import place
+from taskmoe.moe.exchange import STRATEGIES, Peers
+from taskmoe.moe.mesh import EXPERT_AXIS
+
+#: Begins the name of a layer's exchange that runs by itself.
+ALONE = "alone: "
+#: Largest difference from one device, relative to its largest output, in float32.
+TOLERANCE = 1e-5
+
+
+def answer(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Join the others and measure every shape: how many are done after each, and then all of it."""
+    jax.config.update("jax_num_cpu_devices", spec["devices"] // spec["processes"])
+    if spec["processes"] > 1:
+        jax.distributed.initialize(
+            f"127.0.0.1:{spec['port']}",
+            spec["processes"],
+            spec["process"],
+            heartbeat_timeout_seconds=spec["heartbeat"],
+        )
+    mesh = Mesh(np.array(jax.devices()), (EXPERT_AXIS,), axis_types=(AxisType.Auto,))
+    shapes: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
+    for experts, d_model in itertools.product(spec["experts"], spec["d_model"]):
+        sizes = {"experts": experts, "d_model": d_model}
+        for tokens in spec["batches"]:
+            rows = measure_layer(mesh, tokens, experts, d_model, spec["rounds"])
+            shapes.append({"tokens": tokens, **sizes, "rows": rows})
+            yield {"done": len(shapes) + len(steps)}
+        for batch in spec["step_batches"]:
+            rows = measure_step(mesh, batch, experts, d_model, spec["rounds"], TOLERANCE)
+            steps.append({"batch": batch, **sizes, "rows": rows})
+            yield {"done": len(shapes) + len(steps)}
+    if spec["process"] == 0:
+        yield {"machine": machine.describe(), "shapes": shapes, "steps": steps}
+
+
+def measure_layer(
+    mesh: Mesh, tokens: int, experts: int, d_model: int, rounds: int
+) -> list[dict[str, Any]]:
+    """A row a system for a batch of `tokens` sequences of one token."""
+    x = np.random.default_rng(0).standard_normal((tokens, 1, d_model)).astype(np.float32)
+    sharded = place(mesh, x, P(EXPERT_AXIS))
+    runs: dict[str, Callable[[], Any]] = {}
+    alone: dict[str, Callable[[], Any]] = {}
+    rows: list[dict[str, Any]] = []
+    for name, (factor, strategy) in SYSTEMS.items():
+        config = moe.MoEConfig(
+            d_model,
+            4 * d_model,
+            experts,
+            capacity_factor=factor,
+            group_size=None if factor is None else tokens // mesh.size,
+        )
+        params = jax.tree.map(np.asarray, moe.init(jax.random.key(0), config))
+        inputs = place(mesh, params, moe.param_specs(params)), sharded
+
+        def run(p: Any, x: Any, config: Any = config, how: str = strategy) -> Any:
+            return moe.apply(p, config, x, mesh=mesh, strategy=how)[0]
+
+        def one_device(p: Any, x: Any, config: Any = config) -> Any:
+            return moe.apply(p, config, x)[0]
+
+        compiled = jax.jit(run).lower(*inputs).compile()
+        error = None
+        if strategy != "kept":
+            error = _difference(compiled(*inputs), np.asarray(jax.jit(one_device)(params, x)))
+        units = tokens // mesh.size
+        sent = STRATEGIES[strategy].sent(config, units, Peers(mesh.size, ragged=False))
+        rows.append(_row(name, compiled, error, sent * d_model * 4))
+        runs[name] = functools.partial(compiled, *inputs)
+        if strategy == "all_to_all":
+            alone[name] = exchange_alone(mesh, config, tokens)
+
+    task = moe.MoEConfig(d_model, 4 * d_model, experts, routing="task", num_tasks=16)
+    params = jax.tree.map(np.asarray, moe.init(jax.random.key(0), task))
+    small = moe.extract(params, task, 3)
+    inputs = place(mesh, small, jax.tree.map(lambda _: P(), small)), sharded
+    compiled = jax.jit(moe.ffn).lower(*inputs).compile()
+    ids = np.full(tokens, 3, np.int32)
+    whole = jax.jit(lambda p, x: moe.apply(p, task, x, task=ids)[0])(params, x)
+    name = SUB
+    rows.append(_row(name, compiled, _difference(compiled(*inputs), np.asarray(whole)), 0.0))
+    runs[name] = functools.partial(compiled, *inputs)
+
+    good = [r for r in rows if r["agrees"]]
+    timed = {r["system"]: runs[r["system"]] for r in good}
+    timed |= {f"{ALONE}{name}": run for name, run in alone.items() if name in timed}
+    # All processes must make the same calls: a round is one call, however short.
+    timings = alternate(timed, rounds=rounds, min_seconds=0)
+    for row in good:
+        name = row["system"]
+        told = profile_communication(runs[name])
+        row |= times(timings[name].seconds)
+        row |= {"transfer_share": told.transfer_share, "waiting_share": told.waiting_share}
+        if name in alone:
+            row["alone_us"] = 1e6 * timings[f"{ALONE}{name}"].median
+    add_copy_shares(rows)
+    return rows
+
+
+def _row(name: str, compiled: Any, error: float | None, sent: float) -> dict[str, Any]:
+    return {
+        "system": name,
+        "error": error,
+        "agrees": error is None or error <= TOLERANCE,
+        "collectives": count_collectives(compiled.as_text() or ""),
+        "bytes_sent": sent,
+    }
+
+
+def _difference(y: jax.Array, want: np.ndarray) -> float:
+    """Largest difference of this process's shards, relative to the largest wanted value."""
+    errors = [np.abs(np.asarray(s.data) - want[s.index]).max() for s in y.addressable_shards]
+    return float(max(errors) / np.abs(want).max())
+
+
+if __name__ == "__main__":
+    sys.exit(serve(answer))

@@ -1,0 +1,1 @@
+"""What every benchmark uses: timing, the machine, results, tables, collectives, workers."""

@@ -1,0 +1,140 @@
+"""What a result means, and the one renderer: on the terminal, as Markdown, and as PNG.
+
+A benchmark's `view(result)` gives a `View`: every table, chart and sentence is written there, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from rich import table as rich_table
+from rich.console import Console
+
+from taskmoe.cli.command_line import write_bytes
+
+matplotlib.use("Agg")  # charts go to files; a machine without a screen has no other way
+
+Row = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells as words. styles: of some rows on the terminal, by their place."""
+
+    title: str
+    headings: Row
+    rows: Sequence[Row]
+    note: str = ""
+    styles: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def only(self, headings: Sequence[str], keep: Callable[[Row], bool] = lambda _: True) -> Table:
+        """The same with these columns, and the rows to keep."""
+        at = [self.headings.index(heading) for heading in headings]
+        rows = [tuple(row[i] for i in at) for row in self.rows if keep(row)]
+        return Table(self.title, tuple(headings), rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """name: of its file, without ending. title: what it shows, for who cannot see it."""
+
+    name: str
+    title: str
+    draw: Callable[[], Figure]
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What a result means.
+
+    answer: the benchmark's question answered, in a sentence or two. about: sizes and rounds.
+    short: the table that goes with the answer; None: the first. tables: all of them. findings: what
+    they say, in sentences. code: the command's exit code.
+    """
+
+    answer: str
+    about: str
+    tables: Sequence[Table]
+    charts: Sequence[Chart] = ()
+    findings: Sequence[str] = ()
+    short: Table | None = None
+    code: int = 0
+
+
+def show(view: View, console: Console) -> None:
+    """Print a view on the terminal."""
+    for table in view.tables:
+        console.print(_rich(table))
+    console.print(*view.findings, *([view.answer] if view.answer else []), sep="\n", soft_wrap=True)
+
+
+def _rich(table: Table) -> rich_table.Table:
+    found = rich_table.Table(title=table.title, caption=table.note or None)
+    for place, heading in enumerate(table.headings):
+        right = _numeric(table.rows, place)
+        found.add_column(heading, justify="right" if right else "left", no_wrap=right)
+    for place, row in enumerate(table.rows):
+        found.add_row(*row, style=table.styles.get(place, ""))
+    return found
+
+
+def brief(view: View, charts: str) -> str:
+    """Answer, first chart and short table as Markdown; charts: the folder of the pictures."""
+    parts = [paragraph(view.answer)]
+    parts += [f"![{c.title}]({charts}/{c.name}.png)" for c in view.charts[:1]]
+    table = view.short or (view.tables[0] if view.tables else None)
+    if table is not None:
+        parts.append(markdown(table.headings, table.rows))
+    return "\n\n".join(parts)
+
+
+def whole(view: View, charts: str) -> str:
+    """Everything as Markdown; charts: the folder of the pictures as the text's file sees it."""
+    parts = [paragraph(view.about), paragraph(view.answer)]
+    parts += [f"![{chart.title}]({charts}/{chart.name}.png)" for chart in view.charts]
+    for table in view.tables:
+        parts += [f"**{table.title}**", markdown(table.headings, table.rows)]
+        parts += [paragraph(table.note)] if table.note else []
+    parts.append(paragraph(*view.findings))
+    return "\n\n".join(part for part in parts if part)
+
+
+def draw(view: View, folder: Path) -> None:
+    """Write all charts as PNG into a folder."""
+    for chart in view.charts:
+        save_figure(chart.draw(), folder / f"{chart.name}.png")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG beside its place, rename it there, and let go of it."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    plt.close(figure)
+    write_bytes(path, png.getvalue())
+
+
+def paragraph(*sentences: str) -> str:
+    """Sentences as one paragraph, wrapped at 100 columns."""
+    text = " ".join(" ".join(sentences).split())
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; cells that look like numbers are aligned to the right."""
+    rows = [list(row) for row in rows]
+    rule = ["---:" if _numeric(rows, i) else "---" for i in range(len(headings))]
+    lines = [list(headings), rule, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
+    """Whether all of a column's cells look like numbers."""
+    cells = [row[column] for row in rows if row[column]]
+    return bool(cells) and all(cell[0] in "+-−.0123456789" for cell in cells)

@@ -1,0 +1,114 @@
+"""Speeds of ops beside their baselines: the table, and the speedup of each op in a sentence."""
+
+from __future__ import annotations
+
+import math
+
+from taskmoe.bench.harness.view import Row, Table, View
+from taskmoe.bench.ops.cases import OURS
+from taskmoe.bench.ops.measure import Line, Ops
+
+#: Parts of the names of baselines that do less or other work than the op.
+OTHER_WORK = ("dense", "GShard")
+
+
+def view(result: Ops) -> View:
+    """Every line, ours above the baselines of its case; the exit code is 1 where ours is wrong."""
+    wrong = [f"not timed: {reason}" for reason in result.wrong]
+    if not result.lines:
+        return View("No op was timed.", "", [], findings=wrong, code=int(bool(wrong)))
+    ceilings = result.ceilings
+    measured = (
+        f"{ceilings.flops_per_s / 1e9:,.0f} GFLOP/s in a large matmul, "
+        f"{ceilings.bytes_per_s / 1e9:,.1f} GB/s in a copy"
+    )
+    about = (
+        f"{result.dtype}; the ways of one op run in turns, after their results were compared, "
+        f"{result.rounds} rounds. Measured in the same run: {measured}."
+    )
+    headings = (
+        *("op", "direction", "rows", "experts", "groups", "way", "µs", "p10 to p90", "GFLOP/s"),
+        *("over matmul's", "GB/s", "over copy's", "speedup of ours"),
+    )
+    table = Table(
+        f"Ops, {result.dtype} (measured)",
+        headings,
+        [_row(line) for line in result.lines],
+        "Median and 10th to 90th percentile over rounds in turns. GFLOP/s and GB/s count what the "
+        "op must do, the same for all ways, and stand over the rate of a large matmul and of a "
+        f"copy ({measured}). Arrays that fit the caches can be read faster than a copy writes.",
+    )
+    speedups = _speedups(result.lines)
+    short = Table(
+        "Ours against the fastest that does the same work",
+        ("op", "cases", "speedup, mean", "least", "least against"),
+        [
+            (op, str(len(cases)), f"{_mean(cases):.2f}", f"{least:.2f}", way)
+            for op, cases in speedups.items()
+            for least, way in [min(cases.values())]
+        ],
+    )
+    answer = "Against the fastest baseline that does the same work, ours is faster by: " + (
+        ", ".join(f"{op} {_mean(cases):.2f} times" for op, cases in speedups.items())
+        + " (geometric means)."
+    )
+    return View(
+        answer, about, [table, short], (), _findings(result) + wrong, short, int(bool(wrong))
+    )
+
+
+def _row(r: Line) -> Row:
+    op = r.op if r.shape is None else f"{r.shape} {r.op}"
+    case = (op, r.direction, f"{r.tokens:,}", str(r.experts), r.groups, r.way)
+    if r.median_us is None or r.p10_us is None or r.p90_us is None:
+        return (*case, f"fails: {(r.failed or '')[:60]}", *[""] * 6)
+    return (
+        *case,
+        f"{r.median_us:,.0f}{' (wrong)' if r.failed else ''}",
+        f"{r.p10_us:,.0f} to {r.p90_us:,.0f}",
+        f"{r.gflop_per_s:,.1f}" if r.gflop_per_s else "",
+        f"{r.share_of_matmul:.2f}" if r.gflop_per_s else "",
+        f"{r.gb_per_s:,.1f}",
+        f"{r.share_of_copy:.2f}",
+        r.ours_times_as_fast.words(".2f") if r.ours_times_as_fast else "",
+    )
+
+
+def _speedups(lines: list[Line]) -> dict[str, dict[str, tuple[float, str]]]:
+    """Op -> case -> speedup over the fastest baseline that does the same work, and that one."""
+    best: dict[str, dict[str, tuple[float, str]]] = {}
+    for r in lines:
+        if r.way == OURS or r.failed or r.ours_times_as_fast is None:
+            continue
+        if not any(word in r.way for word in OTHER_WORK):
+            found = r.ours_times_as_fast.median, r.way
+            cases = best.setdefault(r.op, {})
+            cases[r.name] = min(cases.get(r.name, found), found)
+    return best
+
+
+def _mean(cases: dict[str, tuple[float, str]]) -> float:
+    return math.exp(sum(math.log(speedup) for speedup, _ in cases.values()) / len(cases))
+
+
+def _findings(result: Ops) -> list[str]:
+    """Why the grouped products and the moved rows come out so, where such baselines ran on CPU."""
+
+    def over(way: str) -> list[float]:
+        found = (r.ours_times_as_fast for r in result.lines if r.way.endswith(way))
+        return [spread.median for spread in found if spread is not None]
+
+    dense, hot = over("ragged_dot"), over("one-hot einsum")
+    said = []
+    if dense and result.machine.get("backend", "cpu") == "cpu":
+        said.append(
+            "On a CPU lax.ragged_dot computes every group densely: the grouped products here are "
+            f"{min(dense):.1f} to {max(dense):.1f} times as fast, more with more experts."
+        )
+    if hot:
+        said.append(
+            f"Rows that move by index are {min(hot):.0f} to {max(hot):.0f} times as fast as rows "
+            "that move through one-hot products, which is most of what the layer gains over "
+            "GShard's."
+        )
+    return said

@@ -1,0 +1,49 @@
+"""What `beam` is asked to measure."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from taskmoe.cli.errors import InputError
+from taskmoe.wmt.config import PRESETS
+
+BATCHES, QUICK_BATCHES = (1, 4, 16), (1,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The model's size by its preset, hypotheses, sentences at once, and rounds."""
+
+    config: str
+    beam: int
+    batches: tuple[int, ...]
+    rounds: int
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    p.add_argument("--config", choices=list(PRESETS), default="base", help="size of the model")
+    p.add_argument("--beam", type=int, default=4, help="hypotheses (default 4)")
+    p.add_argument("--batches", help=f"sentences at once: {','.join(map(str, BATCHES))}")
+    p.add_argument("--rounds", type=int, default=7, help="times that each is measured")
+    p.add_argument("--quick", action="store_true", help="one sentence, three rounds")
+    p.add_argument("--json", type=Path, help="write the results here")
+    p.add_argument("--png", type=Path, help="draw the times here")
+
+
+def read(a: argparse.Namespace) -> Spec:
+    """The specification; InputError where a number does not fit."""
+    if a.beam < 2 or a.rounds < 1:
+        raise InputError(
+            f"--beam must be at least 2 and --rounds at least 1, got {a.beam} and {a.rounds}"
+        )
+    try:
+        words = a.batches.split(",") if a.batches else QUICK_BATCHES if a.quick else BATCHES
+        batches = sorted({int(n) for n in words})
+    except ValueError:
+        raise InputError(f"--batches must be numbers like 1,16, got {a.batches}") from None
+    if batches[0] < 1:
+        raise InputError(f"--batches must be at least 1, got {batches[0]}")
+    return Spec(a.config, a.beam, tuple(batches), 3 if a.quick else a.rounds)

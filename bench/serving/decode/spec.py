@@ -1,0 +1,59 @@
+"""What `decode` is asked to measure."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from taskmoe.cli.errors import InputError
+
+BATCHES, QUICK_BATCHES = (64, 256, 1024, 4096), (64, 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Host devices, sequences in all, rounds, and the folder of trained models, if any."""
+
+    devices: int
+    batches: list[int]
+    rounds: int
+    models: Path | None
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    p.add_argument("--devices", type=int, default=8, help="host devices")
+    p.add_argument("--batches", help=f"sequences in all: {','.join(map(str, BATCHES))}")
+    p.add_argument("--rounds", type=int, default=5, help="times that each is measured")
+    p.add_argument("--quick", action="store_true", help="two batches, three rounds: a minute or so")
+    p.add_argument(
+        "--models",
+        type=Path,
+        help="folder with dense/model, token/model and task/model, as the demo's work folder; or "
+        "with dense-0 and so on, as a study's",
+    )
+    p.add_argument("--json", type=Path, help="write the results here")
+    p.add_argument("--png", type=Path, help="draw throughput over batch here")
+
+
+def read(a: argparse.Namespace) -> Spec:
+    """The specification; InputError where a number does not fit."""
+    batches = _batches(a)
+    if a.rounds < 1:
+        raise InputError(f"--rounds must be at least 1, got {a.rounds}")
+    return Spec(a.devices, batches, 3 if a.quick else a.rounds, a.models)
+
+
+def _batches(a: argparse.Namespace) -> list[int]:
+    if not 1 <= a.devices <= 64:
+        raise InputError(f"--devices must be from 1 to 64 on one host, got {a.devices}")
+    if a.batches is None:
+        return [b for b in (QUICK_BATCHES if a.quick else BATCHES) if b % a.devices == 0]
+    try:
+        batches = sorted({int(n) for n in a.batches.split(",")})
+    except ValueError:
+        raise InputError(f"--batches must be numbers like 64,512, got {a.batches}") from None
+    if bad := [n for n in batches if n < 1 or n % a.devices]:
+        raise InputError(f"--batches must be multiples of {a.devices}, got {bad[0]}")
+    return batches

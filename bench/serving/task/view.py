@@ -1,0 +1,44 @@
+"""What routing by task costs, in a table and a sentence."""
+
+from __future__ import annotations
+
+from taskmoe.bench.harness.view import Table, View
+from taskmoe.bench.serving.task.measure import LAYER, Tasks
+
+TOLERANCE = 1e-5
+
+
+def view(result: Tasks) -> View:
+    """Every system in both directions; the exit code is 1 where results differ."""
+    rows = [
+        (
+            r.direction,
+            r.system,
+            f"{r.ms:.1f}",
+            f"{r.ms_p10:.1f} to {r.ms_p90:.1f}",
+            f"{r.ratio:.3f} ({r.ratio_p10:.3f} to {r.ratio_p90:.3f})",
+            str(r.collectives),
+        )
+        for r in result.rows
+    ]
+    sizes = (
+        f"{result.tokens:,} tokens, {result.experts} experts, d_model {result.d_model}, d_ff "
+        f"{result.d_ff}, float32"
+    )
+    headings = ("direction", "system", "ms", "p10 to p90", "time over dense", "collectives")
+    table = Table(f"{sizes} (measured)", headings, rows)
+    if result.error > TOLERANCE:
+        answer = f"The layer differs from the dense FFN by {result.error:.2g}."
+    else:
+        layer = [f"{r.ratio:.2f} {r.direction}" for r in result.rows if r.system == LAYER]
+        answer = (
+            "A batch of one task, over one dense layer of the same width, takes this time: "
+            f"{', '.join(layer)}."
+        )
+    why = (
+        "The layer runs such a batch as one dense layer. Backward, the whole layer also fills a "
+        "gradient for every expert; an extracted sub-network has no such experts."
+    )
+    short = table.only(("direction", "system", "ms", "time over dense", "collectives"))
+    code = int(result.error > TOLERANCE)
+    return View(answer, f"One layer, {sizes}.", [table], findings=[why], short=short, code=code)

@@ -1,0 +1,323 @@
+"""All stages of the story, with a line of progress each."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from taskmoe.bench.harness import machine
+from taskmoe.bench.harness.console import out
+from taskmoe.bench.harness.results import Result
+from taskmoe.bench.serving import systems as serving
+from taskmoe.bench.serving.systems import Point
+from taskmoe.bench.story.demo.spec import Spec
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
+from taskmoe.wmt.config import ModelConfig, TrainConfig, split_pair
+from taskmoe.wmt.model.saved import Model, save_model
+from taskmoe.wmt.model.subnetwork import extract
+from taskmoe.wmt.model.transformer import Params, Tasks, decode, encode, param_count
+from taskmoe.wmt.model.translation import Decoding, task_ids, translate
+from taskmoe.wmt.text import cldr
+from taskmoe.wmt.text.data import Pairs, TrainingData, read_pairs
+from taskmoe.wmt.text.scoring import averages, score
+from taskmoe.wmt.text.tokenizer import BOS, PAD, Tokenizer, train_tokenizer
+from taskmoe.wmt.training.loop import Progress, train
+
+DEVICES = 8
+#: Model -> routing of its encoder and decoder. The dense one is as wide as two experts.
+ROUTING = {"dense": "dense", "token": "token", "task": "target"}
+VOCABULARY = 3000
+MODEL: dict[str, Any] = {
+    "d_model": 128,
+    "d_ff": 256,
+    "num_heads": 4,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_experts": 16,
+    "tie_embeddings": True,
+    "dropout": 0.0,
+}
+TRAIN: dict[str, Any] = {
+    "batch_tokens": 2048,
+    "buckets": (16, 32, 64),
+    "learning_rate": 3e-3,
+    "schedule": "cosine",
+    "warmup_steps": 100,
+    "label_smoothing": 0.0,
+    "checkpoint_every": 200,
+    "keep_checkpoints": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bleu:
+    """Averages by kind of direction, each direction, and how sacreBLEU scored."""
+
+    averages: dict[str, float]
+    directions: dict[str, float]
+    signatures: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """A trained model. loss, tokens_per_s, busiest_expert: where this run trained it."""
+
+    parameters: int
+    decoder_parameters: int
+    seconds: float
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    busiest_expert: float | None = None
+    bleu: Bleu = dataclasses.field(default_factory=lambda: Bleu({}, {}, []))
+
+
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+    """Every task's sub-network beside the whole model."""
+
+    tasks: list[str]
+    translations: int
+    identical: int
+    largest_logit_difference: float
+    bleu: Bleu
+    parameters: int
+    decoder_parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """Decoding of the systems over batch sizes."""
+
+    devices: int
+    positions: int
+    points: list[Point]
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo(Result):
+    """The whole story. corpus: "train" or "test" -> direction -> sentences."""
+
+    machine: dict[str, str]
+    corpus: dict[str, dict[str, int]]
+    model: dict[str, Any]
+    training: dict[str, Any]
+    models: dict[str, Facts]
+    extraction: Extraction
+    serving: Serving
+    seconds: float
+
+
+RESULT = Demo
+
+
+def measure(spec: Spec) -> Demo:
+    """Run all stages; what an earlier run has finished is kept."""
+    serving.use_host_devices(DEVICES)
+    began = time.perf_counter()
+    work = spec.out / "work"
+
+    _stage("1/5", "the corpus: 30 directions from Unicode CLDR")
+    text, test, tokenizer = _corpus(work, spec.sentences)
+    config = TrainConfig(steps=spec.steps, **TRAIN)
+    data = TrainingData(text, tokenizer, config)
+
+    _stage("2/5", "training three models of equal compute per token")
+    trained = {name: _train(name, work, config, data, tokenizer) for name in ROUTING}
+    models = {name: model for name, (model, _) in trained.items()}
+
+    _stage("3/5", "translating the test set, whole models and extracted sub-networks")
+    said = {
+        name: _translate(f"{name}, whole", model, test, mixed_tasks=True)
+        for name, model in models.items()
+    }
+    facts = {
+        name: dataclasses.replace(one, bleu=_scores(said[name], test))
+        for name, (_, one) in trained.items()
+    }
+    extraction = _extract_all(models["task"], test, said["task"], work)
+
+    _stage("4/5", f"decoding on {DEVICES} devices, expert-parallel against sub-networks")
+    served = _serve(models, spec.batches)
+
+    _stage("5/5", "the report")
+    return Demo(
+        machine.describe(),
+        {"train": data.sizes, "test": {pair: len(s) for pair, (s, _) in test.items()}},
+        MODEL | {"vocab_size": tokenizer.vocab_size},
+        dataclasses.asdict(config),
+        facts,
+        extraction,
+        served,
+        round(time.perf_counter() - began, 1),
+    )
+
+
+def _stage(number: str, title: str) -> None:
+    out.print(f"[bold]{number}[/bold]  {title}")
+
+
+def _corpus(work: Path, sentences: int) -> tuple[Pairs, Pairs, Tokenizer]:
+    folder = work / "corpus"
+    try:
+        with bar("writing", "sentences") as progress:
+            cldr.write_corpus(folder, cldr.CldrConfig(), progress=progress)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    text = read_pairs(folder, "train", cldr.PAIRS)
+    test = read_pairs(folder, "test", cldr.PAIRS)
+    test = {pair: (s[:sentences], t[:sentences]) for pair, (s, t) in test.items()}
+    lines: dict[str, dict[str, None]] = {}
+    for pair, sides in text.items():
+        for language, side in zip(split_pair(pair), sides, strict=True):
+            lines.setdefault(language, {}).update(dict.fromkeys(side))
+    with out.status("training the vocabulary"):
+        unique = {language: list(every) for language, every in lines.items()}
+        tokenizer = train_tokenizer(unique, VOCABULARY, sentences=30_000)
+    return text, test, tokenizer
+
+
+def _train(
+    name: str, work: Path, config: TrainConfig, data: TrainingData, tokenizer: Tokenizer
+) -> tuple[Model, Facts]:
+    """The trained model and what is to be told of it: parameters, losses and seconds."""
+    side: Any = ROUTING[name]
+    model_config = ModelConfig(
+        pairs=cldr.PAIRS,
+        vocab_size=tokenizer.vocab_size,
+        encoder=side,
+        decoder=side,
+        **MODEL,
+    )
+    began, log = time.perf_counter(), []
+    with bar(f"{name:5}", "steps") as progress:
+
+        def report(p: Progress) -> None:
+            log.append(p)
+            progress(p.step, p.steps)
+
+        model = train(
+            work / name,
+            model_config,
+            config,
+            data,
+            tokenizer,
+            source="taskmoe.wmt.text.cldr",
+            report=report,
+            note=lambda line: out.print(f"  {line}"),
+        )
+    facts = Facts(
+        param_count(model.params),
+        param_count(model.params["decoder"]),
+        round(time.perf_counter() - began, 1),
+    )
+    if log:  # empty where an earlier run had trained it
+        speed = float(np.median([p.tokens_per_s for p in log]))
+        facts = dataclasses.replace(
+            facts, loss=log[-1].loss, tokens_per_s=speed, busiest_expert=log[-1].busiest
+        )
+    return model, facts
+
+
+def _translate(title: str, model: Model, test: Pairs, *, mixed_tasks: bool) -> dict[str, list[str]]:
+    requests = [(pair, line) for pair, (source, _) in test.items() for line in source]
+    with bar(title, "sentences") as progress:
+        found = iter(translate(model, requests, Decoding(mixed_tasks=mixed_tasks), progress))
+    return {pair: [next(found) for _ in source] for pair, (source, _) in test.items()}
+
+
+def _scores(found: dict[str, list[str]], test: Pairs) -> Bleu:
+    scores = {pair: score(pair, found[pair], references) for pair, (_, references) in test.items()}
+    return Bleu(
+        averages({pair: s.bleu for pair, s in scores.items()}),
+        {pair: s.bleu for pair, s in scores.items()},
+        sorted({s.signature for s in scores.values()}),
+    )
+
+
+def _extract_all(model: Model, test: Pairs, whole: dict[str, list[str]], work: Path) -> Extraction:
+    """Cut every task out, translate with it, and compare with what the whole model said."""
+    tasks = model.config.tasks("decoder")
+    found: dict[str, list[str]] = {}
+    largest, small = 0.0, model
+    with bar("sub-networks", "tasks") as progress:
+        for number, task in enumerate(tasks):
+            small = extract(model, task)
+            folder = work / "subnetworks" / task
+            save_model(small, folder, replace=folder.exists())
+            own = {pair: test[pair] for pair in small.config.pairs}
+            requests = [(pair, line) for pair, (source, _) in own.items() for line in source]
+            lines = iter(translate(small, requests, Decoding()))
+            found |= {pair: [next(lines) for _ in source] for pair, (source, _) in own.items()}
+            largest = max(largest, *(_logit_difference(model, small, p, own[p]) for p in own))
+            progress(number + 1, len(tasks))
+    pairs_of_lines = [
+        (mine, theirs)
+        for pair in test
+        for mine, theirs in zip(found[pair], whole[pair], strict=True)
+    ]
+    return Extraction(
+        list(tasks),
+        len(pairs_of_lines),
+        sum(mine == theirs for mine, theirs in pairs_of_lines),
+        largest,
+        _scores(found, test),
+        param_count(small.params),
+        param_count(small.params["decoder"]),
+    )
+
+
+def _logit_difference(
+    model: Model, small: Model, pair: str, lines: tuple[list[str], list[str]]
+) -> float:
+    """Largest absolute difference of logits, whole model and sub-network, on the references."""
+    limit = 64
+    ids = model.tokenizer.encode_source(lines[0], split_pair(pair)[1])
+    wanted = model.tokenizer.encode_target(lines[1])
+    source, target = (
+        serving.padded(ids, limit),
+        serving.padded([[BOS, *w[:-1]] for w in wanted], limit),
+    )
+    rows = [np.full(len(ids), i, np.int32) for i in task_ids(model.config, pair) if i is not None]
+    whole = _logits(model.params, model.config, source, target, Tasks(*rows))
+    config = dataclasses.replace(small.config, pairs=("source-target",))  # one compilation for all
+    own = _logits(small.params, config, source, target, Tasks(None, None))
+    return float(jnp.max(jnp.abs(whole - own)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _logits(
+    params: Params, config: ModelConfig, source: jax.Array, target: jax.Array, tasks: Tasks
+) -> jax.Array:
+    valid, seen = source != PAD, target != PAD
+    memory, _ = encode(params, config, source, valid, tasks.encoder)
+    logits, _ = decode(params, config, memory, valid, target, seen, tasks.decoder)
+    return jnp.where(seen[..., None], logits, 0)
+
+
+def _serve(models: dict[str, Model], batches: Sequence[int]) -> Serving:
+    token, task = models["token"], models["task"]
+    tight = dataclasses.replace(token.config, capacity_factor=2.0)
+    subs = [extract(task, name) for name in task.config.tasks("decoder")[:DEVICES]]
+    mesh = serving.device_mesh(DEVICES)
+    systems = {
+        "token-MoE, dropless": serving.expert_parallel(token.params, token.config, mesh),
+        "token-MoE, capacity 2": serving.expert_parallel(token.params, tight, mesh),
+        "task-MoE sub-networks": serving.sub_networks(
+            [s.params for s in subs], subs[0].config, mesh
+        ),
+    }
+    with bar("decoding", "batch sizes") as progress:
+        points: list[Point] = []
+        for number, batch in enumerate(batches):
+            points += serving.measure(systems, batch)
+            progress(number + 1, len(batches))
+    return Serving(DEVICES, serving.POSITIONS, points)

@@ -1,0 +1,164 @@
+"""The comparison in a table, a chart, and what the scores say."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from taskmoe.bench.harness.view import Chart, Table, View
+from taskmoe.bench.serving.systems import POSITIONS
+from taskmoe.bench.story import paper
+from taskmoe.bench.story.study.measure import ROWS, SYSTEMS, Row, Studied
+from taskmoe.wmt.training.distillation import gain_kept
+
+HEADINGS = (
+    *("system", "BLEU", "seeds", "over dense", "paper", "over dense there"),
+    *("parameters", "to serve one direction", "tokens/s", "extracted alike"),
+)
+SHORT = ("system", "BLEU", "over dense", "over dense there", "to serve one direction")
+
+
+def view(*results: Studied) -> View:
+    """A table a study; the exit code is 1 where a sub-network translates otherwise."""
+    tables, charts, said, about = [], [], [], []
+    for result in results:
+        name = "news" if len(result.model.get("pairs", ())) > 12 else "multi30k"
+        title = f"{result.sentences:,} test sentences, {len(result.rows)} systems (measured)"
+        tables.append(Table(title, HEADINGS, cells(result.rows)))
+        draw = functools.partial(_chart, result)
+        charts.append(Chart(f"study-{name}", f"Scores and sizes, {name}", draw))
+        said += findings(result.rows)
+        about.append(_about(result))
+        if result.left_out:
+            seeds = ", ".join(map(str, result.left_out))
+            said.append(f"left out, as not all systems have a test.json of it: seed {seeds}")
+    wrong = any(r.translations != r.identical for result in results for r in result.rows)
+    answer = " ".join(_answer(result.rows) for result in results)
+    short = tables[0].only(SHORT)
+    return View(answer, " ".join(about), tables, charts, said, short, int(wrong))
+
+
+def _answer(rows: Sequence[Row]) -> str:
+    bleu = {r.system: float(np.mean(r.test)) for r in rows}
+    best = max(bleu, key=lambda name: bleu[name])
+    return (
+        f"Best is {SYSTEMS[best]} with {bleu[best]:.2f} BLEU; routing by target language gains "
+        f"{bleu['target'] - bleu['dense']:+.2f} over dense, routing by token "
+        f"{bleu['token'] - bleu['dense']:+.2f}."
+    )
+
+
+def _about(result: Studied) -> str:
+    model, training = result.model, result.training
+    if not model:
+        return ""
+    seeds = max(len(r.seeds) for r in result.rows)
+    taught = result.taught
+    return (
+        f"{len(model['pairs'])} directions, {training['steps']:,} steps of at most "
+        f"{training['batch_tokens']:,} tokens for every system, {model['encoder_layers']} + "
+        f"{model['decoder_layers']} layers, d_model {model['d_model']}, {model['num_experts']} "
+        f"experts of width {model['d_ff']}, {model['vocab_size']:,} words, beam 4; "
+        + ("one seed. " if seeds == 1 else f"± is the standard deviation over {seeds} seeds. ")
+        + (f"The student learns from {taught:,} translated sentences a direction. " * bool(taught))
+        + f"Tokens/s: the decoder, {ROWS} sentences of one direction, {POSITIONS} positions, "
+        f"median of {result.rounds} rounds in turns, one device. Extracted alike: translations of "
+        "the validation text that sub-networks and the whole model share."
+    )
+
+
+def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """A line a system, as words under `HEADINGS`."""
+    dense = float(np.mean(rows[0].test))
+    lines: list[tuple[str, ...]] = []
+    for r in rows:
+        name, mean, speed = r.system, float(np.mean(r.test)), r.tokens_per_s
+        spread = f" ± {np.std(r.test, ddof=1):.2f}" if len(r.test) > 1 else ""
+        theirs = paper.STUDY.get(name)
+        lines.append(
+            (
+                SYSTEMS[name],
+                f"{mean:.2f}{spread}",
+                str(len(r.seeds)),
+                f"{mean - dense:+.2f}" if name != "dense" else "",
+                "" if theirs is None else f"{theirs[0]:.2f}",
+                f"{theirs[0] - theirs[1]:+.2f}" if theirs and theirs[1] and name != "dense" else "",
+                f"{r.parameters:,}",
+                f"{r.served:,}",
+                speed.words(",.0f"),
+                f"{r.identical:,} of {r.translations:,}" if r.translations else "",
+            )
+        )
+    return lines
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    """What the scores say, sentence by sentence."""
+    bleu = {r.system: float(np.mean(r.test)) for r in rows}
+    order = sorted(bleu, key=lambda name: -bleu[name])
+    lines = ["Best first: " + ", ".join(f"{SYSTEMS[n]} {bleu[n]:.2f}" for n in order) + "."]
+    otherwise = [
+        SYSTEMS[n]
+        for n, (theirs, dense) in paper.STUDY.items()
+        if dense is not None and (bleu[n] > bleu["dense"]) != (theirs > dense)
+    ]
+    lines.append(
+        "These compare with dense otherwise than in the paper: " + ", ".join(otherwise) + "."
+        if otherwise
+        else "Every system compares with dense as in the paper."
+    )
+    lines += _doubtful(rows)
+    gain = gain_kept(bleu["dense"], bleu["token"], bleu["distilled"], bleu["target"])
+    for whose, share, theirs in (
+        ("the token-routed teacher's", gain.of_teacher, paper.DISTILLATION_KEEPS["teacher"]),
+        ("the task-routed model's", gain.of_task_moe, paper.DISTILLATION_KEEPS["task"]),
+    ):
+        if share is None or not np.isfinite(share):
+            lines.append(f"There is nothing to keep of {whose} gain over dense: it gains nothing.")
+        elif share <= 0:
+            lines.append(
+                f"The student does not reach dense and keeps nothing of {whose} gain over it "
+                f"(the paper: {theirs}%)."
+            )
+        else:
+            lines.append(f"The student keeps {share:.0f}% of {whose} gain (the paper: {theirs}%).")
+    return lines
+
+
+def _doubtful(rows: Sequence[Row]) -> list[str]:
+    """Systems whose differences to dense, seed by seed, spread more than they come to."""
+    tests = {r.system: np.array(r.test) for r in rows}
+    if len(tests["dense"]) < 2:
+        return []
+    apart = {n: tests[n] - tests["dense"] for n in tests if n != "dense"}
+    small = {n: d for n, d in apart.items() if abs(d.mean()) < d.std(ddof=1)}
+    said = ", ".join(
+        f"{SYSTEMS[n]} {d.mean():+.2f} ± {d.std(ddof=1):.2f}" for n, d in small.items()
+    )
+    return [
+        f"These differences to dense are no larger than their spread over seeds: {said}."
+    ] * bool(small)
+
+
+def _chart(result: Studied) -> Figure:
+    """Scores (a dot a seed) and parameters that serve one direction, a bar a system."""
+    rows = result.rows[::-1]
+    names = [SYSTEMS[r.system] for r in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    at = np.arange(len(rows))
+    left.barh(at, [np.mean(r.test) for r in rows], color="tab:blue", alpha=0.7)
+    for y, r in enumerate(rows):
+        left.plot(r.test, [y] * len(r.test), "k.", markersize=5)
+    left.set_yticks(at, names)
+    left.set_xlabel("test BLEU, mean over directions (a dot a seed)")
+    right.barh(at, [r.parameters / 1e6 for r in rows], color="lightgray", label="whole model")
+    right.barh(
+        at, [r.served / 1e6 for r in rows], 0.5, color="tab:orange", label="serves one direction"
+    )
+    right.set_xlabel("million parameters")
+    figure.legend(loc="outside upper right", ncols=2, fontsize=8)
+    return figure

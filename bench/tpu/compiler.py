@@ -1,0 +1,155 @@
+"""The TPU compiler in processes beside this one, and what a command checks before it asks it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from taskmoe.bench.harness.results import from_json
+from taskmoe.bench.harness.worker import Died, Worker
+from taskmoe.bench.tpu import schedule
+from taskmoe.bench.tpu.cases import Case
+from taskmoe.cli.errors import InputError
+from taskmoe.cli.progress import bar
+
+#: Compilers at once: each keeps one core busy.
+WORKERS = 2
+#: libtpu ends a process that loads it where this file is missing.
+CPUS_FILE = Path("/sys/devices/system/cpu/possible")
+#: The compiler asks no server about a TPU, and several may be loaded at once.
+SETTINGS = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel of a case as compiled; see `schedule.Schedule`. vmem_bytes: 0 where not told."""
+
+    kernel: str
+    bundles: int
+    main_bundles: int
+    filled: dict[str, float]
+    spills: int
+    vmem_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What compiler and model say of a case: why it does not compile, or its kernels.
+
+    Bytes and times are modelled, and there where the grid can be walked; see `kernels.worker`.
+    """
+
+    error: str | None = None
+    compile_s: float | None = None
+    kernels: list[Kernel] = dataclasses.field(default_factory=list)
+    bundles_run: int | None = None
+    moved_bytes: int | None = None
+    floor_bytes: int | None = None
+    flops: int | None = None
+    modelled_us: float | None = None
+    roofline_us: float | None = None
+
+    @property
+    def main_bundles(self) -> int:
+        """Bundles of the main loops, added up."""
+        return sum(kernel.main_bundles for kernel in self.kernels)
+
+    @property
+    def filled(self) -> float:
+        """Share of the MXU's slots that the main loops fill."""
+        whole = sum(kernel.filled["MXU"] * kernel.main_bundles for kernel in self.kernels)
+        return whole / self.main_bundles
+
+    @property
+    def spills(self) -> int:
+        """Vector spills and fills of the main loops."""
+        return sum(kernel.spills for kernel in self.kernels)
+
+    @property
+    def vmem_bytes(self) -> int:
+        """VMEM of the kernel that takes most."""
+        return max(kernel.vmem_bytes for kernel in self.kernels)
+
+
+def chosen(what: str, given: str | None, known: Any, default: Any) -> list[str]:
+    """The comma-separated names, if all are known; the default if none are given."""
+    names = list(default) if given is None else [name.strip() for name in given.split(",")]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def need_libtpu() -> None:
+    """Make ready to compile; InputError where libtpu is not installed, or could not be loaded."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("libtpu, the TPU compiler, is not installed: pip install 'jax[tpu]'")
+    if not CPUS_FILE.exists():
+        raise InputError(f"libtpu, the TPU compiler, needs {CPUS_FILE}: mount /sys")
+    jax.config.update("jax_platforms", "cpu")  # the lab needs no TPU, and must not hold one
+
+
+def compile_all(cases: Sequence[Case]) -> list[Compiled]:
+    """What the compiler and the model say of each case, in their order, with a bar on stderr."""
+    results: dict[Case, Compiled] = {}
+    chips = list(dict.fromkeys(case.chip for case in cases))
+    stopping = threading.Event()
+    with bar("compiling", "kernel") as move, ThreadPoolExecutor(WORKERS) as pool:
+        move(0, len(cases))
+
+        def work(chip: str) -> None:
+            with compiler() as compile_one:
+                for case in cases:
+                    if case.chip == chip and not stopping.is_set():
+                        results[case] = compile_one(case)
+                        move(len(results), len(cases))
+
+        futures = [pool.submit(work, chip) for chip in chips]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            stopping.set()
+    return [results[case] for case in cases]
+
+
+@contextlib.contextmanager
+def compiler() -> Iterator[Callable[[Case], Compiled]]:
+    """A function that compiles cases in a process beside this one, and a new one after a crash."""
+    with (
+        tempfile.TemporaryDirectory(prefix="taskmoe-tpu-") as dumps,
+        contextlib.ExitStack() as stack,
+    ):
+        settings = SETTINGS | {"LIBTPU_INIT_ARGS": schedule.dump_flags(Path(dumps))}
+        running: list[Worker] = []
+
+        def compile_one(case: Case) -> Compiled:
+            if not running:
+                module = "taskmoe.bench.tpu.kernels.worker"
+                running.append(stack.enter_context(Worker(module, [dumps], settings)))
+            try:
+                return from_json(Compiled, running[0].ask(dataclasses.asdict(case)))
+            except Died as death:
+                running.clear()
+                return Compiled(error=death_note(death))
+
+        yield compile_one
+
+
+def death_note(death: Died) -> str:
+    """How a compiler ended, as a result.
+
+    Raises InputError where the reason is that dumps cannot be read: no case will fare better.
+    """
+    if "ScheduleError" in death.last:
+        raise InputError(death.last.split("ScheduleError: ", 1)[-1])
+    return f"the compiler {death}"

@@ -1,0 +1,1 @@
+"""How near does each kernel come to the roofline, as compiled for TPU (modelled)?"""

@@ -1,0 +1,153 @@
+"""Kernels as compiled, and the bytes of whole experts: tables, and the roofline as a chart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from taskmoe.bench.harness.view import Chart, Table, View
+from taskmoe.bench.tpu import cases as kernel_cases
+from taskmoe.bench.tpu.cases import CHIPS, DTYPES, OPS, SHAPES
+from taskmoe.bench.tpu.kernels import expert_bytes
+from taskmoe.bench.tpu.kernels.measure import Kernels, Row
+
+
+def view(result: Kernels) -> View:
+    """Every case; the exit code is 1 where one of our kernels did not compile."""
+    rows = sorted(result.kernels, key=_beside)
+    headings = (
+        *("op", "direction", "by", "chip", "dtype", "shape", "compiled", "VMEM MiB", "bundles"),
+        *("MXU filled", "spills", "modelled MB", "over floor", "modelled µs", "roofline µs"),
+    )
+    compiled = Table(
+        "Kernels compiled ahead of time (modelled)",
+        headings,
+        [
+            (r.op, r.direction, r.by, r.chip, r.dtype, r.shape, *_figures(r), *[""] * 9)[:15]
+            for r in rows
+        ],
+        "Bundles, MXU slots and spills (vector spills and fills) are of the main loops of the "
+        "case's kernels, added up; VMEM is the largest. Bytes and times are modelled: bytes "
+        "by walking the grid (copies made by hand as declared), time as the larger of bytes at "
+        "the HBM's rate and FLOPs at the bf16 peak times the share of MXU slots filled. Floor: "
+        "arguments and results once, untouched experts left out; roofline: floor and full peak. "
+        "tokamax is compiled with the tiling that it takes untuned, and cannot be walked.",
+    )
+    tables = [compiled]
+    if result.expert_bytes:
+        tables.append(_bytes_table(result))
+    reached: dict[str, list[float]] = {}
+    for r in rows:
+        if r.by == "taskmoe" and r.modelled_us:
+            reached.setdefault(r.op, []).append(_reached(r))
+    whole = [share for shares in reached.values() for share in shares]
+    answer = "No kernel of ours was modelled."
+    if whole:
+        answer = (
+            f"By the model our kernels reach {min(whole):.0%} to {max(whole):.0%} of the roofline, "
+            "least where a kernel moves rows or routes and has little to multiply."
+        )
+    short = Table(
+        "Share of the roofline",
+        ("kernel", "least", "most"),
+        [(name, f"{min(s):.0%}", f"{max(s):.0%}") for name, s in reached.items()],
+    )
+    findings = [
+        "A whole expert in one kernel moves hardly a byte beyond its floor, which at decoding's "
+        "sizes is the weights themselves."
+    ] * bool(result.expert_bytes)
+    about = "Compiled for TPUs that were not there. Schedules are the compiler's; bytes and times "
+    chart = Chart("kernels", "Kernels against the roofline", lambda: _chart(result))
+    failed = any(r.error for r in rows if r.by == "taskmoe")
+    about += "are modelled."
+    return View(answer, about, tables, [chart], findings, short, int(failed))
+
+
+def _reached(r: Row) -> float:
+    """Share of the roofline by the model."""
+    return (r.roofline_us or 0.0) / r.modelled_us if r.modelled_us else 0.0
+
+
+def _beside(row: Row) -> tuple[Any, ...]:
+    chips, dtypes, shapes = list(CHIPS), list(DTYPES), list(SHAPES)
+    return (
+        OPS.index(row.op),
+        kernel_cases.DIRECTIONS.index(row.direction),
+        chips.index(row.chip),
+        dtypes.index(row.dtype),
+        shapes.index(row.shape),
+        row.by != "taskmoe",
+        row.by,
+    )
+
+
+def _figures(r: Row) -> tuple[str, ...]:
+    if r.error is not None:
+        return (r.error,)
+    figures = (
+        f"{r.compile_s:.1f} s",
+        f"{r.vmem_bytes / 2**20:.1f}" if r.vmem_bytes else "",  # not told of every kernel
+        f"{r.main_bundles:,}",
+        f"{r.filled:.1%}",
+        f"{r.spills:,}",
+    )
+    if r.modelled_us is None:  # tokamax's grid cannot be walked off TPU
+        return figures
+    moved = r.moved_bytes or 0
+    return (
+        *figures,
+        f"{moved / 1e6:,.1f}",
+        f"{moved / (r.floor_bytes or 1):.2f}",
+        f"{r.modelled_us:,.1f}",
+        f"{r.roofline_us:,.1f}",
+    )
+
+
+def _bytes_table(result: Kernels) -> Table:
+    return Table(
+        f"HBM bytes of {expert_bytes.EXPERTS} experts, d_model {expert_bytes.D_MODEL}, d_ff "
+        f"{expert_bytes.D_FF}, bf16, random top-{expert_bytes.TOP_K} (modelled)",
+        ("chip", "rows", "way", "modelled MB", "floor MB", "over floor"),
+        [
+            (
+                r.chip,
+                str(r.rows),
+                r.way,
+                f"{r.moved_bytes / 1e6:,.2f}",
+                f"{r.floor_bytes / 1e6:,.2f}",
+                f"{r.ratio:.3f}",
+            )
+            for r in result.expert_bytes
+        ],
+        "Counted by walking the grid; floor: touched experts' weights once, rows in and rows out. "
+        "megablox: the block of rows that moves least, whole matrices.",
+    )
+
+
+def _chart(result: Kernels) -> Figure:
+    """Share of the roofline that each kernel reaches by the model, ours and megablox's, by chip."""
+    chips = list(dict.fromkeys(r.chip for r in result.kernels))
+    figure, axes = plt.subplots(
+        1, len(chips), figsize=(11, 4.6), layout="constrained", sharey=True, squeeze=False
+    )
+    names = list(dict.fromkeys(f"{r.op} {r.direction}" for r in result.kernels))[::-1]
+    styles = {"taskmoe": ("#4c72b0", "o"), "megablox": ("#c44e52", "D")}
+    for axis, chip in zip(axes[0], chips, strict=True):
+        for by, (colour, marker) in styles.items():
+            rows = [
+                r for r in result.kernels
+                if r.chip == chip and r.by == by and r.modelled_us
+            ]  # fmt: skip
+            share = [_reached(r) * 100 for r in rows]
+            place = [names.index(f"{r.op} {r.direction}") for r in rows]
+            axis.plot(share, place, marker, color=colour, label=by, linestyle="none")
+        axis.set_title(chip)
+        axis.set_xlim(0, 105)
+        axis.set_xlabel("% of the roofline (modelled)")
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].legend(frameon=False, loc="lower left")
+    return figure

@@ -1,0 +1,149 @@
+"""Compiles kernels for one TPU chip, without a TPU: cases in, results out, as JSON lines.
+
+A process of its own, because the dump flags count only before JAX starts and because a compiler
+that crashes takes its process along. It must be started with LIBTPU_INIT_ARGS naming the folder
+that is its one argument (see `schedule.dump_flags`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from taskmoe.bench.harness.worker import serve
+from taskmoe.bench.tpu import cases as kernel_cases
+from taskmoe.bench.tpu import schedule
+from taskmoe.bench.tpu.cases import Case
+from taskmoe.bench.tpu.grid_walk import KernelCall, recording
+
+
+@functools.cache
+def chip_mesh(chip: str) -> Mesh:
+    """One device of the chip; Pallas asks the current mesh which chip it compiles for."""
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=kernel_cases.CHIPS[chip][0]
+    )
+    axes: Any = {"axis_types": (AxisType.Auto,)}
+    return Mesh(np.array(topology.devices[:1]), ("one",), **axes)
+
+
+def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
+    """What the compiler makes of the case: `error`, or seconds and each kernel's schedule."""
+    for path in dumps.iterdir():
+        path.unlink()
+    whole = NamedSharding(mesh, P())
+    start = time.perf_counter()
+    try:
+        # Pallas asks the mesh which chip it compiles for, tokamax the default device.
+        with jax.set_mesh(mesh), jax.default_device(mesh.devices.flat[0]):
+            function, arguments = kernel_cases.program(case).directed(case.direction)
+            placed = jax.tree.map(
+                lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), arguments
+            )
+            hlo = jax.jit(function).lower(*placed).compile().as_text() or ""
+    except Exception as error:  # a refusal, the compiler's or the library's, is a result
+        return {"error": " ".join(str(error).split())[:500]}
+    seconds = time.perf_counter() - start
+    vmem = schedule.kernel_vmem_bytes(hlo)
+    kernels = schedule.read_schedules(dumps, set(vmem))
+    return {
+        "compile_s": seconds,
+        "kernels": [
+            {**dataclasses.asdict(kernel), "vmem_bytes": vmem[kernel.kernel]} for kernel in kernels
+        ],
+    }
+
+
+def model(
+    chip: str, calls: list[KernelCall], floor: int, kernels: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Modelled bytes and times of these kernel calls, with the schedules that were compiled.
+
+    A kernel takes as long as the larger of its bytes at the HBM's bandwidth and its declared FLOPs
+    at the bf16 peak times the share of MXU slots that its main loop fills. The roofline is the same
+    with the least bytes and every slot filled. bundles_run: main loops times steps of the grid.
+    """
+    info = kernel_cases.chip_info(chip)
+    filled = {kernel["kernel"]: kernel["filled"]["MXU"] for kernel in kernels}
+    bandwidth, peak = info.mem_bw_bytes_per_second, info.bf16_ops_per_second
+    multiplies = any(share > 0 for share in filled.values())
+    flops = sum(call.cost.flops for call in calls if call.cost is not None)
+
+    def seconds(call: KernelCall) -> float:
+        share = filled.get(call.name, 0.0)
+        work = 0.0 if call.cost is None or not share else call.cost.flops / (peak * share)
+        return max(call.moved_bytes / bandwidth, work)
+
+    bundles = {kernel["kernel"]: kernel["main_bundles"] for kernel in kernels}
+    return {
+        "bundles_run": sum(call.steps * bundles.get(call.name, 0) for call in calls),
+        "moved_bytes": sum(call.moved_bytes for call in calls),
+        "floor_bytes": floor,
+        "flops": flops,
+        "modelled_us": 1e6 * sum(map(seconds, calls)),
+        "roofline_us": 1e6 * max(floor / bandwidth, flops / peak if multiplies else 0.0),
+    }
+
+
+def walk(case: Case) -> tuple[list[KernelCall], int]:
+    """The direction's kernel calls, and the least bytes: arguments and results once.
+
+    Of experts' matrices that are read, those without rows count nothing.
+    """
+    program = kernel_cases.program(case)
+    shape = kernel_cases.SHAPES[case.shape]
+    sizes = kernel_cases.routed(shape.tokens, shape.experts, shape.top_k)
+    function, arguments = program.directed(case.direction)
+    touched = sum(size > 0 for size in sizes) / len(sizes)
+    order = np.random.default_rng(0).permutation(shape.tokens * shape.top_k).astype(np.int32)
+
+    def value(s: Any) -> np.ndarray:
+        if s.dtype != jnp.int32:
+            return np.zeros(s.shape, s.dtype)
+        is_sizes = s.shape == (shape.experts,)
+        return np.asarray(sizes, np.int32) if is_sizes else order.reshape(s.shape)
+
+    values, count = jax.tree.map(value, arguments), program.gradients
+    with recording(case.chip) as calls:
+        if case.direction == "backward" and count:
+            _, pull = jax.vjp(
+                lambda *first: program.function(*first, *values[count:-1]), *values[:count]
+            )
+            calls.clear()  # those of the forward pass
+            pull(values[-1])
+        else:
+            function(*values)
+    read = [
+        s.size * s.dtype.itemsize * (touched if s.ndim == 3 else 1)
+        for s in jax.tree.leaves(arguments)
+    ]
+    results = jax.tree.leaves(kernel_cases.result_shapes(function, arguments))
+    return calls, int(sum(read) + sum(s.size * s.dtype.itemsize for s in results))
+
+
+def answer(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the compiler and the model say of a case, its fields in."""
+    case = Case(**question | {"tiling": question["tiling"] and tuple(question["tiling"])})
+    result = compile_case(case, chip_mesh(case.chip), Path(sys.argv[1]))
+    if "error" not in result and case.by != "tokamax":  # which runs nowhere but on TPU
+        calls, floor = walk(case)
+        names = {call.name for call in calls}  # of a gradient: without its forward kernels
+        result["kernels"] = [k for k in result["kernels"] if k["kernel"] in names]
+        result |= model(case.chip, calls, floor, result["kernels"])
+    yield result
+
+
+if __name__ == "__main__":
+    sys.exit(serve(answer))

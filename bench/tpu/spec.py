@@ -1,0 +1,79 @@
+"""What `tpu` is asked to compile: kernels, the paper's models, or what others have published."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from taskmoe.bench.tpu import cases as kernel_cases
+from taskmoe.bench.tpu.cases import CHIPS, DTYPES, OPS, SHAPES, Case
+from taskmoe.bench.tpu.compiler import chosen
+from taskmoe.bench.tpu.model.step import SLICES
+from taskmoe.cli.errors import InputError
+
+QUICK_CHIPS, QUICK_DTYPES = ("v5e", "v6e"), ("bf16",)
+MODELS, QUICK_MODEL_CHIPS = ("wmt",), ("v3",)  # the blog's
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSpec:
+    """Cases, and the chips for which the bytes of whole experts are counted."""
+
+    cases: list[Case]
+    expert_chips: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Chips whose slices serve the paper's models."""
+
+    chips: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedSpec:
+    """Every measurement that is known."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tpu`."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--kernels", action="store_true", help="compile the kernels")
+    what.add_argument("--model", help="compile decoding steps of the paper's models: wmt")
+    what.add_argument(
+        "--published", action="store_true", help="the model beside published measurements"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="kernels: v5e and v6e in bf16 only, in under three minutes; model: v3 only",
+    )
+    parser.add_argument("--chips", help=f"comma-separated: {','.join(CHIPS)}")
+    parser.add_argument("--ops", help=f"comma-separated: {','.join(OPS)}")
+    parser.add_argument("--dtypes", help=f"comma-separated: {','.join(DTYPES)}")
+    parser.add_argument("--shapes", help=f"comma-separated, wmt if not given: {','.join(SHAPES)}")
+    parser.add_argument("--json", type=Path, help="write everything to this file as well")
+
+
+def read(a: argparse.Namespace) -> KernelSpec | ModelSpec | PublishedSpec:
+    """The specification; InputError where an option names what is not there, or does not fit."""
+    others = a.ops or a.dtypes or a.shapes
+    if a.model is not None:
+        if others:
+            raise InputError("--ops, --dtypes and --shapes go with --kernels, not with --model")
+        chosen("model", a.model, MODELS, MODELS)
+        return ModelSpec(chosen("chip", a.chips, SLICES, QUICK_MODEL_CHIPS if a.quick else SLICES))
+    if a.published:
+        if others or a.chips:
+            raise InputError("--chips, --ops, --dtypes and --shapes do not go with --published")
+        return PublishedSpec()
+    if not a.kernels:
+        raise InputError("say what to compile: --kernels, --model wmt or --published")
+    chips = chosen("chip", a.chips, CHIPS, QUICK_CHIPS if a.quick else CHIPS)
+    ops = chosen("op", a.ops, OPS, OPS)
+    dtypes = chosen("dtype", a.dtypes, DTYPES, QUICK_DTYPES if a.quick else DTYPES)
+    cases = kernel_cases.cases(chips, ops, dtypes, chosen("shape", a.shapes, SHAPES, ("wmt",)))
+    if not cases:
+        raise InputError("nothing to compile: v3 takes kernels in f32 only")
+    return KernelSpec(cases, chips if "expert_ffn" in ops else [])

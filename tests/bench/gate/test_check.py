@@ -1,0 +1,389 @@
+"""The regression gate: planted changes are caught, noise is not, and bad input is one line."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taskmoe.bench.__main__ import main
+from taskmoe.bench.gate import measure, revision, verdicts, view
+from taskmoe.bench.gate import static as static_facts
+from taskmoe.bench.gate import timed as timed_facts
+from taskmoe.bench.gate import worker as timed_worker
+from taskmoe.bench.gate.spec import BASELINE
+from taskmoe.bench.gate.timed import Effort
+from taskmoe.bench.gate.verdicts import Interval, compare, decided, interval, judge_timed, slower
+from taskmoe.bench.gate.workloads import Workload
+from taskmoe.bench.harness import machine
+from taskmoe.bench.serving import systems as serving
+from taskmoe.bench.tpu.cases import Case
+from taskmoe.moe import exchange
+
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
+
+
+@needs_libtpu
+def test_a_block_size_that_adds_bundles_is_caught_and_named() -> None:
+    good = Case("gmm", "taskmoe", "forward", "v5e", "bf16", "decode")
+    planted = Case("gmm", "taskmoe", "forward", "v5e", "bf16", "decode", (16, 512, 512))
+    facts, again, worse = (static_facts.kernel_facts((c,)) for c in (good, good, planted))
+    assert all(c.verdict == "same" for c in compare(facts, again))
+    changes = compare(facts, worse)
+    failed = [c for c in changes if c.fails]
+    assert "bundles run" in {c.fact for c in failed}
+    line = view.last_line(changes, failed)
+    assert line.startswith("regression: gmm forward v5e bf16 decode: ")
+
+
+def test_a_needless_all_gather_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = serving.device_mesh(8)
+    layers = {"all_to_all": (None, "all_to_all")}
+    monkeypatch.setattr(static_facts, "LAYERS", layers)
+    monkeypatch.setattr(static_facts, "WITH_GRADIENTS", ())
+    facts = static_facts.layer_facts(mesh)
+    small = f"layer, sub-network, forward, {static_facts.DEVICES} devices"
+    assert facts[small] == {"collectives: all": 0}
+    real = exchange.STRATEGIES["all_to_all"]
+
+    def wasteful(job: Any) -> Any:
+        y, lost = real.run(job)
+        return y + 0 * jnp.sum(jax.lax.all_gather(job.x, "expert", tiled=True)), lost
+
+    jax.clear_caches()  # of the layer as it was traced before
+    faulty = dataclasses.replace(real, run=wasteful)
+    monkeypatch.setitem(exchange.STRATEGIES, "all_to_all", faulty)
+    changes = compare(facts, static_facts.layer_facts(mesh))
+    failed = [c for c in changes if c.fails]
+    assert {c.fact for c in failed} == {
+        "collectives: all", "collectives: all-gather", "collective bytes: all-gather",
+    }  # fmt: skip
+    jax.clear_caches()
+    line = view.last_line(changes, failed)
+    assert "layer, all_to_all, forward, 8 devices: collectives: all-gather" in line
+
+
+def test_the_limit_of_a_fact() -> None:
+    def verdict(old: Any, new: Any, fact: str = "spills") -> str:
+        (change,) = compare({"gmm": {fact: old}}, {"gmm": {fact: new}})
+        return change.verdict
+
+    assert verdict(100, 102) == "worse"
+    assert verdict(100, 103) == "REGRESSION"
+    assert verdict(100, 50) == "better"
+    assert verdict(100, 100) == "same"
+    assert verdict(0, 1) == "REGRESSION"
+    assert verdict(0.90, 0.80, "MXU slots filled") == "REGRESSION"
+    assert verdict(0.80, 0.90, "MXU slots filled") == "better"
+    facts = {"a": {"collectives: all-to-all": 3.0}}
+    fewer = [c.verdict for c in compare(facts, {"a": {}})]
+    more = [c.verdict for c in compare({"a": {}}, facts)]
+    assert (fewer, more) == (["better"], ["REGRESSION"])
+    assert [c.verdict for c in compare({}, facts)] == ["new"]
+    assert [c.verdict for c in compare(facts, {})] == ["gone"]
+    (broken,) = (c for c in compare({"a": {"spills": 1}}, {"a": {"error": "no"}}) if c.fails)
+    assert view.last_line([broken], [broken]) == "regression: a does not compile: no"
+
+
+def synthetic(
+    slowdown: float, *, blocks: int = 20, rounds: int = 30, common: float = 0.3, seed: int = 0
+) -> list[np.ndarray]:
+    """Ratios of workload to calibration on a machine whose speed swings for both alike."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(blocks):
+        machine_speed = 1 + rng.uniform(-common, common, rounds)
+        own = 1.2 * (1 + slowdown) * machine_speed * (1 + 0.05 * rng.standard_normal(rounds))
+        beside = machine_speed * (1 + 0.05 * rng.standard_normal(rounds))
+        found.append(own / beside)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_common_to_both_passes_and_a_tenth_slower_fails(seed: int) -> None:
+    old = interval(synthetic(0.0, blocks=40, seed=100))
+    same = judge_timed("decoding", old, interval(synthetic(0.0, seed=seed)))
+    assert same.verdict in ("same", "worse", "better")
+    slow = judge_timed("decoding", old, interval(synthetic(0.10, blocks=60, seed=seed)))
+    assert slow.verdict == "REGRESSION"
+    assert slow.worse == pytest.approx(0.10, abs=0.02)
+    assert "decoding: time, in calibrations" in view.last_line([same, slow], [slow])
+
+
+def test_intervals_hold_the_truth_and_shrink_with_rounds() -> None:
+    few, many = interval(synthetic(0.0, blocks=4)), interval(synthetic(0.0, blocks=80))
+    assert many.high - many.low < few.high - few.low
+    assert many.low < 1.2 < many.high
+    held = [i.low < 1.2 < i.high for i in (interval(synthetic(0.0, seed=s)) for s in range(30))]
+    assert sum(held) >= 27
+    # One block that a neighbour spoilt moves the median little.
+    spoilt = [*synthetic(0.0, blocks=19), np.full(30, 9.0)]
+    assert interval(spoilt).median == pytest.approx(1.2, rel=0.02)
+    with pytest.raises(ValueError, match="blocks must be at least 2, got 1"):
+        interval(spoilt[:1])
+
+
+def test_what_is_open_stays_open() -> None:
+    old = Interval(1.0, 0.99, 1.01)
+    assert not decided(slower(old, Interval(1.08, 1.0, 1.16)))
+    assert decided(slower(old, Interval(1.0, 0.97, 1.03)))
+    assert decided(slower(old, Interval(1.2, 1.15, 1.25)))
+    open_one = judge_timed("x", old, Interval(1.08, 1.0, 1.16))
+    assert open_one.verdict == "undecided"
+    assert view.last_line([open_one], []) == (
+        "no regression in 1 facts, 1 undecided within the limit of rounds"
+    )
+
+
+def test_more_processes_are_asked_while_it_is_open() -> None:
+    started = []
+
+    @contextlib.contextmanager
+    def start(core: int, folder: Path) -> Iterator[Any]:
+        started.append(core)
+        ratios = synthetic(0.0, seed=len(started))
+        yield lambda name, blocks: {"blocks": ratios[:blocks], "tokens_per_s": 1.0}
+
+    def after_three(name: str, so_far: Any) -> bool:
+        return name == "easy" or len(started) >= 3
+
+    sides = {measure.HERE: start}
+    found = timed_facts.collect(sides, ["easy", "hard"], Effort(1, 9, 2), after_three)
+    timed = found[measure.HERE]
+    assert [len(timed[name].blocks) for name in ("easy", "hard")] == [2, 6]
+    never = timed_facts.collect(sides, ["hard"], Effort(1, 4, 2), lambda *_: False)
+    assert never[measure.HERE]["hard"].speed().processes == 4
+
+
+def test_blocks_of_two_revisions_alternate_and_each_may_go_first() -> None:
+    asked = []
+
+    def side(name: str) -> Any:
+        @contextlib.contextmanager
+        def start(core: int, folder: Path) -> Iterator[Any]:
+            def ask(workload: str, blocks: int) -> Any:
+                asked.append(name)
+                return {"blocks": synthetic(0.0)[:blocks], "tokens_per_s": 1.0}
+
+            yield ask
+
+        return start
+
+    sides = {name: side(name) for name in ("here", "there")}
+    found = timed_facts.collect(sides, ["train"], Effort(1, 1, 4), lambda *_: False)
+    assert asked == ["here", "there", "there", "here"] * 2
+    assert [len(found[name]["train"].blocks) for name in sides] == [4, 4]
+    assert found["there"]["train"].processes == 1
+
+
+def test_rounds_alternate_and_a_planted_sleep_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timed_worker, "BLOCK_S", 0.1)
+
+    def pause(seconds: float) -> Any:
+        return lambda: time.sleep(seconds)
+
+    medians = []
+    for planted in (0.0, 0.002):
+        workload = Workload(pause(0.004 + planted), pause(0.004), 10)
+        told = timed_worker.measure(workload, 3)
+        medians.append(interval([np.asarray(b) for b in told["blocks"]]).median)
+    assert medians[1] / medians[0] > 1.2
+
+
+@pytest.fixture
+def baseline(tmp_path: Path) -> Path:
+    """A folder with both files, comparable here."""
+    here = machine.describe() | {"cpu_details": machine.cpu_details()}
+    fact = {"median": 1.0, "low": 0.99, "high": 1.01}
+    fact |= {"rounds": 9, "processes": 2, "tokens_per_s": 1.0}
+    for name, facts in ((measure.STATIC, {"a": {"spills": 1}}), (measure.TIMED, {"b": fact})):
+        (tmp_path / name).write_text(json.dumps({"machine": here, "facts": facts}))
+    return tmp_path
+
+
+def test_static_end_to_end(baseline: Path, monkeypatch: Any, capsys: Any) -> None:
+    facts = {"a": {"spills": 1}}
+    monkeypatch.setattr(measure, "_static", lambda quick: facts)
+    monkeypatch.setattr(measure.compiler, "need_libtpu", lambda: None)
+    words = ["check", "--static", "--baseline", str(baseline)]
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "no regression in 1 facts"
+    facts["a"]["spills"] = 2
+    report = baseline / "found.json"
+    assert main([*words, "--json", str(report)]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "regression: a: spills 1 -> 2, +100.0%"
+    assert json.loads(report.read_text())["changes"][0]["verdict"] == "REGRESSION"
+    assert main([*words, "--update"]) == 0
+    assert "1 of 1 facts changed" in capsys.readouterr().out
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        (measure.STATIC, None, "static.json is not there"),
+        (measure.STATIC, "{", "static.json is damaged"),
+        (measure.STATIC, '{"machine": {}}', "static.json is damaged"),
+        (measure.STATIC, {"jax": "0.1"}, "was made with jax 0.1, here is"),
+        (measure.STATIC, {"libtpu": "0.0.1"}, "was made with libtpu 0.0.1, here is"),
+        (measure.TIMED, '{"machine": {}, "facts": {"b": {"median": 1}}}', "timed.json is damaged"),
+    ],
+)
+def test_a_baseline_that_does_not_fit_is_one_line(
+    baseline: Path, name: str, spoil: Any, message: str, capsys: Any
+) -> None:
+    path = baseline / name
+    if spoil is None:
+        path.unlink()
+    elif isinstance(spoil, str):
+        path.write_text(spoil)
+    else:
+        stored = json.loads(path.read_text())
+        stored["machine"] |= spoil
+        path.write_text(json.dumps(stored))
+    assert main(["check", "--baseline", str(baseline)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert "--update" in error
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [({"cpu": "Z80"}, "was made with cpu Z80, here is"), (None, "not there")]
+)
+def test_speeds_without_a_baseline_of_this_machine_are_a_line(
+    baseline: Path, spoil: Any, message: str, monkeypatch: Any, capsys: Any
+) -> None:
+    path = baseline / measure.TIMED
+    path.unlink()
+    if spoil is not None:
+        here = machine.describe() | {"cpu_details": machine.cpu_details()} | spoil
+        path.write_text(json.dumps({"machine": here, "facts": {}}))
+    monkeypatch.setattr(measure, "_static", lambda quick: {"a": {"spills": 1}})
+    assert main(["check", "--baseline", str(baseline)]) == 0
+    line, last = capsys.readouterr().out.splitlines()[-2:]
+    assert line.startswith("Speeds were not compared: ")
+    assert message in line
+    assert line.endswith("; or name a revision with --against.")
+    assert last == "no regression in 1 facts"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git checkout with one revision that has a worker, and one before it that has none."""
+    root = tmp_path / "checkout"
+    worker = root / "bench" / "gate" / "worker.py"
+    worker.parent.mkdir(parents=True)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q", str(root)], check=True)
+    for words in ("", "# there"):
+        if words:
+            worker.write_text(words)
+        subprocess.run([*git, "add", "-A"], cwd=root, check=True)
+        subprocess.run([*git, "commit", "-qm", "one", "--allow-empty"], cwd=root, check=True)
+    monkeypatch.setattr(revision, "HERE", root)
+    return root
+
+
+def test_the_other_revision_is_there_while_needed_and_then_gone(repository: Path) -> None:
+    def trees() -> int:
+        command = ["git", "worktree", "list"]
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
+        return done.stdout.count("\n")
+
+    with revision.checked_out("HEAD") as (tree, module):
+        assert (tree / "bench/gate/worker.py").read_text() == "# there"
+        assert module == "taskmoe.bench.gate.worker"
+        assert trees() == 2
+    with pytest.raises(KeyboardInterrupt), revision.checked_out("HEAD") as (tree, _):
+        raise KeyboardInterrupt
+    assert trees() == 1
+    assert not tree.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--against", "nothing"], "has no revision 'nothing'"),
+        (["--against", "--all"], "expected one argument"),
+        (["--against", "HEAD~1"], "'HEAD~1' is older than the workloads of check"),
+        (["--against", "HEAD", "--static"], "leave --static out"),
+        (["--against", "HEAD", "--update"], "leave --update out"),
+    ],
+)
+def test_a_wrong_revision_is_one_line(
+    repository: Path, words: list[str], message: str, capsys: Any
+) -> None:
+    try:
+        code = main(["check", *words])
+    except SystemExit as end:
+        code = int(str(end.code))
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_revision_outside_a_checkout_is_one_line(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(revision, "HERE", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert main(["check", "--against", "HEAD"]) == 2
+    assert "needs a git checkout" in capsys.readouterr().err
+
+
+def test_speeds_against_a_revision_end_to_end(
+    repository: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(measure, "_static", lambda quick: {})
+    monkeypatch.setattr(measure, "_static_baseline", lambda *_: {})
+
+    def side(slowdown: float, seed: int) -> Any:
+        @contextlib.contextmanager
+        def start(core: int, folder: Path) -> Iterator[Any]:
+            ratios = iter(synthetic(slowdown, blocks=30, seed=seed))
+            yield lambda name, blocks: {"blocks": [next(ratios)], "tokens_per_s": 1.0}
+
+        return start
+
+    monkeypatch.setattr(measure.timed, "of_revision", lambda *_: side(0.0, 1))
+    for slowdown, code in ((0.0, 0), (0.15, 1)):
+        monkeypatch.setattr(measure.timed, "worker", side(slowdown, 2))
+        assert main(["check", "--against", "HEAD"]) == code
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("regression: decoding, tokens/s: time, in calibrations")
+
+
+def test_no_compiler_is_one_line(baseline: Path, monkeypatch: Any, capsys: Any) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else real(name, *a)
+    )
+    assert main(["check", "--static", "--baseline", str(baseline)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "libtpu, the TPU compiler, is not installed" in error
+
+
+def test_the_stored_baselines_are_whole() -> None:
+    static = json.loads((BASELINE / measure.STATIC).read_text())
+    timed = json.loads((BASELINE / measure.TIMED).read_text())
+    assert set(timed["facts"]) == set(measure.WORKLOADS)
+    assert not any("error" in facts for facts in static["facts"].values())
+    assert len(static["facts"]) >= len(static_facts.CASES) + len(static_facts.STEPS)
+    for facts in timed["facts"].values():
+        assert facts["low"] <= facts["median"] <= facts["high"]
+        spread = slower(Interval(1, 1, 1), Interval(facts["median"], facts["low"], facts["high"]))
+        assert (spread.high - spread.low) / facts["median"] < verdicts.TIMED_LIMIT / 2

@@ -1,0 +1,129 @@
+"""The compile lab: one kernel compiled, bytes counted, crashes and bad input told in a line."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taskmoe.bench.__main__ import main
+from taskmoe.bench.harness.worker import Died
+from taskmoe.bench.tpu import cases as kernel_cases
+from taskmoe.bench.tpu import grid_walk
+from taskmoe.bench.tpu.compiler import death_note
+from taskmoe.bench.tpu.kernels import expert_bytes
+from taskmoe.cli.errors import InputError
+from taskmoe.kernels import expert_ffn, gmm
+from taskmoe.kernels.tiling import Tiling
+
+V5E = "v5e"
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+
+
+@pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
+def test_one_kernel_is_compiled_and_modelled(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "tpu.json"
+    options = ["--chips", "v5e", "--ops", "gmm", "--dtypes", "bf16", "--shapes", "awkward"]
+    assert main(["tpu", "--kernels", *options, "--json", str(path)]) == 0
+    assert "modelled" in capsys.readouterr().out
+    rows = json.loads(path.read_text())["kernels"]
+    ours = next(row for row in rows if row["by"] == "taskmoe" and row["direction"] == "forward")
+    (kernel,) = ours["kernels"]
+    assert kernel["kernel"] == "taskmoe_gmm"
+    assert 0 < kernel["filled"]["MXU"] <= 1
+    assert kernel["main_bundles"] <= kernel["bundles"]
+    assert ours["modelled_us"] >= ours["roofline_us"] * 0.99
+    assert {row["by"] for row in rows} >= {"taskmoe", "megablox"}
+
+
+def test_walked_bytes_of_gmm_by_hand() -> None:
+    x, w = jnp.zeros((64, 128), jnp.bfloat16), jnp.zeros((4, 128, 256), jnp.bfloat16)
+    sizes = jnp.asarray([24, 0, 40, 0], jnp.int32)
+    (call,) = grid_walk.record(
+        V5E, lambda: gmm(x, w, sizes, tiling=Tiling(16, 128, 256), implementation="mosaic")
+    )
+    touched = 2 * 128 * 256 * 2
+    assert call.moved_bytes == x.nbytes + touched + 64 * 256 * 2
+    # A planted waste: a cut depth fetches every matrix once a visit.
+    wide = jnp.zeros((64, 256), jnp.bfloat16), jnp.zeros((4, 256, 256), jnp.bfloat16)
+    (call,) = grid_walk.record(
+        V5E, lambda: gmm(*wide, sizes, tiling=Tiling(16, 128, 256), implementation="mosaic")
+    )
+    visits = 5  # rows 16..31 are of two groups
+    assert call.moved_bytes == visits * (16 * 256 + 256 * 256) * 2 + 64 * 256 * 2
+
+
+def test_expert_ffn_moves_hardly_more_than_the_floor_and_a_fault_shows() -> None:
+    for row in expert_bytes.table("v5e"):
+        if row.way == "taskmoe expert_ffn":
+            assert 1 <= row.ratio <= 1.15
+    x, sizes = jnp.zeros((64, 512), jnp.bfloat16), jnp.full(32, 2, jnp.int32)
+    w_in, w_out = jnp.zeros((32, 512, 512), x.dtype), jnp.zeros((32, 512, 512), x.dtype)
+
+    def moved(rows: int, hidden: int) -> int:
+        tiling = Tiling(rows, 512, hidden)
+        options: Any = {"tiling": tiling, "implementation": "mosaic"}
+        (call,) = grid_walk.record("v5e", lambda: expert_ffn(x, w_in, w_out, sizes, **options))
+        return call.moved_bytes
+
+    least = 2 * w_in.nbytes + 2 * x.nbytes
+    assert moved(16, 512) == least
+    sizes = jnp.full(32, 2, jnp.int32).at[0].set(1).at[31].set(3)  # every block straddles
+    assert moved(16, 128) > 1.05 * least
+
+
+def test_recording_leaves_nothing_behind() -> None:
+    before = jax.experimental.pallas.pallas_call
+    with pytest.raises(RuntimeError), grid_walk.recording(V5E):
+        raise RuntimeError
+    assert jax.experimental.pallas.pallas_call is before
+
+
+def test_blocks_over_the_edge_count_what_is_there() -> None:
+    block = jax.experimental.pallas.BlockSpec((16, None), lambda i: (i, 0))
+    array = np.zeros((40, 7), np.float32)
+    assert grid_walk.walk_bytes(block, array, (3,), ()) == (16 + 16 + 8) * 4
+
+
+def test_routing_sends_every_token_to_distinct_experts() -> None:
+    sizes = kernel_cases.routed(512, 8, 2)
+    assert sum(sizes) == 1024
+    assert max(sizes) <= 512
+
+
+def test_a_compiler_that_dies_is_a_result() -> None:
+    assert death_note(Died(3, "boot\nLLVM ERROR: out of registers\n")) == (
+        "the compiler ended with exit code 3: LLVM ERROR: out of registers"
+    )
+    with pytest.raises(InputError, match="no schedule of gmm"):
+        death_note(Died(1, "taskmoe.bench.tpu.schedule.ScheduleError: no schedule of gmm\n"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "say what to compile: --kernels"),
+        (["--kernels", "--chips", "v5e,v9"], "unknown chip 'v9'; known: v3, v4, v5e"),
+        (["--kernels", "--ops", "conv"], "unknown op 'conv'"),
+        (["--kernels", "--shapes", "huge"], "unknown shape 'huge'; known: wmt"),
+        (["--kernels", "--chips", "v3", "--dtypes", "bf16"], "v3 takes kernels in f32 only"),
+    ],
+)
+def test_bad_input_is_one_line(options: list[str], message: str, capsys: Any) -> None:
+    assert main(["tpu", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch: Any, capsys: Any) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else real(name, *a)
+    )
+    assert main(["tpu", "--kernels", "--quick"]) == 2
+    assert "libtpu, the TPU compiler, is not installed" in capsys.readouterr().err
