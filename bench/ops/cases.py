@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from taskmoe.bench.ops import baselines, op_torch
+from taskmoe.bench.ops import baselines, pytorch
 from taskmoe.kernels import combine, dispatch, expert_ffn, gmm, tgmm, top_k_gating
 from taskmoe.moe import MoEConfig, apply, init
 
@@ -67,7 +67,7 @@ class Built:
     """A case as functions.
 
     ways: ours under the name "taskmoe", and baselines; each a function of `arguments`
-    outside: baselines of other frameworks, see `op_torch`
+    outside: baselines of other frameworks, see `pytorch`
     arguments: integers first, which have no gradients
     plain: the definition, for the check of numerics
     flops, least_bytes: what the op must do; the same for all ways
@@ -137,7 +137,7 @@ def build(case: OpCase, dtype: Any = jnp.float32) -> Built:
     """Arrays and functions of the case; gradients are with respect to every floating argument."""
     built = _BUILDERS[case.op](case, dtype)
     count = len(built.arguments)
-    outside = built.outside if op_torch.is_present() else {}
+    outside = built.outside if pytorch.is_present() else {}
     built = dataclasses.replace(
         built, outside={name: functools.partial(f, count) for name, f in outside.items()}
     )
@@ -207,7 +207,7 @@ def _gmm(case: OpCase, dtype: Any) -> Built:
             **others,
             "one dense matmul": lambda _, x, w: x @ w[0],
         },
-        outside={"torch grouped_mm": op_torch.gmm},
+        outside={"torch grouped_mm": pytorch.gmm},
         plain=lambda _, x, w: baselines.plain_gmm(sizes, x, w),
         flops=2 * m * d * f,
         least_bytes=_nbytes(x) + _nbytes(w) * held // e + m * f * x.dtype.itemsize,
@@ -227,7 +227,7 @@ def _tgmm(case: OpCase, dtype: Any) -> Built:
     return Built(
         arguments=(groups, x, g),
         ways=ways,
-        outside={"torch grouped_mm": op_torch.tgmm},
+        outside={"torch grouped_mm": pytorch.tgmm},
         plain=lambda _, x, g: baselines.plain_tgmm(sizes, x, g),
         flops=2 * m * d * f,
         least_bytes=_nbytes(x, g) + e * d * f * x.dtype.itemsize,
@@ -254,7 +254,7 @@ def _expert_ffn(case: OpCase, dtype: Any) -> Built:
             **{f"by {name}": by(product) for name, product in _products().items()},
             "one dense FFN": by(lambda x, w, _: x @ w[0]),
         },
-        outside={"torch grouped_mm": op_torch.expert_ffn},
+        outside={"torch grouped_mm": pytorch.expert_ffn},
         plain=by(lambda x, w, _: baselines.plain_gmm(sizes, x, w)),
         flops=2 * len(weights) * m * d * f,
         least_bytes=2 * _nbytes(x) + _nbytes(*weights) * held // e,
@@ -349,7 +349,7 @@ def _moe_layer(case: OpCase, dtype: Any) -> Built:
     return Built(
         arguments=(x, *weights),
         ways={OURS: ours, **others},
-        outside={"torch grouped_mm": functools.partial(op_torch.layer, case.top_k)},
+        outside={"torch grouped_mm": functools.partial(pytorch.layer, case.top_k)},
         plain=functools.partial(baselines.plain_layer, experts),
         flops=2 * t * d * e + case.top_k * 2 * (len(names) - 1) * t * d * f,
         least_bytes=2 * _nbytes(x) + _nbytes(*weights),

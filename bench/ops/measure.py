@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from taskmoe.bench.harness import machine
 from taskmoe.bench.harness.results import Result, Spread
 from taskmoe.bench.harness.timing import Timing, alternate, ratio
-from taskmoe.bench.ops import op_torch
+from taskmoe.bench.ops import pytorch
 from taskmoe.bench.ops.cases import OURS, Built, OpCase, build
 from taskmoe.bench.ops.spec import Spec
 from taskmoe.cli.command_line import write_text
@@ -178,7 +178,7 @@ def time_case(
         agreeing = [name for name in calls if name not in failed and "dense" not in name]
         raise Disagreement(f"{failed[OURS]}; these agree with it: {', '.join(agreeing) or 'none'}")
     times = alternate(calls, rounds=rounds)
-    op_torch.release()
+    pytorch.release()
     lines = [line(case, built, name, times, ceilings, failed.pop(name, None)) for name in calls]
     of_case = dataclasses.asdict(case)
     return lines + [Line(**of_case, way=name, failed=why) for name, why in failed.items()]
