@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from taskmoe.bench.harness.options import numbers
 from taskmoe.cli.errors import InputError
 
 
@@ -54,14 +55,8 @@ def read(a: argparse.Namespace) -> Spec:
         raise InputError(f"--rounds must be at least 1, got {a.rounds}")
     sizes = {}
     for name in ("batches", "step_batches", "experts", "d_model"):
-        text = getattr(a, name)
-        try:
-            sizes[name] = [int(n) for n in text.split(",")]
-        except ValueError:
-            raise InputError(f"--{name.replace('_', '-')} must be numbers like 64,512") from None
         by = 8 if name == "d_model" else a.devices  # four heads of an even width
-        if bad := [n for n in sizes[name] if n < by or n % by]:
-            raise InputError(f"--{name.replace('_', '-')} must be multiples of {by}, got {bad[0]}")
+        sizes[name] = numbers(f"--{name.replace('_', '-')}", getattr(a, name), by)
     if a.quick:
         sizes = {name: every[:1] for name, every in sizes.items()}
     return Spec(a.devices, a.processes, 3 if a.quick else a.rounds, **sizes)

@@ -1,4 +1,4 @@
-"""Standard output of the commands: as wide as the terminal, or 150 columns where there is none."""
+"""Standard output of the commands: as wide as the terminal, or 180 columns where there is none."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ import sys
 
 from rich.console import Console
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 180)

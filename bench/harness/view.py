@@ -22,6 +22,8 @@ from taskmoe.cli.command_line import write_bytes
 matplotlib.use("Agg")  # charts go to files; a machine without a screen has no other way
 
 Row = tuple[str, ...]
+#: Cells up to this length stay on one line of the terminal.
+UNCUT = 34
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,9 @@ def _rich(table: Table) -> rich_table.Table:
     found = rich_table.Table(title=table.title, caption=table.note or None)
     for place, heading in enumerate(table.headings):
         right = _numeric(table.rows, place)
-        found.add_column(heading, justify="right" if right else "left", no_wrap=right)
+        longest = max((len(row[place]) for row in table.rows), default=0)
+        width = longest if longest <= UNCUT else None  # headings may wrap, such cells do not
+        found.add_column(heading, justify="right" if right else "left", min_width=width)
     for place, row in enumerate(table.rows):
         found.add_row(*row, style=table.styles.get(place, ""))
     return found

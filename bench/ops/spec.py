@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
+from taskmoe.bench.harness.options import chosen
 from taskmoe.bench.ops.cases import OPS, SHAPES, OpCase, all_cases, quick_cases, shape_cases
-from taskmoe.cli.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where an op or a shape is not known."""
-    names = _chosen("op", a.ops, OPS)
+    names = chosen("op", a.ops, OPS, OPS)
     if a.shapes is None:
         cases = quick_cases() if a.quick else all_cases()
     else:
-        cases = shape_cases(_chosen("shape", a.shapes, tuple(SHAPES)))
+        cases = shape_cases(chosen("shape", a.shapes, SHAPES, SHAPES))
     words = ["ops", *(["--quick"] if a.quick else [])]
     for name, value in (("ops", a.ops), ("shapes", a.shapes)):
         words += [f"--{name} {value}"] if value is not None else []
     cases = [case for case in cases if case.op in names]
     return Spec(cases, 5 if a.quick else 9, " ".join(words), a.json)
-
-
-def _chosen(what: str, text: str | None, known: Sequence[str]) -> Sequence[str]:
-    names = known if text is None else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise InputError(f"unknown {what} {name!r}; known: {', '.join(known)}")
-    return names

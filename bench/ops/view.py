@@ -48,10 +48,8 @@ def view(result: Ops) -> View:
             for least, way in [min(cases.values())]
         ],
     )
-    answer = "Against the fastest baseline that does the same work, ours is faster by: " + (
-        ", ".join(f"{op} {_mean(cases):.2f} times" for op, cases in speedups.items())
-        + " (geometric means)."
-    )
+    means = ", ".join(f"{op} {_mean(cases):.2f}" for op, cases in speedups.items())
+    answer = f"Speedups over the fastest that does the same work, geometric means: {means}."
     return View(
         answer, about, [table, short], (), _findings(result) + wrong, short, int(bool(wrong))
     )

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -78,15 +77,6 @@ class Compiled:
     def vmem_bytes(self) -> int:
         """VMEM of the kernel that takes most."""
         return max(kernel.vmem_bytes for kernel in self.kernels)
-
-
-def chosen(what: str, given: str | None, known: Any, default: Any) -> list[str]:
-    """The comma-separated names, if all are known; the default if none are given."""
-    names = list(default) if given is None else [name.strip() for name in given.split(",")]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise InputError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
-    return list(dict.fromkeys(names))
 
 
 def need_libtpu() -> None:

@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from taskmoe.bench.harness.options import chosen
 from taskmoe.bench.tpu import cases as kernel_cases
 from taskmoe.bench.tpu.cases import CHIPS, DTYPES, OPS, SHAPES, Case
-from taskmoe.bench.tpu.compiler import chosen
 from taskmoe.bench.tpu.model.step import SLICES
 from taskmoe.cli.errors import InputError
 

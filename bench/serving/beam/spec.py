@@ -6,10 +6,12 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from taskmoe.bench.harness.options import numbers
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import PRESETS
 
-BATCHES, QUICK_BATCHES = (1, 4, 16), (1,)
+BATCHES: tuple[int, ...] = (1, 4, 16)
+QUICK_BATCHES: tuple[int, ...] = (1,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +41,7 @@ def read(a: argparse.Namespace) -> Spec:
         raise InputError(
             f"--beam must be at least 2 and --rounds at least 1, got {a.beam} and {a.rounds}"
         )
-    try:
-        words = a.batches.split(",") if a.batches else QUICK_BATCHES if a.quick else BATCHES
-        batches = sorted({int(n) for n in words})
-    except ValueError:
-        raise InputError(f"--batches must be numbers like 1,16, got {a.batches}") from None
-    if batches[0] < 1:
-        raise InputError(f"--batches must be at least 1, got {batches[0]}")
-    return Spec(a.config, a.beam, tuple(batches), 3 if a.quick else a.rounds)
+    batches = QUICK_BATCHES if a.quick else BATCHES
+    if a.batches:
+        batches = tuple(sorted(set(numbers("--batches", a.batches))))
+    return Spec(a.config, a.beam, batches, 3 if a.quick else a.rounds)

@@ -41,8 +41,8 @@ def view(result: Searched) -> View:
         f"{first.bytes_per_s.median / 1e9:.1f} GB/s, as measured in the same rounds."
     )
     answer = (
-        f"With {first.batch} sentence a step takes {first.over_floor.median:.2f} times as long as "
-        f"reading its weights and cache once. It stays within 1.5 times at a batch of "
+        f"With a batch of {first.batch} a step takes {first.over_floor.median:.2f} times as long "
+        "as reading its weights and cache once. Batches within 1.5 times: "
         f"{', '.join(near) or 'none'}."
     )
     search = ", ".join(f"{1e3 * (r.step_s.median - r.alone_s.median):.1f}" for r in result.rows)

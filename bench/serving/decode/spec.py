@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from taskmoe.bench.harness.options import numbers
 from taskmoe.cli.errors import InputError
 
 BATCHES, QUICK_BATCHES = (64, 256, 1024, 4096), (64, 512)
@@ -50,10 +51,4 @@ def _batches(a: argparse.Namespace) -> list[int]:
         raise InputError(f"--devices must be from 1 to 64 on one host, got {a.devices}")
     if a.batches is None:
         return [b for b in (QUICK_BATCHES if a.quick else BATCHES) if b % a.devices == 0]
-    try:
-        batches = sorted({int(n) for n in a.batches.split(",")})
-    except ValueError:
-        raise InputError(f"--batches must be numbers like 64,512, got {a.batches}") from None
-    if bad := [n for n in batches if n < 1 or n % a.devices]:
-        raise InputError(f"--batches must be multiples of {a.devices}, got {bad[0]}")
-    return batches
+    return sorted(set(numbers("--batches", a.batches, a.devices)))

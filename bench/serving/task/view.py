@@ -30,10 +30,11 @@ def view(result: Tasks) -> View:
     if result.error > TOLERANCE:
         answer = f"The layer differs from the dense FFN by {result.error:.2g}."
     else:
-        layer = [f"{r.ratio:.2f} {r.direction}" for r in result.rows if r.system == LAYER]
+        times = [f"{r.ratio:.2f} times as long {r.direction}" for r in result.rows
+                 if r.system == LAYER]  # fmt: skip
         answer = (
-            "A batch of one task, over one dense layer of the same width, takes this time: "
-            f"{', '.join(layer)}."
+            f"A batch of one task takes {' and '.join(times)}, compared with a dense layer of the "
+            "same width."
         )
     why = (
         "The layer runs such a batch as one dense layer. Backward, the whole layer also fills a "

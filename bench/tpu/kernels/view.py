@@ -46,8 +46,8 @@ def view(result: Kernels) -> View:
     answer = "No kernel of ours was modelled."
     if whole:
         answer = (
-            f"By the model our kernels reach {min(whole):.0%} to {max(whole):.0%} of the roofline, "
-            "least where a kernel moves rows or routes and has little to multiply."
+            f"By the model our kernels reach {min(whole):.0%} to {max(whole):.0%} of the roofline; "
+            "kernels that only move rows or route reach the least."
         )
     short = Table(
         "Share of the roofline",

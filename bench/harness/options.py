@@ -1,0 +1,29 @@
+"""What several specifications read from options: lists of names and of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from taskmoe.cli.errors import InputError
+
+
+def chosen(what: str, given: str | None, known: Iterable[str], default: Iterable[str]) -> list[str]:
+    """The comma-separated names, if all are known; the default if none are given."""
+    names = list(default) if given is None else [name.strip() for name in given.split(",")]
+    known = list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def numbers(option: str, text: str, multiple_of: int = 1) -> list[int]:
+    """Comma-separated positive multiples of a number; InputError that names the option."""
+    try:
+        found = [int(n) for n in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} must be numbers like 64,512, got {text}") from None
+    if bad := [n for n in found if n < 1 or n % multiple_of]:
+        what = f"multiples of {multiple_of}" if multiple_of > 1 else "at least 1"
+        raise InputError(f"{option} must be {what}, got {bad[0]}")
+    return found
