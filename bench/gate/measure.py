@@ -40,7 +40,8 @@ class Checked:
     """What was found here, what changed, and what could not be compared.
 
     static: subject -> fact -> value. timed: subject -> speed. baseline: where both were stored,
-    where they were; everything: whether facts that are the same are shown too.
+    where they were; everything: whether facts that are the same are shown too; against: the
+    revision that speeds were compared with, if it is not the baseline.
     """
 
     machine: dict[str, str]
@@ -50,6 +51,7 @@ class Checked:
     notes: list[str] = dataclasses.field(default_factory=list)
     updated: Path | None = None
     everything: bool = False
+    against: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What --json writes."""
@@ -90,7 +92,7 @@ def measure(spec: Spec) -> Checked:
     if spec.update:
         _store(spec.baseline, here, facts, speeds)
     updated = spec.baseline if spec.update else None
-    return Checked(here, changes, facts, speeds, notes, updated, spec.everything)
+    return Checked(here, changes, facts, speeds, notes, updated, spec.everything, spec.against)
 
 
 def _static_baseline(spec: Spec, here: Mapping[str, str]) -> dict[str, dict[str, float | str]]:

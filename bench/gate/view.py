@@ -17,7 +17,8 @@ def view(checked: Checked) -> View:
         count = f"{moved} of {len(checked.changes)} facts changed"
         return View(f"baseline {checked.updated} rewritten: {count}", "", tables)
     meant = "Where that is meant: python -m taskmoe.bench check --update, and commit it."
-    findings = [*checked.notes, *([meant] if failed else [])]
+    stored = [c for c in failed if c.fact != verdicts.TIMED_FACT or checked.against is None]
+    findings = [*checked.notes, *([meant] if stored else [])]
     answer = last_line(checked.changes, failed)
     return View(answer, "", tables, findings=findings, code=int(bool(failed)))
 
