@@ -35,6 +35,7 @@ class Router:
       experts of its best `kept_groups`.
     group_score: what a group is judged by: its largest score, or the sum of its two largest with
       the bias.
+    weighs: what a layer multiplies by the weight: an expert's "output", or its "input".
 
     Raises ValueError that names the field where a value does not fit.
     """
@@ -45,12 +46,15 @@ class Router:
     groups: int = 1
     kept_groups: int = 1
     group_score: GroupScore = "max"
+    weighs: Literal["output", "input"] = "output"
 
     def __post_init__(self) -> None:
         for name, kind in (("scores", Scores), ("group_score", GroupScore)):
             if getattr(self, name) not in get_args(kind):
                 found = getattr(self, name)
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {found!r}")
+        if self.weighs not in ("output", "input"):
+            raise ValueError(f"weighs must be 'output' or 'input', got {self.weighs!r}")
         if not self.scale > 0:
             raise ValueError(f"scale must be above 0, got {self.scale}")
         if not 1 <= self.kept_groups <= self.groups:
@@ -85,6 +89,7 @@ ROUTERS = {
     "jamba": Router(normalise=False),
     "switch": Router(normalise=False),
     "nllb_moe": Router(),
+    "llama4": Router("sigmoid", normalise=False, weighs="input"),
     "deepseek_v2": Router(normalise=False, scale=16.0, groups=8, kept_groups=3),
     "deepseek_v3": Router(
         "sigmoid", scale=2.5, groups=8, kept_groups=4, group_score="top2"

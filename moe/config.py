@@ -99,9 +99,11 @@ class MoEConfig:
             raise ValueError(
                 f"router must be a Router, None or one of {', '.join(ROUTERS)}, got {self.router!r}"
             )
+        if self.chosen_by.weighs == "input" and self.top_k > 1:
+            raise ValueError(f"router weighs inputs, which wants top_k=1, got {self.top_k}")
         if self.routing in ("static", "given"):
             for name in ("router", "gate_bias", "choice_bias"):
-                if getattr(self, name):
+                if getattr(self, name) and getattr(self, name) != Router(weighs="input"):
                     raise ValueError(
                         f"{name} must not be given with routing={self.routing!r}, which has no gate"
                     )
@@ -152,7 +154,8 @@ class MoEConfig:
     def chosen_by(self) -> Router:
         """The router itself."""
         if self.routing == "static":  # any positive weights are scores of some logits
-            return Router("sqrt_softplus", normalise=False)
+            weighs = self.router.weighs if isinstance(self.router, Router) else "output"
+            return Router("sqrt_softplus", normalise=False, weighs=weighs)
         if self.router is None:
             return Router(normalise=self.top_k > 1)
         return ROUTERS[self.router] if isinstance(self.router, str) else self.router

@@ -31,6 +31,7 @@ from taskmoe.moe.routing import (
     metrics,
     task_logits,
     unit_logits,
+    weigh_input,
 )
 
 
@@ -65,6 +66,7 @@ def apply_here(
     x = batch.x.reshape(units, -1)
     if layout is None or layout.expert is None:
         assigned = assign(config, logits, unit_valid, batch.noise, implementation, bias=bias)
+        x, assigned = weigh_input(config, x, assigned)
         here = Peers(1, ragged=False)
         y, lost = run_here(Job(params, config, x, assigned, here, implementation)), jnp.int32(0)
     else:
@@ -72,6 +74,7 @@ def apply_here(
         chosen = choose(strategy, config, units, peers)
         padded = units if STRATEGIES[chosen].padded else None
         assigned = assign(config, logits, unit_valid, batch.noise, implementation, padded, bias)
+        x, assigned = weigh_input(config, x, assigned)
         job = Job(params, config, x, assigned, peers, implementation)
         y, lost = STRATEGIES[chosen].run(job)
     gating, plan, balance = assigned

@@ -6,8 +6,7 @@ after its activation, so
     sum_j g_j * act(x W_in[e_j]) W_out[e_j]
       = act(x [W_in[e_1] | ... | W_in[e_k]]) [g_1 W_out[e_1]; ...; g_k W_out[e_k]]
 
-is one dense FFN of width k * d_ff (with biases side by side, and sum_j g_j * b_out[e_j]), for every
-activation and for gated ones (Kudugunta et al. 2021,
+is one dense FFN of width k * d_ff, for every activation and for gated ones (Kudugunta et al. 2021,
 section 3.2; the folding is ours). The layer itself runs a batch of one task through the same fold.
 """
 
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from taskmoe.kernels import Router
 from taskmoe.kernels.options import Activation, hidden_units
 from taskmoe.kernels.platforms import with_plain_settings
 from taskmoe.moe.config import MoEConfig
@@ -118,7 +118,7 @@ def extract_tasks(
     smaller = dataclasses.replace(
         config,
         routing="static",
-        router=None,
+        router=Router(weighs="input") if config.chosen_by.weighs == "input" else None,
         gate_bias=False,
         choice_bias=False,
         num_experts=len(kept),
@@ -179,9 +179,14 @@ def _check_task(config: MoEConfig, task: ArrayLike) -> None:
 
 def fold(params: Params, config: MoEConfig, experts: jax.Array, weights: jax.Array) -> FFNParams:
     """Join the experts [k] i32 with gate weights [k] f32 into one dense FFN of width k*F."""
+    of_input = None
+    if config.chosen_by.weighs == "input":  # of one expert, which is linear before its activation
+        of_input, weights = weights[0], jnp.ones_like(weights)
 
-    def side_by_side(w: jax.Array) -> jax.Array:  # [E, D, F] -> [D, k*F]
-        return jnp.moveaxis(w[experts], 0, 1).reshape(w.shape[1], -1)
+    def side_by_side(name: str) -> jax.Array:  # [E, D, F] -> [D, k*F]
+        w = params[name]
+        joined = jnp.moveaxis(w[experts], 0, 1).reshape(w.shape[1], -1)
+        return joined if of_input is None else joined * of_input.astype(w.dtype)
 
     def flat(name: str) -> jax.Array | None:  # [E, F] -> [k*F]
         return params[name][experts].reshape(-1) if name in params else None
@@ -191,11 +196,10 @@ def fold(params: Params, config: MoEConfig, experts: jax.Array, weights: jax.Arr
         return w[experts].astype(jnp.float32) * each
 
     w_out, b_out = params["w_out"], params.get("b_out")
-    gated = weighted(w_out)
     return FFNParams(
-        w_in=side_by_side(params["w_in"]),
-        w_out=gated.astype(w_out.dtype).reshape(-1, w_out.shape[2]),
-        w_gate=side_by_side(params["w_gate"]) if config.gated else None,
+        w_in=side_by_side("w_in"),
+        w_out=weighted(w_out).astype(w_out.dtype).reshape(-1, w_out.shape[2]),
+        w_gate=side_by_side("w_gate") if config.gated else None,
         b_in=flat("b_in"),
         b_out=None if b_out is None else weighted(b_out).sum(0).astype(b_out.dtype),
         b_gate=flat("b_gate"),

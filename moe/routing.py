@@ -176,6 +176,18 @@ def gate(
     return top_k_gating(logits, config.top_k, valid=valid, **options)
 
 
+def weigh_input(
+    config: MoEConfig, x: jax.Array, assigned: Assignment
+) -> tuple[jax.Array, Assignment]:
+    """Units times their weights, and weights of 1, where the router weighs what goes in."""
+    if config.chosen_by.weighs == "output":
+        return x, assigned
+    weights = assigned.gating.weights  # [U, 1]
+    chosen = (assigned.gating.slots >= 0).astype(weights.dtype)
+    gating = assigned.gating._replace(weights=chosen)
+    return (x * weights).astype(x.dtype), assigned._replace(gating=gating)
+
+
 def balance_bias(bias: jax.Array, load: jax.Array, rate: float = 1e-3) -> jax.Array:
     """The choice bias after a step: up where an expert had less than the mean load, else down.
 

@@ -15,7 +15,7 @@ from taskmoe.tests.kernels.support import normal
 D, F, E, B, S = 16, 24, 16, 8, 3
 MODELS = [
     ("switch", 1), ("qwen2_moe", 4), ("deepseek_v2", 6), ("deepseek_v3", 8), ("kimi_k2", 8),
-    ("deepseek_v4", 6), ("mixtral", 2),
+    ("deepseek_v4", 6), ("mixtral", 2), ("llama4", 1),
 ]  # fmt: skip
 
 
@@ -32,13 +32,15 @@ def layer(**fields: Any) -> tuple[dict[str, jax.Array], moe.MoEConfig]:
 
 def by_hand(params: Any, config: moe.MoEConfig, x: jax.Array, gating: Any) -> jax.Array:
     """Every expert on every token, and a sum with the weights of the chosen."""
-    rows = x.reshape(-1, D)
+    rows, weights = x.reshape(-1, D), gating.weights
+    if config.chosen_by.weighs == "input":
+        rows, weights = rows * weights, jnp.ones_like(weights)
     bias = lambda name: params[name][:, None] if name in params else 0.0  # noqa: E731
     hidden = jax.nn.silu(jnp.einsum("td,edf->etf", rows, params["w_gate"]) + bias("b_gate"))
     hidden = hidden * (jnp.einsum("td,edf->etf", rows, params["w_in"]) + bias("b_in"))
     out = jnp.swapaxes(jnp.einsum("etf,efd->etd", hidden, params["w_out"]) + bias("b_out"), 0, 1)
     picked = jnp.take_along_axis(out, gating.experts[..., None], axis=1)
-    return jnp.sum(picked * gating.weights[..., None], axis=1).reshape(x.shape)
+    return jnp.sum(picked * weights[..., None], axis=1).reshape(x.shape)
 
 
 def gated(params: Any, config: moe.MoEConfig, x: jax.Array) -> Any:
@@ -95,9 +97,10 @@ def test_extraction_is_exact_for_every_router(model: str, top_k: int) -> None:
     np.testing.assert_allclose(both, whole[jnp.array([3, 1])], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(("model", "top_k"), [("deepseek_v3", 8), ("llama4", 1)])
 @pytest.mark.parametrize("strategy", ["auto", "all_to_all", "ragged", "all_gather"])
-def test_routers_on_a_mesh(strategy: str) -> None:
-    params, config = layer(router="deepseek_v3", top_k=8, choice_bias=True, biases=True)
+def test_routers_on_a_mesh(strategy: str, model: str, top_k: int) -> None:
+    params, config = layer(router=model, top_k=top_k, choice_bias=True, biases=True)
     x = normal(1, (B, S, D))
     want = moe.apply(params, config, x)[0]
     have = moe.apply(params, config, x, mesh=mesh(), strategy=strategy)[0]
@@ -195,6 +198,7 @@ def test_balance_bias_evens_the_load() -> None:
         ({"router": "qwen"}, "router must be a Router, None or one of mixtral"),
         ({"router": Router(groups=5)}, "groups must divide the 16 experts, got groups=5"),
         ({"routing": "given", "choice_bias": True}, "choice_bias must not be given with"),
+        ({"router": "llama4"}, "weighs inputs, which wants top_k=1, got 2"),
         ({"routing": "given", "router": "switch"}, "router must not be given with"),
         ({"second_policy": "sampling", "router": "kimi_k2"}, "give no router or bias"),
     ],
