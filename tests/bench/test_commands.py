@@ -94,7 +94,7 @@ def test_shares_of_the_exchange_two_ways_and_why_they_differ() -> None:
         (["exchange", "--experts", "many"], "--experts must be numbers"),
         (["exchange", "--d-model", "12"], "--d-model must be multiples of 8, got 12"),
         (["exchange", "--step-batches", "9"], "--step-batches must be multiples of 8, got 9"),
-        (["demo", "--steps", "0"], "--steps must be from 1 to inf, got 0"),
+        (["demo", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["demo", "--sentences", "999"], "--sentences must be from 1 to 200, got 999"),
         (["task", "--tokens", "0"], "--tokens must be at least 1"),
         (["task", "--experts", "1"], "top_k must be at most num_experts=1"),

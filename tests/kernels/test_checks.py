@@ -16,8 +16,8 @@ from taskmoe.tests.kernels import support
 
 def test_public_names() -> None:
     assert sorted(taskmoe.kernels.__all__) == [
-        "Gating", "RowPlan", "combine", "dispatch", "expert_ffn", "for_chip", "gmm", "row_plan",
-        "tgmm", "top_k_gating",
+        "Gating", "ROUTERS", "Router", "RowPlan", "combine", "dispatch", "expert_ffn", "for_chip",
+        "given_gating", "gmm", "row_plan", "tgmm", "top_k_gating",
     ]  # fmt: skip
     assert all(getattr(taskmoe.kernels, name).__doc__ for name in taskmoe.kernels.__all__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from pathlib import Path
 
 from taskmoe.cli.errors import InputError
@@ -34,9 +33,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where a number does not fit."""
-    for name, most in (("steps", math.inf), ("sentences", CldrConfig().test)):
-        if not 1 <= getattr(a, name) <= most:
-            raise InputError(f"--{name} must be from 1 to {most}, got {getattr(a, name)}")
+    most = CldrConfig().test
+    if a.steps < 1:
+        raise InputError(f"--steps must be at least 1, got {a.steps}")
+    if not 1 <= a.sentences <= most:
+        raise InputError(f"--sentences must be from 1 to {most}, got {a.sentences}")
     if a.quick:
         return Spec(a.out, min(a.steps, 60), min(a.sentences, 5), QUICK_BATCHES)
     return Spec(a.out, a.steps, a.sentences, BATCHES)
