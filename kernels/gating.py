@@ -38,6 +38,7 @@ from taskmoe.kernels.router import (
     Router,
     by_logit,
     choice_scores,
+    denominator,
     score,
     slope,
     softplus,
@@ -146,7 +147,8 @@ def _gating_xla(
     total = jnp.sum(shifted, axis=1, keepdims=True)
     # NaN comes last, and all lie above the mark of those already chosen.
     known = jnp.where(x >= jnp.finfo(x.dtype).min, x, jnp.finfo(x.dtype).min)
-    open_ = choice_scores(router, known, Denominator(largest, total), bias, 1)
+    of_known = denominator(known, 1) if router.scores == "softmax" else Denominator(0, 1)
+    open_ = choice_scores(router, known, of_known, bias, 1)
     experts, chosen = [], []
     for _ in range(options.top_k):
         best = jnp.max(open_, axis=1, keepdims=True)
@@ -156,7 +158,7 @@ def _gating_xla(
             best = jnp.sum(jnp.where(lane == expert, known, 0), axis=1, keepdims=True)
         chosen.append(best)
         open_ = jnp.where(lane == expert, -jnp.inf, open_)
-    weights = jnp.concatenate(weigh(router, chosen, Denominator(largest, total)), axis=1)
+    weights = jnp.concatenate(weigh(router, chosen, of_known), axis=1)
     if router.scores == "softmax":
         probs = shifted / total
     else:

@@ -28,6 +28,7 @@ from taskmoe.kernels.router import (
     Router,
     by_logit,
     choice_scores,
+    denominator,
     score,
     slope,
     weigh,
@@ -114,7 +115,8 @@ def kernel(
     # NaN comes last, and all lie above the mark of those already chosen.
     known = jnp.where(x >= jnp.finfo(jnp.float32).min, x, jnp.finfo(jnp.float32).min)
     bias = None if bias_ref is None else bias_ref[...]
-    left = choice_scores(router, known, of, bias, 0)
+    of_known = denominator(known, 0) if router.scores == "softmax" else of
+    left = choice_scores(router, known, of_known, bias, 0)
     values = []
     for j in range(top_k):
         best = jnp.max(left, axis=0, keepdims=True)
@@ -131,7 +133,7 @@ def kernel(
         experts_ref[j : j + 1, :] = choice
         slots_ref[j : j + 1, :] = jnp.where(valid, place, -1).astype(jnp.int32)
         counts_ref[:, j : j + 1] = counts + jnp.sum(hit, axis=1, keepdims=True)
-    for j, weight in enumerate(weigh(router, values, of)):
+    for j, weight in enumerate(weigh(router, values, of_known)):
         weights_ref[j : j + 1, :] = jnp.where(valid, weight, 0)
 
 

@@ -111,6 +111,12 @@ class Denominator(NamedTuple):
     total: Any
 
 
+def denominator(z: jax.Array, axis: int) -> Denominator:
+    """Of the softmax of logits along the experts' axis, which is kept."""
+    largest = jnp.max(z, axis=axis, keepdims=True)
+    return Denominator(largest, jnp.sum(jnp.exp(z - largest), axis=axis, keepdims=True))
+
+
 def score(router: Router, z: jax.Array, softmax: Denominator) -> jax.Array:
     """Scores of logits, of some or all experts."""
     if router.scores == "softmax":

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
-from taskmoe.kernels import for_chip, gmm, platforms, top_k_gating
+from taskmoe.kernels import Router, for_chip, gmm, platforms, top_k_gating
 from taskmoe.tests.kernels import support
 
 CONFIG = moe.MoEConfig(d_model=128, d_ff=256, num_experts=4, gated=True)
@@ -150,6 +150,13 @@ def test_no_expert_is_chosen_twice_among_nan(implementation: str) -> None:
     f = lambda x: top_k_gating(x, 3, implementation=implementation).experts  # noqa: E731
     experts = support.call(implementation, f, logits)
     np.testing.assert_array_equal(experts, [[2, 0, 1], [0, 1, 2], [1, 3, 0]])
+    for scores in ("softmax", "sigmoid", "sqrt_softplus"):
+        router = Router(scores, normalise=False)
+        options: Any = {"router": router, "bias": jnp.zeros(4), "implementation": implementation}
+        g = lambda x, o=options: top_k_gating(x, 3, **o)[:2]  # noqa: E731
+        experts, weights = support.call(implementation, g, logits)
+        np.testing.assert_array_equal(experts, [[2, 0, 1], [0, 1, 2], [1, 3, 0]])
+        assert np.isfinite(weights).all()
 
 
 def test_gating_many_experts_takes_few_temporaries() -> None:
