@@ -21,6 +21,7 @@ from taskmoe.kernels import ragged_products
 from taskmoe.kernels.checks import (
     accumulator,
     as_floats,
+    as_integers,
     as_size,
     check_shape,
     match_varying,
@@ -230,7 +231,9 @@ def tgmm(
     grad = as_floats("grad", grad, ("lhs", lhs))
     check_shape("grad", grad, (lhs.shape[0], "N"))
     if num_groups is None:
-        num_groups = jnp.shape(group_sizes)[0]
+        group_sizes = as_integers("group_sizes", group_sizes)
+        check_shape("group_sizes", group_sizes, ("G",))
+        num_groups = group_sizes.shape[0]
     else:
         num_groups = as_size("num_groups", num_groups)
     groups = check_groups(group_sizes, group_offset, num_groups, "num_groups")

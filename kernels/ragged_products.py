@@ -52,6 +52,8 @@ def _choose(options: ProductOptions, op: str, dtype: Any, widths: tuple[Any, ...
     if options.implementation not in (None, "mosaic_gpu"):
         return options.implementation
     unfit = hopper_products.unfit(dtype, options.out_dtype, *widths)
+    if op == "tgmm" and not hopper_products.is_present():  # JAX asks the GPU for its cores
+        unfit = unfit or "is lowered where a Hopper GPU is the default device"
     if options.implementation is None:
         return "ragged_dot" if unfit or not hopper_products.is_present() else "mosaic_gpu"
     if unfit:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taskmoe.kernels import gmm, tgmm
+from taskmoe.kernels import gmm, hopper_products, tgmm
 from taskmoe.kernels.tiling import Tiling
 from taskmoe.tests.kernels import support
 
@@ -93,6 +93,14 @@ def test_forward_and_gradients_on_hopper(
     check("mosaic_gpu", operands(m, k, n, sizes, jnp.bfloat16, transpose_rhs), transpose_rhs)
 
 
+def test_group_sizes_may_be_a_list_and_not_a_number() -> None:
+    lhs, grad = support.normal(0, (9, 4)), support.normal(1, (9, 3))
+    for sizes in ([5, 4], np.array([5, 4])):
+        np.testing.assert_array_equal(tgmm(lhs, grad, sizes), tgmm(lhs, grad, jnp.array([5, 4])))
+    with pytest.raises(ValueError, match="group_sizes must have shape"):
+        tgmm(lhs, grad, 9)  # type: ignore[arg-type]
+
+
 def test_what_hopper_kernels_do_not_take() -> None:
     args = jnp.ones((64, 64)), jnp.ones((2, 64, 64)), [32, 32]
     with pytest.raises(ValueError, match=r"'mosaic_gpu' of gmm takes and gives bfloat16.*float32"):
@@ -100,6 +108,10 @@ def test_what_hopper_kernels_do_not_take() -> None:
     lhs, rhs = jnp.ones((8, 60), jnp.bfloat16), jnp.ones((2, 60, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="multiples of 64, got 60 and 64"):
         gmm(lhs, rhs, [4, 4], implementation="mosaic_gpu")
+    if not hopper_products.is_present():
+        rows = jnp.ones((8, 64), jnp.bfloat16)
+        with pytest.raises(ValueError, match=r"of tgmm is lowered where a Hopper GPU.*use None"):
+            tgmm(rows, rows, [4, 4], implementation="mosaic_gpu")
 
 
 @pytest.mark.parametrize("implementation", FAST)
