@@ -7,7 +7,6 @@ import dataclasses
 import socket
 import subprocess
 from collections.abc import Sequence
-from typing import Any
 
 from taskmoe.bench.exchange.spec import Spec
 from taskmoe.bench.harness.results import Result, from_json
@@ -76,6 +75,15 @@ class Exchanged(Result):
         return [row for size in (*self.shapes, *self.steps) for row in size.rows]
 
 
+@dataclasses.dataclass(frozen=True)
+class Worked(Result):
+    """What one of the processes is asked: which it is, and the port where they meet."""
+
+    spec: Spec
+    port: int
+    process: int
+
+
 RESULT = Exchanged
 
 
@@ -86,23 +94,24 @@ def measure(spec: Spec) -> Exchanged:
     """
     sizes = len(spec.experts) * len(spec.d_model)
     shapes = sizes * (len(spec.batches) + len(spec.step_batches))
-    asked = dataclasses.asdict(spec) | {"port": _free_port(), "heartbeat": HEARTBEAT_S}
-    found: dict[str, Any] = {}
+    port = _free_port()
+    found: dict[str, object] = {}
     with contextlib.ExitStack() as stack:
         workers = [
             stack.enter_context(Worker("taskmoe.bench.exchange.worker"))
             for _ in range(spec.processes)
         ]
         for number, worker in enumerate(workers):
-            worker.say(asked | {"process": number})
+            worker.say(Worked(spec, port, number).to_json())
         progress = stack.enter_context(bar("exchange", "shapes"))
         progress(0, shapes)
         with contextlib.suppress(Died):  # who died first is told below
             while "machine" not in found:
                 found = workers[0].hear()
-                progress(found.get("done", shapes), shapes)
+                done = found.get("done")
+                progress(done if isinstance(done, int) else shapes, shapes)
         _all_ended(workers)
-    return from_json(Exchanged, found | {"spec": dataclasses.asdict(spec)})
+    return from_json(Exchanged, found)
 
 
 def _all_ended(workers: Sequence[Worker]) -> None:

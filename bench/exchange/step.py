@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
+from taskmoe.bench.exchange.measure import Row
 from taskmoe.bench.serving import systems as serving
 from taskmoe.moe.mesh import EXPERT_AXIS
 from taskmoe.moe.routing import capacity
@@ -46,30 +47,26 @@ LAYERS, VOCABULARY, TASKS = 2, 1000, 8
 
 def measure_step(
     mesh: Mesh, batch: int, experts: int, d_model: int, rounds: int, tolerance: float
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """A row a system for one greedy decoding step of `batch` sequences.
 
     us and its percentiles are of a step: a program of `serving.POSITIONS` over their number.
     Systems that decode otherwise than one device have `agrees` False and are not timed.
     """
     systems, errors = _systems(mesh, experts, d_model)
-    rows: list[dict[str, Any]] = [
-        {"system": name, "error": error, "agrees": error is None or error <= tolerance}
-        for name, error in errors.items()
-    ]
-    good = {r["system"]: systems[r["system"]] for r in rows if r["agrees"]}
+    rows = [Row(name, e, e is None or e <= tolerance) for name, e in errors.items()]
+    good = {r.system: systems[r.system] for r in rows if r.agrees}
     measured = {p.system: p for p in serving.measure(good, batch, rounds=rounds, given=True)}
-    for row in rows:
-        if row["agrees"]:
-            told = measured[row["system"]]
-            row |= times(np.asarray(told.seconds) / serving.POSITIONS)
-            row |= {
-                "collectives": told.collectives,
-                "transfer_share": told.transfer_share,
-                "waiting_share": told.waiting_share,
-            }
-    add_copy_shares(rows)
-    return rows
+    for place, row in enumerate(rows):
+        if row.agrees:
+            told = measured[row.system]
+            rows[place] = dataclasses.replace(
+                timed(row, np.asarray(told.seconds) / serving.POSITIONS),
+                collectives=told.collectives,
+                transfer_share=told.transfer_share,
+                waiting_share=told.waiting_share,
+            )
+    return with_copy_shares(rows)
 
 
 def _systems(
@@ -106,34 +103,30 @@ def _systems(
     return systems, errors
 
 
-def times(seconds: Sequence[float] | np.ndarray) -> dict[str, Any]:
-    """Rounds of one system as JSON: us with percentiles, and every round for ratios."""
+def timed(row: Row, seconds: Sequence[float] | np.ndarray) -> Row:
+    """The row with its rounds: us with percentiles, and every round for ratios."""
     us = np.asarray(seconds) * 1e6
-    return {
-        "us": float(np.median(us)),
-        "us_p10": float(np.quantile(us, 0.1)),
-        "us_p90": float(np.quantile(us, 0.9)),
-        "rounds_us": us.tolist(),
-    }
+    low, middle, high = map(float, np.quantile(us, (0.1, 0.5, 0.9)))
+    return dataclasses.replace(row, us=middle, us_p10=low, us_p90=high, rounds_us=us.tolist())
 
 
-def add_copy_shares(rows: list[dict[str, Any]]) -> None:
-    """To each row with a twin that keeps what it sends: the share of time that the twin saves.
+def with_copy_shares(rows: Sequence[Row]) -> list[Row]:
+    """The rows, each that has a twin which keeps what it sends with the time that the twin saves.
 
     copy_share, with its 10th and 90th percentile over the rounds, which ran in turns.
     """
-    by_name = {row["system"]: row for row in rows}
-    for name, twin in TWINS.items():
-        row, kept = by_name.get(name), by_name.get(twin)
-        if row is None or kept is None or "us" not in row or "us" not in kept:
-            continue
-        shares = 1 - np.asarray(kept["rounds_us"]) / np.asarray(row["rounds_us"])
-        low, middle, high = np.quantile(shares, (0.1, 0.5, 0.9))
-        row |= {
-            "copy_share": float(middle),
-            "copy_share_p10": float(low),
-            "copy_share_p90": float(high),
-        }
+    by_name = {row.system: row for row in rows if row.rounds_us}
+    found = []
+    for row in rows:
+        kept = by_name.get(TWINS.get(row.system, ""))
+        if kept is not None and row.rounds_us:
+            shares = 1 - np.asarray(kept.rounds_us) / np.asarray(row.rounds_us)
+            low, middle, high = map(float, np.quantile(shares, (0.1, 0.5, 0.9)))
+            row = dataclasses.replace(
+                row, copy_share=middle, copy_share_p10=low, copy_share_p90=high
+            )
+        found.append(row)
+    return found
 
 
 def exchange_alone(mesh: Mesh, config: moe.MoEConfig, tokens: int) -> Callable[[], Any]:

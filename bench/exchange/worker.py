@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -14,16 +15,24 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
+from taskmoe.bench.exchange.measure import (
+    HEARTBEAT_S,
+    Exchanged,
+    Row,
+    Size,
+    Worked,
+)
 from taskmoe.bench.exchange.step import (
     SUB,
     SYSTEMS,
-    add_copy_shares,
     exchange_alone,
     measure_step,
-    times,
+    timed,
+    with_copy_shares,
 )
 from taskmoe.bench.harness import machine
 from taskmoe.bench.harness.collectives import count_collectives, profile_communication
+from taskmoe.bench.harness.results import from_json
 from taskmoe.bench.harness.timing import alternate
 from taskmoe.bench.harness.worker import serve
 from taskmoe.bench.serving.systems import place
@@ -36,42 +45,41 @@ ALONE = "alone: "
 TOLERANCE = 1e-5
 
 
-def answer(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def answer(asked: object) -> Iterator[dict[str, object]]:
     """Join the others and measure every shape: how many are done after each, and then all of it."""
-    jax.config.update("jax_num_cpu_devices", spec["devices"] // spec["processes"])
-    if spec["processes"] > 1:
+    worked = from_json(Worked, asked)
+    spec = worked.spec
+    jax.config.update("jax_num_cpu_devices", spec.devices // spec.processes)
+    if spec.processes > 1:
         jax.distributed.initialize(
-            f"127.0.0.1:{spec['port']}",
-            spec["processes"],
-            spec["process"],
-            heartbeat_timeout_seconds=spec["heartbeat"],
+            f"127.0.0.1:{worked.port}",
+            spec.processes,
+            worked.process,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
         )
     mesh = Mesh(np.array(jax.devices()), (EXPERT_AXIS,), axis_types=(AxisType.Auto,))
-    shapes: list[dict[str, Any]] = []
-    steps: list[dict[str, Any]] = []
-    for experts, d_model in itertools.product(spec["experts"], spec["d_model"]):
-        sizes = {"experts": experts, "d_model": d_model}
-        for tokens in spec["batches"]:
-            rows = measure_layer(mesh, tokens, experts, d_model, spec["rounds"])
-            shapes.append({"tokens": tokens, **sizes, "rows": rows})
+    shapes: list[Size] = []
+    steps: list[Size] = []
+    for experts, d_model in itertools.product(spec.experts, spec.d_model):
+        for tokens in spec.batches:
+            rows = measure_layer(mesh, tokens, experts, d_model, spec.rounds)
+            shapes.append(Size(experts, d_model, rows, tokens=tokens))
             yield {"done": len(shapes) + len(steps)}
-        for batch in spec["step_batches"]:
-            rows = measure_step(mesh, batch, experts, d_model, spec["rounds"], TOLERANCE)
-            steps.append({"batch": batch, **sizes, "rows": rows})
+        for batch in spec.step_batches:
+            rows = measure_step(mesh, batch, experts, d_model, spec.rounds, TOLERANCE)
+            steps.append(Size(experts, d_model, rows, batch=batch))
             yield {"done": len(shapes) + len(steps)}
-    if spec["process"] == 0:
-        yield {"machine": machine.describe(), "shapes": shapes, "steps": steps}
+    if worked.process == 0:
+        yield Exchanged(spec, machine.describe(), shapes, steps).to_json()
 
 
-def measure_layer(
-    mesh: Mesh, tokens: int, experts: int, d_model: int, rounds: int
-) -> list[dict[str, Any]]:
+def measure_layer(mesh: Mesh, tokens: int, experts: int, d_model: int, rounds: int) -> list[Row]:
     """A row a system for a batch of `tokens` sequences of one token."""
     x = np.random.default_rng(0).standard_normal((tokens, 1, d_model)).astype(np.float32)
     sharded = place(mesh, x, P(EXPERT_AXIS))
     runs: dict[str, Callable[[], Any]] = {}
     alone: dict[str, Callable[[], Any]] = {}
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name, (factor, strategy) in SYSTEMS.items():
         config = moe.MoEConfig(
             d_model,
@@ -111,30 +119,26 @@ def measure_layer(
     rows.append(_row(name, compiled, _difference(compiled(*inputs), np.asarray(whole)), 0.0))
     runs[name] = functools.partial(compiled, *inputs)
 
-    good = [r for r in rows if r["agrees"]]
-    timed = {r["system"]: runs[r["system"]] for r in good}
-    timed |= {f"{ALONE}{name}": run for name, run in alone.items() if name in timed}
+    good = {r.system: runs[r.system] for r in rows if r.agrees}
+    beside = {f"{ALONE}{name}": run for name, run in alone.items() if name in good}
     # All processes must make the same calls: a round is one call, however short.
-    timings = alternate(timed, rounds=rounds, min_seconds=0)
-    for row in good:
-        name = row["system"]
-        told = profile_communication(runs[name])
-        row |= times(timings[name].seconds)
-        row |= {"transfer_share": told.transfer_share, "waiting_share": told.waiting_share}
-        if name in alone:
-            row["alone_us"] = 1e6 * timings[f"{ALONE}{name}"].median
-    add_copy_shares(rows)
-    return rows
+    timings = alternate({**good, **beside}, rounds=rounds, min_seconds=0)
+    for at, row in enumerate(rows):
+        if row.agrees:
+            told = profile_communication(good[row.system])
+            by_itself = timings.get(f"{ALONE}{row.system}")
+            rows[at] = dataclasses.replace(
+                timed(row, timings[row.system].seconds),
+                transfer_share=told.transfer_share,
+                waiting_share=told.waiting_share,
+                alone_us=None if by_itself is None else 1e6 * by_itself.median,
+            )
+    return with_copy_shares(rows)
 
 
-def _row(name: str, compiled: Any, error: float | None, sent: float) -> dict[str, Any]:
-    return {
-        "system": name,
-        "error": error,
-        "agrees": error is None or error <= TOLERANCE,
-        "collectives": count_collectives(compiled.as_text() or ""),
-        "bytes_sent": sent,
-    }
+def _row(name: str, compiled: Any, error: float | None, sent: float) -> Row:
+    agrees = error is None or error <= TOLERANCE
+    return Row(name, error, agrees, count_collectives(compiled.as_text() or ""), sent)
 
 
 def _difference(y: jax.Array, want: np.ndarray) -> float:

@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from taskmoe.bench.__main__ import COMMANDS, main
 from taskmoe.bench.exchange import view as exchange
-from taskmoe.bench.exchange.measure import Exchanged
-from taskmoe.bench.exchange.step import add_copy_shares, times
+from taskmoe.bench.exchange.measure import Exchanged, Row, Size
+from taskmoe.bench.exchange.spec import Spec
+from taskmoe.bench.exchange.step import timed, with_copy_shares
 from taskmoe.bench.harness.results import from_json
 
 #: The tests' settings without their eight devices: the command asks for its own.
@@ -56,26 +56,23 @@ def test_a_small_exchange_agrees_with_one_device_and_a_sub_network_needs_none(
 
 
 def test_shares_of_the_exchange_two_ways_and_why_they_differ() -> None:
-    def row(name: str, us: float, moving: float = 0.0, waiting: float = 0.0) -> dict[str, Any]:
+    def row(name: str, us: float, moving: float = 0.0, waiting: float = 0.0) -> Row:
         sends = {"all-to-all": 3} if moving else {}
-        return {
-            "system": name, "agrees": True, "error": 1e-6 if moving else None,
-            "collectives": sends, "transfer_share": moving, "waiting_share": waiting,
-            **times([us / 1e6] * 3),
-        }  # fmt: skip
+        error = 1e-6 if moving else None
+        one = Row(name, error, True, sends, transfer_share=moving, waiting_share=waiting)
+        return timed(one, [us / 1e6] * 3)
 
     def said(waiting: float, devices: int) -> list[str]:
-        rows = [
+        rows = with_copy_shares([
             row("all_to_all, dropless", 100, 0.18, waiting), row("dropless, kept", 80),
             row("ragged, dropless", 90, 0.2, 0.1),
-        ]  # fmt: skip
-        add_copy_shares(rows)
-        assert rows[0]["copy_share"] == pytest.approx(0.2)
-        sizes = {"experts": 8, "d_model": 8, "tokens": 8, "rows": rows}
+        ])  # fmt: skip
+        assert rows[0].copy_share == pytest.approx(0.2)
+        assert rows[2].copy_share is None
         spec = {"batches": [8], "step_batches": [8], "experts": [8], "d_model": [8]}
         spec |= {"devices": devices, "processes": 1, "rounds": 3}
-        found = {"shapes": [sizes], "steps": [], "machine": {"cores": "2"}, "spec": spec}
-        return exchange.findings(from_json(Exchanged, found))
+        result = Exchanged(from_json(Spec, spec), {"cores": "2"}, [Size(8, 8, rows, 8)], [])
+        return exchange.findings(from_json(Exchanged, result.to_json()))
 
     assert "within 5 points in 1 of 1 cases" in said(0.05, 2)[0]
     assert len(said(0.05, 8)) == 1
