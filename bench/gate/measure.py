@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from taskmoe.bench.gate import static, timed, verdicts
 from taskmoe.bench.gate.revision import checked_out
@@ -15,6 +15,7 @@ from taskmoe.bench.gate.spec import Spec
 from taskmoe.bench.gate.timed import Speed
 from taskmoe.bench.gate.verdicts import Change, Interval
 from taskmoe.bench.harness import machine
+from taskmoe.bench.harness.results import Result, from_json
 from taskmoe.bench.serving import systems as serving
 from taskmoe.bench.tpu import compiler
 from taskmoe.cli.command_line import write_text
@@ -60,6 +61,25 @@ class Checked:
         return {"command": "check", **{name: v for name, v in kept.items() if v is not None}}
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredFacts(Result):
+    """The baseline of static facts, and what made it."""
+
+    machine: dict[str, str]
+    facts: static.Facts
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredSpeeds(Result):
+    """The baseline of speeds by subject, and what made it."""
+
+    machine: dict[str, str]
+    facts: dict[str, Speed]
+
+
+Stored = TypeVar("Stored", StoredFacts, StoredSpeeds)
+
+
 def measure(spec: Spec) -> Checked:
     """Compare.
 
@@ -95,10 +115,10 @@ def measure(spec: Spec) -> Checked:
     return Checked(here, changes, facts, speeds, notes, updated, spec.everything, spec.against)
 
 
-def _static_baseline(spec: Spec, here: Mapping[str, str]) -> dict[str, dict[str, float | str]]:
+def _static_baseline(spec: Spec, here: Mapping[str, str]) -> static.Facts:
     """The stored static facts; none where they are to be rewritten and cannot be compared with."""
     try:
-        return dict(stored(spec.baseline / STATIC, here, COMPILED_BY))
+        return stored(StoredFacts, spec.baseline / STATIC, here, COMPILED_BY).facts
     except InputError:
         if spec.update:
             return {}
@@ -108,8 +128,7 @@ def _static_baseline(spec: Spec, here: Mapping[str, str]) -> dict[str, dict[str,
 def _speed_baseline(spec: Spec, here: Mapping[str, str]) -> tuple[dict[str, Speed], list[str]]:
     """The stored speeds, and a line where there are none of this machine."""
     try:
-        facts = stored(spec.baseline / TIMED, here, TIMED_ON)
-        return {subject: Speed(**speed) for subject, speed in facts.items()}, []
+        return stored(StoredSpeeds, spec.baseline / TIMED, here, TIMED_ON).facts, []
     except NotComparable as error:
         if spec.update:
             return {}, []
@@ -120,8 +139,10 @@ def _speed_baseline(spec: Spec, here: Mapping[str, str]) -> tuple[dict[str, Spee
         raise
 
 
-def stored(path: Path, here: Mapping[str, str], same: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """The facts of a stored baseline.
+def stored(
+    kind: type[Stored], path: Path, here: Mapping[str, str], same: tuple[str, ...]
+) -> Stored:
+    """A stored baseline.
 
     same: what must be of its machine as it is here. Raises NotComparable where it is not, or
     nothing is stored, and InputError where the file is damaged.
@@ -129,17 +150,14 @@ def stored(path: Path, here: Mapping[str, str], same: tuple[str, ...]) -> dict[s
     part = "--static" if path.name == STATIC else "--timed"
     make = f"make one with: python -m taskmoe.bench check {part} --update"
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        theirs, found = kept["machine"], {name: dict(f) for name, f in kept["facts"].items()}
-        if path.name == TIMED:
-            for speed in found.values():
-                Speed(**speed)
-        differ = [key for key in same if theirs.get(key) != here.get(key)]
+        found = from_json(kind, json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise NotComparable(f"baseline {path} is not there; {make}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise InputError(f"baseline {path} is damaged ({why}); {make}") from None
+    theirs = found.machine
+    differ = [key for key in same if theirs.get(key) != here.get(key)]
     if differ:
         was, now = theirs.get(differ[0], "none"), here.get(differ[0], "none")
         said = f"was made with {differ[0]} {was}, here is {now}: not comparable"
@@ -191,10 +209,10 @@ def _store(
     speeds: Mapping[str, Speed] | None,
 ) -> None:
     """Make what was found the baseline."""
-    found: dict[str, Any] = {}
-    if facts is not None:
-        found[STATIC] = facts
-    if speeds is not None:
-        found[TIMED] = {subject: dataclasses.asdict(speed) for subject, speed in speeds.items()}
-    for name, each in found.items():
-        write_text(folder / name, json.dumps({"machine": here, "facts": each}, indent=1) + "\n")
+    made_on = dict(here)
+    for name, each in (
+        (STATIC, None if facts is None else StoredFacts(made_on, facts)),
+        (TIMED, None if speeds is None else StoredSpeeds(made_on, dict(speeds))),
+    ):
+        if each is not None:
+            write_text(folder / name, json.dumps(each.to_json(), indent=1) + "\n")
