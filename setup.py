@@ -18,6 +18,7 @@ WMT = [
     "num2words>=0.5.13,<0.6",
     "optax>=0.2.5,<0.3",
     "orbax-checkpoint>=0.11.30,<0.13",
+    "protobuf>=5,<8",
     "rich>=13.7,<16",
     "sacrebleu>=2.4.3,<3",
     "safetensors>=0.5,<0.9",
@@ -39,6 +40,7 @@ DEV = [
     "mypy>=1.15,<3",
     "pytest-xdist>=3.6,<4",
     "ruff>=0.12,<0.18",
+    "sacrebleu[ja]",
     "setuptools>=77",  # builds without a network; a venv has an older one or none
 ]
 DOCS = [

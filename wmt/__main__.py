@@ -11,6 +11,8 @@ import jax
 from taskmoe.cli.command_line import Parser, missing_package
 from taskmoe.cli.devices import use_present_devices
 from taskmoe.cli.errors import InputError
+from taskmoe.wmt.training import lost_peers
+from taskmoe.wmt.training.stopping import Stopped
 
 #: Modules of taskmoe.wmt.commands, with `add_arguments(parser)` and `run(arguments)`.
 COMMANDS = ("prepare", "train", "evaluate", "translate", "extract", "prune", "distill", "export")
@@ -35,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     use_present_devices()
     try:
-        modules[arguments.command].run(arguments)
+        with lost_peers.left_at_once():
+            modules[arguments.command].run(arguments)
     except (InputError, FloatingPointError, OSError) as error:
         line = " ".join(str(error).split())
         print(f"{parser.prog} {arguments.command}: error: {line}", file=sys.stderr)
@@ -54,12 +57,11 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except Stopped as stopped:
+        print(f"{stopped}; the same command goes on", file=sys.stderr)
+        return stopped.code
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on from the newest checkpoint"
-        print(
-            f"interrupted{goes_on if arguments.command in ('train', 'distill') else ''}",
-            file=sys.stderr,
-        )
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -205,8 +205,8 @@ class TrainConfig(_Json):
       evenly.
     temperature: T of p ~ size^(1/T) over directions (the paper: 5).
     max_sentences: of each direction and source, the first so many; None is all.
-    max_characters, max_ratio, deduplicate, drop_held_out: what training text is left out, see
-      `taskmoe.wmt.text.cleaning`.
+    max_characters, max_ratio, drop_copied, deduplicate, drop_held_out: what training text is left
+      out, see `taskmoe.wmt.text.cleaning`.
     vocab_sentences: sentences that the vocabulary is trained on, drawn as directions are.
     schedule: "inverse_sqrt" after `warmup_steps` (the paper), or "cosine" down to 0 at `steps`.
     optimizer: "adafactor" (the paper) or "adamw". learning_rate: its peak, after warm-up.
@@ -228,6 +228,7 @@ class TrainConfig(_Json):
     max_sentences: int | None = None
     max_characters: int = 1000
     max_ratio: float = 3.0
+    drop_copied: bool = True
     deduplicate: bool = True
     drop_held_out: bool = True
     vocab_sentences: int = 200_000

@@ -1,6 +1,8 @@
 """Checkpoints are whole or passed over, whatever happens to their files or to the process."""
 
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import jax
 import numpy as np
 import pytest
 
+from taskmoe.cli.command_line import write_text
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.training.checkpoints import Checkpoints
 
@@ -138,3 +142,45 @@ def test_a_writer_killed_at_any_moment_leaves_an_intact_checkpoint(tmp_path: Pat
     checkpoints.close()
     assert step in (finished - 1, finished, finished + 1)  # writing goes on behind `save`
     np.testing.assert_array_equal(restored["w"], np.full((400, 1000), step))
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_is_whole(
+    three: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(three.folder)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    words = r"step 4 cannot be written into .*: No space left on device; that of step 3 is whole"
+    with pytest.raises(InputError, match=words):
+        three.save(4, state(4))
+    assert_restores(three, 3, notes=0)
+    names = sorted(path.name for path in three.folder.iterdir())
+    assert names == ["1", "1.crc", "2", "2.crc", "3", "3.crc"]
+
+
+def test_a_write_that_fails_on_the_way_leaves_nothing_of_it(
+    three: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: ... [os_error_code='28'] No space left on device")
+
+    monkeypatch.setattr(three._checkpointer, "wait_until_finished", fail)
+    with pytest.raises(InputError, match="No space left on device; that of step 3 is whole"):
+        three.save(4, state(4))
+    assert three.steps() == [1, 2, 3]
+    assert not list(three.folder.glob("4*"))
+
+
+def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*file"):
+            write_text(path, "new" * 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -42,12 +42,14 @@ def test_each_reason_is_counted_once() -> None:
         ("good", "besser"),  # another translation is no duplicate
         ("Seen in the test.", "gesehen"),
         ("seen", "Im Test gesehen"),
+        ("one of the sentences", "one of the sentences"),
+        ("Anna Maria Schmidt", "Anna Maria Schmidt"),  # a name
     ]
     held = {"en": {"seen  in the TEST"}, "de": {"im Test gesehen!"}}
     kept, account = cleaned(rows, held, max_characters=100, max_ratio=1.5)
-    assert kept == [("good", "gut"), ("good", "besser")]
-    assert account == Account(read=9, empty=2, long=1, ratio=1, duplicate=1, held_out=2)
-    assert account.kept == 2
+    assert kept == [("good", "gut"), ("good", "besser"), ("Anna Maria Schmidt",) * 2]
+    assert account == Account(read=11, empty=2, long=1, copied=1, ratio=1, duplicate=1, held_out=2)
+    assert account.kept == 3
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_each_reason_is_counted_once() -> None:
         ({}, 1),
         ({"deduplicate": False}, 2),
         ({"drop_held_out": False}, 2),
-        ({"max_characters": 60}, 2),
+        ({"max_characters": 60, "drop_copied": False}, 2),
         ({"max_ratio": 20.0}, 2),
     ],
 )
@@ -140,16 +142,17 @@ def printed(accounts: dict[str, Account], width: int = 80) -> list[list[str]]:
 
 @pytest.mark.parametrize("width", [80, 20])
 def test_the_table_has_a_column_a_reason_and_sums(width: int) -> None:
-    accounts = {"en-de": Account(9_000_000, 2, 1, 1, 1, 2), "de-en": Account(5, ratio=1)}
+    accounts = {"en-de": Account(9_000_000, 2, 1, 3, 1, 1, 2), "de-en": Account(5, ratio=1)}
     rows = printed(accounts, width)
-    assert ["en-de", "9,000,000", "2", "1", "1", "1", "2", "8,999,993", "7"] in rows
-    assert ["all", "9,000,005", "2", "1", "2", "1", "2", "8,999,997", "14"] in rows
+    assert ["en-de", "9,000,000", "2", "1", "3", "1", "1", "2", "8,999,990", "7"] in rows
+    assert ["all", "9,000,005", "2", "1", "3", "2", "1", "2", "8,999,994", "14"] in rows
     assert ["all"] not in [row[:1] for row in printed({"en-de": accounts["en-de"]}, width)]
     heads = {
         "direction",
         "read",
         "empty",
         "long",
+        "same",
         "ratio",
         "twice",
         "held",

@@ -63,7 +63,7 @@ def test_train_evaluate_extract_translate(
     scores = tmp_path / "scores.json"
     assert main(["evaluate", "--model", str(work), *limits, "--json", str(scores)]) == 0
     printed = capfd.readouterr().out
-    assert "signature: nrefs:1|case:mixed|eff:no|tok:intl|smooth:exp|version:" in printed
+    assert ": nrefs:1|case:mixed|eff:no|tok:intl|smooth:exp|version:" in printed
     found = json.loads(scores.read_text())
     assert list(found["scores"]) == PAIRS.split(",")
     assert all(0 <= s["bleu"] <= 100 and s["sentences"] == 3 for s in found["scores"].values())
@@ -94,7 +94,7 @@ def test_train_evaluate_extract_translate(
     before = sorted(work.rglob("*"))
     assert main(train_arguments(data, work, "--set", "vocab_size=340")) == 2
     assert "another configuration: model.vocab_size is 330 there and 340" in one_line(capfd)
-    assert main([*train_arguments(data, work), "--pairs", "en-fr"]) == 2
+    assert main([*train_arguments(data, work), "--pairs", "fr-en"]) == 2
     assert "another configuration: model.pairs" in one_line(capfd)
     assert sorted(work.rglob("*")) == before
     cut = max((work / "checkpoints" / "40").rglob("*"), key=lambda p: p.stat().st_size)
@@ -203,7 +203,7 @@ def test_a_model_that_does_not_fit(
     ]
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     cases.append(
-        (["translate", "--model", f"{tmp_path}/begun"], "begun has no model yet: run train")
+        (["translate", "--model", f"{tmp_path}/begun"], "begun/checkpoints has no whole checkpoint")
     )
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in cases:

@@ -1,21 +1,25 @@
-"""Training by two processes gives the losses of one, and one goes on where two were stopped."""
+"""Runs of one process and of two: alike, stopped by signals, given different things, bereft."""
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from taskmoe.tests.wmt import support
+from taskmoe.wmt.training import lost_peers
 
 SIZES = ["d_model=16", "d_ff=16", "num_heads=2", "num_experts=4", "vocab_size=330"]
 TRAINING = ["batch_tokens=512", "buckets=[16]", "learning_rate=0.01", "checkpoint_every=4"]
 
 
-def start(data: Path, workdir: Path, steps: int, *more: str) -> subprocess.Popen[str]:
+def start(data: Path, workdir: Path, steps: int | str, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "taskmoe.wmt", "train", "--data", str(data)]
     command += ["--workdir", str(workdir), "--steps", str(steps), "--encoder", "token"]
     command += ["--cache", str(data / "cache"), *more]
@@ -40,6 +44,32 @@ def finish(*processes: subprocess.Popen[str]) -> list[str]:
     return printed
 
 
+def wait_for(process: subprocess.Popen[str], line: str) -> None:
+    """Read what the process prints up to a line that begins so."""
+    assert process.stdout is not None
+    assert any(said.startswith(line) for said in process.stdout), process.communicate()[1]
+
+
+def ends(process: subprocess.Popen[str], code: int) -> str:
+    """The one line on stderr of a process that ends with this code."""
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    (line,) = errors.splitlines()
+    return str(line)
+
+
+def together() -> list[str]:
+    """Arguments of two processes up to the number of the process."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+
+
+def trained(workdir: Path) -> bytes:
+    return (workdir / "model" / "params.safetensors").read_bytes()
+
+
 def losses(workdir: Path) -> dict[int, float]:
     lines = map(json.loads, (workdir / "log.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines}
@@ -47,13 +77,9 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def test_two_processes_train_as_one_does_and_one_goes_on_from_two(tmp_path: Path) -> None:
     data = support.write_folder(tmp_path / "data")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    together = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
-    together += ["--expert-parallel", "2", "--process-id"]
+    shared = ["--expert-parallel", "2", *together()]
     two, one = tmp_path / "two", tmp_path / "one"
-    pair = (start(data, two, 8, *together, str(i)) for i in range(2))
+    pair = (start(data, two, 8, *shared, str(i)) for i in range(2))
     said, silent, _ = finish(*pair, start(data, one, 12))
     assert "2 devices in 2 processes: data 1 x expert 2" in said
     assert "step 8" in said
@@ -66,3 +92,104 @@ def test_two_processes_train_as_one_does_and_one_goes_on_from_two(tmp_path: Path
     assert "resuming at step 8 of 12" in said
     np.testing.assert_allclose(losses(two)[12], want[12], rtol=1e-4)
     assert abs(want[4] - want[12]) > 1e-2
+
+
+SELDOM = ["--set", "checkpoint_every=1000"]
+
+
+def test_a_signal_at_any_moment_keeps_the_step_and_the_run_goes_on_bit_for_bit(
+    tmp_path: Path,
+) -> None:
+    data = support.write_folder(tmp_path / "data")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    reference = start(data, whole, 60, *SELDOM)
+    for moment, told, code in (
+        ("vocabulary", signal.SIGTERM, 143),
+        ("step 20", signal.SIGTERM, 143),
+        ("step 40", signal.SIGINT, 130),
+    ):
+        process = start(data, stopped, 60, *SELDOM)
+        wait_for(process, moment)
+        process.send_signal(told)
+        said = ends(process, code)
+        assert said.startswith("SIGTERM: " if told == signal.SIGTERM else "interrupted: ")
+        assert said.endswith("; the same command goes on")
+    finish(reference)
+    (resumed,) = finish(start(data, stopped, 60, *SELDOM))
+    assert "resuming at step 4" in resumed
+    assert trained(stopped) == trained(whole)
+
+
+def test_two_processes_stop_after_the_same_step_whichever_was_told(tmp_path: Path) -> None:
+    data = support.write_folder(tmp_path / "data")
+    workdir, shared = tmp_path / "w", ["--expert-parallel", "2", *SELDOM]
+    reference = start(data, tmp_path / "whole", 40, *SELDOM)
+    for told in (0, 1):
+        ids = together()
+        pair = [start(data, workdir, 60, *shared, *ids, str(i)) for i in range(2)]
+        wait_for(pair[0], "step 2" if told == 0 else "step 4")
+        pair[told].send_signal(signal.SIGTERM)
+        first, second = (ends(process, 143) for process in pair)
+        assert first == second
+        assert re.match(r"SIGTERM: step [2-4]\d of 60 is kept in ", first)
+    finish(reference)
+    ids = together()
+    finish(*(start(data, workdir, 60, *shared, *ids, str(i)) for i in range(2)))
+    assert losses(workdir)[60] < losses(tmp_path / "whole")[40]
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    script = (
+        "import signal, sys, time\n"
+        "from taskmoe.wmt.training.stopping import stopping\n"
+        "with stopping() as stop:\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    assert stop() == signal.SIGTERM\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(support.ROOT / ".types"), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=50
+    )
+    assert (done.returncode, done.stderr) == (143, "told twice: ended at once\n")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (["--set", "clip_norm=0.5"], "clip_norm is 1.0 in process 0 and 0.5 in process 1"),
+        (["--steps", "9"], "steps is 8 in process 0 and 9 in process 1"),
+        (["--data", "{more}"], "text of de-en is '"),
+        (["--expert-parallel", "2"], "mesh is [2, 1] in process 0 and [1, 2] in process 1"),
+        (["--data", "/nowhere"], "data folder /nowhere is not there"),
+    ],
+    ids=["rate", "steps", "text", "mesh", "failure"],
+)
+def test_processes_that_were_given_different_things_end_before_they_train(
+    tmp_path: Path, theirs: list[str], message: str
+) -> None:
+    data = support.write_folder(tmp_path / "data")
+    more = support.write_folder(tmp_path / "more")
+    for file in more.glob("train.*"):
+        file.write_text(file.read_text() + "one more\n")
+    theirs = [word.format(more=more) for word in theirs]
+    ids, workdir = together(), tmp_path / "w"
+    pair = [start(data, workdir, 8, *ids, "0"), start(data, workdir, 8, *ids, "1", *theirs)]
+    for process in pair:
+        assert message in ends(process, 2)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_loses_the_other_says_so_in_one_line(tmp_path: Path, killed: int) -> None:
+    data = support.write_folder(tmp_path / "data")
+    shared = ["--expert-parallel", "2", *SELDOM, *together()]
+    pair = [start(data, tmp_path / "w", 100_000, *shared, str(i)) for i in range(2)]
+    wait_for(pair[0], "step 20")
+    pair[killed].kill()
+    left = pair[1 - killed]
+    _, errors = left.communicate(timeout=200)
+    assert left.returncode != 0
+    assert errors == lost_peers.SAID + "\n"
+    pair[killed].communicate()

@@ -69,9 +69,9 @@ def test_each_kind_of_source_and_all_of_them(
         read = sum(200 if kind == "folder" else 20 for kind in mix)
         columns = [int(n) for n in cells(capfd.readouterr().out, "en-de")]
         assert columns[0] == read
-        assert columns[6] == read - sum(columns[1:6]) > 0
-    assert columns[4] >= 40  # the same 20 pairs stand in three sources
-    assert columns[5] > 0
+        assert columns[7] == read - sum(columns[1:7]) > 0
+    assert columns[5] >= 40  # the same 20 pairs stand in three sources
+    assert columns[6] > 0
     assert main(["train", *chosen, "--workdir", str(tmp_path / "w"), "--steps", "1", *ALONE]) == 0
     assert [int(n) for n in cells(capfd.readouterr().out, "en-de")[:7]] == columns[:7]
     # The checkpoint knows the text that it was trained on.
@@ -81,7 +81,7 @@ def test_each_kind_of_source_and_all_of_them(
     assert "the training text is another than when" in fails(capfd, *again)
     everything = [*chosen, "--set", "drop_held_out=false", "--out", str(tmp_path / "all")]
     assert main(["prepare", *everything]) == 0
-    assert cells(capfd.readouterr().out, "en-de")[5] == "0"
+    assert cells(capfd.readouterr().out, "en-de")[6] == "0"
 
 
 def test_prepare_writes_cleaned_text_that_reads_the_same(
@@ -96,8 +96,8 @@ def test_prepare_writes_cleaned_text_that_reads_the_same(
     assert sizes["sources"] == [kinds["folder"], kinds["tsv"]]
     assert sizes["train"]["en-de"]["read"] == 220
     assert sizes["train"]["en-de"]["long"] > 0
-    assert cells(printed, "en-de")[6] == str(sizes["train"]["en-de"]["kept"])
-    assert cells(printed, "en-de")[7] == str(sizes["valid"]["en-de"]) == "12"
+    assert cells(printed, "en-de")[7] == str(sizes["train"]["en-de"]["kept"])
+    assert cells(printed, "en-de")[8] == str(sizes["valid"]["en-de"]) == "12"
     pairs = tuple(available_pairs(out, "train"))
     assert len(pairs) == 6
     for pair, columns in read_pairs(out, "train", pairs).items():

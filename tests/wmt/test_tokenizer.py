@@ -1,17 +1,29 @@
 """Text to ids and back."""
 
+import io
+import tempfile
+import unicodedata
 from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+import sentencepiece
 
 from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.text.tokenizer import EOS, UNK, Tokenizer, train_tokenizer
 
-# What text cannot hold: surrogates; U+2581 is SentencePiece's mark of a space.
-TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\u2581"))
+# What text cannot hold: surrogates; U+2581 is SentencePiece's mark of a space. What is normalised
+# has tests of its own: spaces, what is not seen, and marks that are composed with letters.
+TEXT = st.text(
+    st.characters(
+        exclude_categories=["Cs", "Cc", "Cf", "Mn", "Mc", "Zs", "Zl", "Zp"],
+        exclude_characters="\u2581",
+    )
+    | st.just(" ")
+)
+PLAIN = "une tête à Köln"
 
 
 @hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
@@ -21,7 +33,67 @@ def test_text_comes_back_as_it_was(line: str) -> None:
     assert ids[-1] == EOS
     assert UNK not in ids
     (back,) = support.tokenizer().decode([ids[:-1]])
-    assert back == " ".join(word for word in line.split(" ") if word)
+    composed = unicodedata.normalize("NFC", line)
+    assert back == " ".join(word for word in composed.split(" ") if word)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(PLAIN.replace(" ", space) for space in "\t\xa0\u1680\u2003\u2009\u202f\u3000"),
+        *(PLAIN.replace(" ", space) for space in "\u2028\u2029\x85\v\u200b"),
+        PLAIN.replace(" ", " \u200b"),
+        PLAIN.replace("t", "\xadt"),
+        f"\ufeff{PLAIN}\u200e",
+        f"\u2067{PLAIN}\u2069\x00\x07".replace("\x00", ""),
+        unicodedata.normalize("NFD", PLAIN),
+        f"  {PLAIN} ",
+    ],
+    ids=ascii,
+)
+def test_what_looks_the_same_is_the_same(line: str) -> None:
+    tokenizer = support.tokenizer()
+    assert line != PLAIN
+    assert tokenizer.encode_target([line]) == tokenizer.encode_target([PLAIN])
+    assert tokenizer.encode_source([line], "fr") == tokenizer.encode_source([PLAIN], "fr")
+
+
+def test_joiners_and_what_nfkc_would_rewrite_stay() -> None:
+    lines = [
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\u0915\u094d\u200d\u0937",
+        "\ufb01 \xbd \uff21\uff01",
+    ]
+    ids = [line[:-1] for line in support.tokenizer().encode_target(lines)]
+    assert support.tokenizer().decode(ids) == lines
+    (khmer,) = support.tokenizer().encode_target(["\u1781\u1789\u200b\u1791"])
+    assert support.tokenizer().decode([khmer]) == ["\u1781\u1789\u1791"]
+
+
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+@hypothesis.given(point=st.integers(0xA0, 0x1FFFF))
+def test_every_letter_is_composed(point: int) -> None:
+    hypothesis.assume(unicodedata.category(chr(point)) in ("Lu", "Ll", "Lo"))
+    composed = unicodedata.normalize("NFC", chr(point))
+    for form in (chr(point), unicodedata.normalize("NFD", chr(point))):
+        (ids,) = support.tokenizer().encode_target([form])
+        assert support.tokenizer().decode([ids]) == [composed]
+
+
+def test_an_older_vocabulary_goes_on_as_it_was_made() -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([PLAIN] * 50), model_writer=model, vocab_size=290,
+        hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity",
+        pad_id=0, unk_id=1, bos_id=2, eos_id=3, minloglevel=2,
+    )  # fmt: skip
+    older = Tokenizer(model.getvalue())
+    (ids,) = older.encode_target([PLAIN.replace(" ", "\xa0")])
+    assert older.decode([ids]) == [PLAIN.replace(" ", "\xa0")]
+
+
+def test_a_vocabulary_does_not_tell_where_it_was_made() -> None:
+    assert tempfile.gettempdir().encode() not in support.tokenizer().model
 
 
 def test_punctuation_of_every_script_is_kept() -> None:

@@ -14,7 +14,7 @@ from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.text import vocabulary
 from taskmoe.wmt.text.folders import Pairs
-from taskmoe.wmt.text.sources import cache_folder
+from taskmoe.wmt.text.sources import cache_folder, open_source
 from taskmoe.wmt.text.tokenizer import Tokenizer, train_tokenizer
 from taskmoe.wmt.text.vocabulary import cached_vocabulary
 
@@ -139,6 +139,13 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "taskmoe"
+
+
+def test_a_cache_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    said: list[str] = []
+    made = cached_vocabulary(support.text(), 330, tmp_path / "file", **SETTINGS, note=said.append)
+    assert made.vocab_size <= 330
+    assert f"not kept: {tmp_path}/file: " in said[0]
     with pytest.raises(InputError, match=r"cache folder .*file: .*; name another with --cache"):
-        cache_folder(tmp_path / "file")
+        open_source("cldr", cache=tmp_path / "file").read("train", "en-de")

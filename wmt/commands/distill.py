@@ -38,6 +38,7 @@ from taskmoe.wmt.training.distillation import (
     teacher_text,
 )
 from taskmoe.wmt.training.loop import train
+from taskmoe.wmt.training.stopping import ending_at_once, stopping
 from taskmoe.wmt.training.workdir import SIZES, check_workdir
 
 
@@ -65,7 +66,8 @@ def run(a: argparse.Namespace) -> None:
     identity = f"{source.identity} translated by {a.teacher.resolve()}"
     check_workdir(a.workdir, config, train_config, identity)
 
-    with bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
+    kept = ending_at_once("what was translated is kept")
+    with kept, bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
         text = teacher_text(
             a.workdir / "translations",
             teacher,
@@ -80,7 +82,7 @@ def run(a: argparse.Namespace) -> None:
     )
     data = TrainingData(text, teacher.tokenizer, train_config)
     write_text(a.workdir / SIZES, json.dumps(data.sizes, indent=2) + "\n")
-    with report_to("training", train_config.steps) as (report, say):
+    with report_to("training", train_config.steps) as (report, say), stopping() as stop:
         student = train(
             a.workdir,
             config,
@@ -91,6 +93,7 @@ def run(a: argparse.Namespace) -> None:
             params=params,
             report=report,
             note=say,
+            stop=stop,
         )
     if "--baseline" not in beside:
         return
@@ -109,7 +112,7 @@ def run(a: argparse.Namespace) -> None:
 
 def _bleu(a: argparse.Namespace, model: Model, pairs: tuple[str, ...]) -> float:
     """Mean BLEU over the directions."""
-    asked = argparse.Namespace(**{**vars(a), "pairs": ",".join(pairs)})
+    asked = argparse.Namespace(**{**vars(a), "pairs": list(pairs)})
     text, _ = text_to_score(asked, a.split, model)
     text = {pair: (x[: a.limit], y[: a.limit]) for pair, (x, y) in text.items()}
     requests = [(pair, line) for pair, (lines, _) in text.items() for line in lines]

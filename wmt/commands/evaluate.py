@@ -15,6 +15,7 @@ from taskmoe.cli.command_line import write_text
 from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.shared import (
     add_decoding,
+    add_tokenize,
     check_limit,
     decoding,
     load,
@@ -25,7 +26,14 @@ from taskmoe.wmt.commands.text import add_data, text_to_score
 from taskmoe.wmt.model.saved import Model
 from taskmoe.wmt.model.translation import task_ids, translate
 from taskmoe.wmt.text.folders import Pairs
-from taskmoe.wmt.text.scoring import Comparison, averages, compare, score
+from taskmoe.wmt.text.scoring import (
+    Comparison,
+    averages,
+    check_tokenizer,
+    compare,
+    score,
+    uncut,
+)
 
 
 def run(a: argparse.Namespace) -> None:
@@ -35,19 +43,22 @@ def run(a: argparse.Namespace) -> None:
     other = None if a.against is None else load(a.against)
     text, title = text_to_score(a, a.split, model)
     for pair in text:
+        check_tokenizer(pair, a.tokenize)  # before hours of translation
         task_ids(model.config, pair)
         if other is not None:
             task_ids(other.config, pair)
     if a.limit is not None:
         text = {p: (s[: a.limit], t[: a.limit]) for p, (s, t) in text.items()}
     ours = _translations(a, model, text)
-    scores = {pair: score(pair, ours[pair], text[pair][1]) for pair in text}
+    scores = {pair: score(pair, ours[pair], text[pair][1], a.tokenize) for pair in text}
     columns = ["direction", "BLEU", "chrF", "sentences"]
     comparisons: dict[str, Comparison] = {}
     if other is not None:
         theirs = _translations(a, other, text)
         with out.status("drawing bootstrap samples"):
-            comparisons = {p: compare(p, ours[p], theirs[p], text[p][1]) for p in text}
+            comparisons = {
+                p: compare(p, ours[p], theirs[p], text[p][1], tokenize=a.tokenize) for p in text
+            }
         columns += ["BLEU of the other", "p"]
     table = Table(*columns, title=Text(f"{a.model} on {title}, {a.split}"))
     for pair, found in scores.items():
@@ -68,9 +79,20 @@ def run(a: argparse.Namespace) -> None:
         row = [f"average {name}", f"{value:.2f}", f"{means['chrf'][name]:.2f}"]
         table.add_row(*row, "", *(f"{level[name]:.2f}" for level in (means["other"],) if level))
     out.print(table)
-    signatures = {x for s in scores.values() for x in (s.signature, s.chrf_signature)}
-    for signature in sorted(signatures):
-        out.print(f"signature: {signature}")
+    signatures: dict[str, list[str]] = {}
+    for pair, found in scores.items():
+        signatures.setdefault(found.signature, []).append(pair)
+    for signature, pairs in signatures.items():
+        out.print(f"BLEU signature of {', '.join(pairs)}: {signature}")
+    for signature in sorted({found.chrf_signature for found in scores.values()}):
+        out.print(f"chrF signature: {signature}")
+    if len(signatures) > 1 and means["bleu"]:
+        out.print("BLEU averages are over directions of different signatures")
+    if whole := [pair for pair in scores if uncut(pair, a.tokenize)]:
+        out.print(
+            f"BLEU of {', '.join(whole)} takes whole clauses for words: go by chrF, or by "
+            "--tokenize flores200 or char"
+        )
     if comparisons:
         out.print(f"p: paired bootstrap, 1000 samples, against {a.against}")
     if a.json is not None:
@@ -78,6 +100,7 @@ def run(a: argparse.Namespace) -> None:
             "model": str(a.model),
             "scores": {p: s._asdict() for p, s in scores.items()},
             "averages": means["bleu"],
+            "one_signature": len(signatures) == 1,
             "averages_chrf": means["chrf"],
             "against": {p: c._asdict() for p, c in comparisons.items()},
             "averages_against": means["other"],
@@ -112,5 +135,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="directions trained on so many sentence pairs are high-resource (default 1000000)",
     )
+    add_tokenize(p)
     add_decoding(p)
     p.add_argument("--json", type=Path, help="write the scores here too")

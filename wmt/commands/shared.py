@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from taskmoe.cli.errors import InputError
-from taskmoe.wmt.config import split_pair
 from taskmoe.wmt.model.saved import Model, load_model
 from taskmoe.wmt.model.translation import Decoding
-from taskmoe.wmt.training.workdir import SIZES
+from taskmoe.wmt.text.scoring import TOKENIZERS
+from taskmoe.wmt.training.workdir import SIZES, interrupted_model
 
 out = Console(soft_wrap=True, highlight=False, markup=False)
 
@@ -32,16 +33,20 @@ def add_decoding(p: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tokenize(p: argparse.ArgumentParser) -> None:
+    """How text is cut into words for BLEU."""
+    p.add_argument(
+        "--tokenize",
+        choices=TOKENIZERS,
+        help="cut words for BLEU so (default: zh, ja-mecab or ko-mecab for Chinese, Japanese, "
+        "Korean, else intl; 13a is sacreBLEU's own default)",
+    )
+
+
 def check_limit(limit: int | None) -> None:
     """Raise InputError where --limit leaves no sentence."""
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, got {limit}")
-
-
-def check_pair(pair: str) -> str:
-    """The direction itself; raises InputError where it is none."""
-    own_words(split_pair, pair)
-    return pair
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
@@ -62,10 +67,14 @@ def sizes_file(folder: Path) -> dict[str, bytes]:
 
 
 def load(folder: Path) -> Model:
-    """A model folder, or the model of a work directory."""
-    if (folder / "checkpoints").is_dir() and not (folder / "model").is_dir():
-        raise InputError(f"{folder} has no model yet: run train on it to its last step")
-    return load_model(folder / "model" if (folder / "model").is_dir() else folder)
+    """A model folder, or the model of a work directory: of a run that goes on, its newest."""
+    if (folder / "model").is_dir():
+        return load_model(folder / "model")
+    if (folder / "checkpoints").is_dir():
+        step, model = interrupted_model(folder)
+        print(f"{folder} is not trained to its end: the model of step {step}", file=sys.stderr)
+        return model
+    return load_model(folder)
 
 
 def decoding(a: argparse.Namespace) -> Decoding:
@@ -88,14 +97,6 @@ def own_words(function: Any, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file's bytes; raises InputError where it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
 
 
 def override(item: str) -> tuple[str, Any]:

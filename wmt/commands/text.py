@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
-from taskmoe.wmt.commands.shared import check_pair, out
-from taskmoe.wmt.config import TrainConfig, split_pair
+from taskmoe.wmt.commands.shared import out
+from taskmoe.wmt.config import TrainConfig
 from taskmoe.wmt.model.saved import Model
 from taskmoe.wmt.text.cleaning import Account, clean
 from taskmoe.wmt.text.folders import SPLITS, Pairs
+from taskmoe.wmt.text.languages import codes_of, direction
 from taskmoe.wmt.text.sources import (
     Source,
     all_pairs,
@@ -41,7 +42,12 @@ def add_data(p: argparse.ArgumentParser, *, required: bool = True) -> None:
         "sacrebleu:NAME (a test set), or cldr (embedded); files may be gzipped, and @valid or "
         "@test behind a .tsv file or test set says what it serves as; may be given again",
     )
-    p.add_argument("--pairs", help="directions like en-de,de-en; all that there are by default")
+    p.add_argument(
+        "--pairs",
+        action="append",
+        help="directions like en-de,en-pt-BR, of any two words; all between languages that there "
+        "are by default; may be given again",
+    )
     p.add_argument(
         "--cache",
         type=Path,
@@ -69,15 +75,17 @@ def training_text(a: argparse.Namespace, config: TrainConfig) -> TrainingText:
     Raises InputError for text that is not there, wrong or nothing after cleaning, and for a source
     that has text of none of the directions.
     """
-    with _sources(a, config.max_sentences) as sources:
-        pairs = choose_pairs(a.pairs, sources, "train", None)
+    wanted = wanted_pairs(a.pairs)
+    with _sources(a, config.max_sentences, codes_of(wanted)) as sources:
+        pairs = wanted or choose_pairs(sources, "train", None)
         text = read_all(sources, "train", pairs, config.max_sentences)
         for source in sources:
             if not any(set(pairs).intersection(source.pairs(split)) for split in SPLITS):
                 raise InputError(f"{source.name} has no text of {', '.join(pairs)}")
         held_out: dict[str, set[str]] = {}
         if config.drop_held_out:
-            held_out = read_held_out(sources, {x for pair in pairs for x in split_pair(pair)})
+            held_out = read_held_out(sources, set(codes_of(pairs)))
+    _say_left_aside(sources, "train")
     cleaned, accounts = clean(text, config, held_out)
     identity = " + ".join(source.identity for source in sources)
     return TrainingText(pairs, cleaned, accounts, names_of(sources), identity, sources)
@@ -85,20 +93,33 @@ def training_text(a: argparse.Namespace, config: TrainConfig) -> TrainingText:
 
 def text_to_score(a: argparse.Namespace, split: str, model: Model | None) -> tuple[Pairs, str]:
     """(a split's text, the sources' names) of what the arguments of `add_data` name."""
-    with _sources(a, None) as sources:
-        pairs = choose_pairs(a.pairs, sources, split, model)
-        return read_split(sources, split, pairs), names_of(sources)
+    codes = codes_of(model.config.pairs) if model is not None else frozenset()
+    wanted = wanted_pairs(a.pairs, codes)
+    with _sources(a, None, codes | codes_of(wanted)) as sources:
+        pairs = wanted or choose_pairs(sources, split, model)
+        text = read_split(sources, split, pairs)
+    _say_left_aside(sources, split)
+    return text, names_of(sources)
 
 
-def choose_pairs(
-    wanted: str | None, sources: list[Source], split: str, model: Model | None
-) -> tuple[str, ...]:
-    """The directions of --pairs; else those of the model that there are, else all there are."""
-    if wanted:
-        pairs = tuple(check_pair(p) for p in wanted.split(","))
-        if len(set(pairs)) != len(pairs):
-            raise InputError(f"--pairs names a direction twice: {wanted}")
-        return pairs
+def wanted_pairs(given: list[str] | None, named: Collection[str] = ()) -> tuple[str, ...]:
+    """The directions of --pairs in their order; named: codes that are taken as they stand."""
+    words = [word for each in given or () for word in each.split(",")]
+    pairs = tuple(direction(word, named) for word in words)
+    if twice := [pair for place, pair in enumerate(pairs) if pair in pairs[:place]]:
+        raise InputError(f"--pairs names a direction twice: {twice[0]}")
+    return pairs
+
+
+def _say_left_aside(sources: list[Source], split: str) -> None:
+    for source in sources:
+        if names := source.left_aside(split):
+            which = ", ".join(names[:5]) + (f" and {len(names) - 5} more" * (len(names) > 5))
+            out.print(f"{source.name}: left aside, in no language: {which}")
+
+
+def choose_pairs(sources: list[Source], split: str, model: Model | None) -> tuple[str, ...]:
+    """The directions of the model that there are, else all there are."""
     known = all_pairs(sources, split)
     if not known:
         raise InputError(f"{names_of(sources)} has no {split} text of any pair")
@@ -124,7 +145,9 @@ def make_vocabulary(
 
 
 @contextmanager
-def _sources(a: argparse.Namespace, limit: int | None) -> Iterator[list[Source]]:
+def _sources(
+    a: argparse.Namespace, limit: int | None, named: Collection[str]
+) -> Iterator[list[Source]]:
     """The sources of --data, with a bar while they are read."""
     with bar("reading text", "sentences", enabled=sys.stderr.isatty()) as progress:
-        yield open_sources(a.data, limit=limit, cache=a.cache, progress=progress)
+        yield open_sources(a.data, limit=limit, cache=a.cache, named=named, progress=progress)

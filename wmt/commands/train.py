@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
+from jax.sharding import Mesh
 
 from taskmoe.cli.command_line import write_bytes, write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
-from taskmoe.wmt.commands.shared import build, out, override
+from taskmoe.kernels import __version__
+from taskmoe.wmt.commands.shared import add_tokenize, build, out, override
 from taskmoe.wmt.commands.text import TrainingText, add_data, make_vocabulary, training_text
 from taskmoe.wmt.config import PRESETS, ModelConfig, SideRouting, TrainConfig
 from taskmoe.wmt.model.saved import Model
@@ -24,11 +27,12 @@ from taskmoe.wmt.model.transformer import param_count
 from taskmoe.wmt.model.translation import Decoding, translate
 from taskmoe.wmt.text.cleaning import account_table
 from taskmoe.wmt.text.data import TrainingData
-from taskmoe.wmt.text.scoring import averages, score
+from taskmoe.wmt.text.scoring import averages, check_tokenizer, score
 from taskmoe.wmt.text.sources import all_pairs, read_split
 from taskmoe.wmt.text.tokenizer import Tokenizer
 from taskmoe.wmt.training import parallel
 from taskmoe.wmt.training.loop import Progress, train
+from taskmoe.wmt.training.stopping import ending_at_once, stopping
 from taskmoe.wmt.training.validation import Validation
 from taskmoe.wmt.training.workdir import SIZES, alone_in, check_workdir
 
@@ -38,31 +42,19 @@ def run(a: argparse.Namespace) -> None:
     by_hand = (a.coordinator, a.num_processes, a.process_id)
     if a.distributed or any(part is not None for part in by_hand):
         parallel.join(*by_hand)
-    mesh = parallel.make_mesh(a.data_parallel, a.expert_parallel)
-    out.quiet = not parallel.is_writer()
-    model_fields, train_fields = configure(a)
-    train_config = build(TrainConfig, train_fields)
-    source = training_text(a, train_config)
-    model_config = build(ModelConfig, {"pairs": source.pairs, **model_fields})
-    validation = _validation(a, source)
-
-    parallel.check_mesh(mesh, model_config, train_config)
-    begun = check_workdir(a.workdir, model_config, train_config, source.identity)
-    vocabulary = a.workdir / "spm.model"
-    parallel.wait_for_all("work directory was looked at")
-    if not begun and parallel.is_writer():  # all input is read and fits before anything is written
-        size = model_config.vocab_size
-        tokenizer = make_vocabulary(source.text, size, train_config, a.cache, train_config.seed)
-        data = TrainingData(source.text, tokenizer, train_config)
-    if not begun:
-        with alone_in(a.workdir):
-            if parallel.is_writer():
-                write_text(a.workdir / SIZES, json.dumps(data.sizes, indent=2) + "\n")
-                write_bytes(vocabulary, tokenizer.model)
-    parallel.wait_for_all("vocabulary is there")
-    if begun or not parallel.is_writer():
-        tokenizer = Tokenizer.load(vocabulary)
-        data = TrainingData(source.text, tokenizer, train_config)
+    with ending_at_once("no step was taken"):
+        out.quiet = not parallel.is_writer()
+        with parallel.failing_together():  # all input is read before anything is written
+            mesh = parallel.make_mesh(a.data_parallel, a.expert_parallel)
+            model_fields, train_fields = configure(a)
+            train_config = build(TrainConfig, train_fields)
+            source = training_text(a, train_config)
+            model_config = build(ModelConfig, {"pairs": source.pairs, **model_fields})
+            validation = _validation(a, source)
+            parallel.check_mesh(mesh, model_config, train_config)
+            begun = check_workdir(a.workdir, model_config, train_config, source.identity)
+        parallel.agree_on(_settings(a, model_config, train_config, source, mesh, validation))
+        tokenizer, data = _encoded(a, model_config, train_config, source, begun)
     out.print(account_table(source.title, source.accounts, {"no bucket": data.too_long}))
     if mesh is not None:
         out.print(
@@ -70,7 +62,7 @@ def run(a: argparse.Namespace) -> None:
             f"data {mesh.shape['data']} x expert {mesh.shape['expert']}"
         )
 
-    with report_to("training", train_config.steps) as (report, say):
+    with report_to("training", train_config.steps) as (report, say), stopping(mesh) as stop:
         model = train(
             a.workdir,
             model_config,
@@ -83,8 +75,60 @@ def run(a: argparse.Namespace) -> None:
             tensorboard=a.tensorboard,
             report=report,
             note=say,
+            stop=stop,
         )
     out.print(f"{param_count(model.params):,} parameters in {a.workdir / 'model'}")
+
+
+def _settings(
+    a: argparse.Namespace,
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    source: TrainingText,
+    mesh: Mesh | None,
+    validation: Validation | None,
+) -> dict[str, Any]:
+    """What all processes of a run must have been given alike, by name."""
+    digests = {
+        f"text of {pair}": hashlib.sha256(json.dumps(sides).encode()).hexdigest()[:16]
+        for pair, sides in source.text.items()
+    }
+    fields = {**dataclasses.asdict(train_config), **dataclasses.asdict(model_config)}
+    return {
+        "taskmoe": __version__,
+        "jax": jax.__version__,
+        "--workdir": str(a.workdir.resolve()),
+        "mesh": None if mesh is None else [int(n) for n in mesh.shape.values()],
+        **fields,
+        **digests,
+        "--validate-every": validation and [validation.every, validation.patience, validation.text],
+        "--tensorboard": a.tensorboard,
+    }
+
+
+def _encoded(
+    a: argparse.Namespace,
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    source: TrainingText,
+    begun: bool,
+) -> tuple[Tokenizer, TrainingData]:
+    """The run's vocabulary, which process 0 makes and writes where it has not begun; the text."""
+    vocabulary = a.workdir / "spm.model"
+    if not begun and parallel.is_writer():
+        size = model_config.vocab_size
+        tokenizer = make_vocabulary(source.text, size, train_config, a.cache, train_config.seed)
+        data = TrainingData(source.text, tokenizer, train_config)
+    if not begun:
+        with alone_in(a.workdir):
+            if parallel.is_writer():
+                write_text(a.workdir / SIZES, json.dumps(data.sizes, indent=2) + "\n")
+                write_bytes(vocabulary, tokenizer.model)
+    parallel.wait_for_all("vocabulary is there")
+    if begun or not parallel.is_writer():
+        tokenizer = Tokenizer.load(vocabulary)
+        data = TrainingData(source.text, tokenizer, train_config)
+    return tokenizer, data
 
 
 @contextlib.contextmanager
@@ -149,6 +193,8 @@ def _validation(a: argparse.Namespace, source: TrainingText) -> Validation | Non
         if len(unscored) == len(source.pairs):
             raise InputError(f"--validate-every: {source.title} has no valid text of any direction")
         out.print(f"no valid text, so not scored on the way: {', '.join(unscored)}")
+    for pair in set(source.pairs) & there:
+        check_tokenizer(pair, a.tokenize)
     text = read_split(source.sources, "valid", [p for p in source.pairs if p in there])
     n = a.validate_sentences
     text = {pair: (lines[:n], references[:n]) for pair, (lines, references) in text.items()}
@@ -157,12 +203,14 @@ def _validation(a: argparse.Namespace, source: TrainingText) -> Validation | Non
     def bleu(model: Model) -> float:
         found = iter(translate(model, requests, Decoding()))
         scores = {
-            pair: score(pair, [next(found) for _ in references], references).bleu
+            pair: score(pair, [next(found) for _ in references], references, a.tokenize).bleu
             for pair, (_, references) in text.items()
         }
         return averages(scores)["all"]
 
-    scored = hashlib.sha256(json.dumps(text).encode()).hexdigest()[:32]
+    scored = hashlib.sha256(
+        json.dumps([text, a.tokenize] if a.tokenize else text).encode()
+    ).hexdigest()[:32]
     return Validation(bleu, a.validate_every, a.patience, scored)
 
 
@@ -187,6 +235,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--patience", type=int, metavar="N", help="end after N scores in a row without a new best"
     )
+    add_tokenize(p)
     p.add_argument("--tensorboard", action="store_true", help="write event files too")
     p.add_argument(
         "--data-parallel",

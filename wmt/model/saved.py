@@ -85,18 +85,28 @@ def load_model(folder: Path) -> Model:
         arrays = load_file(folder / PARAMS)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / PARAMS} is damaged: {error}") from None
+    return with_arrays(arrays, config, Tokenizer.load(folder / VOCABULARY), folder / PARAMS)
+
+
+def with_arrays(
+    arrays: Mapping[str, np.ndarray], config: ModelConfig, tokenizer: Tokenizer, where: Path | str
+) -> Model:
+    """A model of arrays by their names; raises InputError that names the first that does not fit.
+
+    where: the arrays are from, for that error.
+    """
     template = jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
     wanted = flatten(template)
     for name, leaf in wanted.items():
         got = arrays[name].shape if name in arrays else None
         if got != leaf.shape:
             raise InputError(
-                f"{folder / PARAMS}: {name} should be {list(leaf.shape)}, "
+                f"{where}: {name} should be {list(leaf.shape)}, "
                 + ("is missing" if got is None else f"is {list(got)}")
             )
     leaves = [jax.numpy.asarray(arrays[name]) for name in wanted]
     params = jax.tree.unflatten(jax.tree.structure(template), leaves)
-    return Model(params, config, Tokenizer.load(folder / VOCABULARY))
+    return Model(params, config, tokenizer)
 
 
 def flatten(params: Params) -> dict[str, jax.Array]:

@@ -64,14 +64,15 @@ def translate(
     decoding: Decoding = Decoding(),
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda _: None,
+    before: int = 0,
 ) -> list[str]:
     """Translate (direction, sentence) requests; results in their order, "" for an empty sentence.
 
     progress: called with (done, total) after each batch. note: called with a line for each sentence
-    that is cut to `decoding.max_source`.
+    that is cut to `decoding.max_source`. before: lines that stand before these, for that note.
     Raises InputError for a direction that the model cannot translate.
     """
-    found = translate_n_best(model, requests, decoding, 1, progress, note)
+    found = translate_n_best(model, requests, decoding, 1, progress, note, before)
     return [best[0].text if best else "" for best in found]
 
 
@@ -82,6 +83,7 @@ def translate_n_best(
     n_best: int = 1,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda _: None,
+    before: int = 0,
 ) -> list[list[Hypothesis]]:
     """As `translate`, with up to n_best hypotheses a request, best first; none for an empty one.
 
@@ -101,7 +103,8 @@ def translate_n_best(
     for i, (pair, _) in enumerate(requests):
         number[pair] += 1
         if (length := len(encoded.get(i, ()))) > decoding.max_source:
-            note(f"{pair}, line {number[pair]}: cut to {decoding.max_source} of {length:,} tokens")
+            line = before + number[pair]
+            note(f"{pair}, line {line}: cut to {decoding.max_source} of {length:,} tokens")
             encoded[i] = [*encoded[i][: decoding.max_source - 1], EOS]
     groups: dict[tuple[int, TaskIds | None], list[int]] = defaultdict(list)
     for i in sorted(encoded):

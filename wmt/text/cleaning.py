@@ -7,6 +7,7 @@ score (validation, test) is never cleaned.
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from collections.abc import Mapping
 
 import numpy as np
@@ -26,14 +27,16 @@ _ENDS = " .,;:!?…。！？।\"'«»“”„‚‘’()"
 class Account:
     """Sentence pairs of one direction: read, left out for each reason, kept.
 
-    empty: a side has no text. long: a side has more than `max_characters`. ratio: one side is too
-    long for the other, see `length_ratio_fits`. duplicate: the same two sentences came before.
-    held_out: a side stands in validation or test text.
+    empty: a side has no text. long: a side has more than `max_characters`. copied: both sides are
+    the same sentence, of more than three words, so no name. ratio: one side is too long for the
+    other, see `length_ratio_fits`. duplicate: the same two sentences came before. held_out: a side
+    stands in validation or test text.
     """
 
     read: int
     empty: int = 0
     long: int = 0
+    copied: int = 0
     ratio: int = 0
     duplicate: int = 0
     held_out: int = 0
@@ -90,8 +93,9 @@ def length_ratio_fits(source: int, target: int, typical: float, most: float) -> 
 
 
 def sentence_key(line: str) -> str:
-    """A sentence without letter case, spacing and punctuation at its ends."""
-    return " ".join(line.casefold().split()).strip(_ENDS)
+    """A sentence without letter case, spacing, ways to write a letter, punctuation at its ends."""
+    whole = line if line.isascii() else unicodedata.normalize("NFC", line)
+    return " ".join(whole.casefold().split()).strip(_ENDS)
 
 
 def _clean_direction(
@@ -104,12 +108,13 @@ def _clean_direction(
     short = [p for p in present if max(map(len, p)) <= config.max_characters]
     out["long"] = len(present) - len(short)
 
+    own = [p for p in short if not (config.drop_copied and _is_copied(*p))]
+    out["copied"] = len(short) - len(own)
+
     # The median, which a tenth of rubbish does not move.
-    typical = float(np.median([len(t) / len(s) for s, t in short])) if short else 1.0
-    fitting = [
-        p for p in short if length_ratio_fits(len(p[0]), len(p[1]), typical, config.max_ratio)
-    ]
-    out["ratio"] = len(short) - len(fitting)
+    typical = float(np.median([len(t) / len(s) for s, t in own])) if own else 1.0
+    fitting = [p for p in own if length_ratio_fits(len(p[0]), len(p[1]), typical, config.max_ratio)]
+    out["ratio"] = len(own) - len(fitting)
 
     unique = list(dict.fromkeys(fitting)) if config.deduplicate else fitting
     out["duplicate"] = len(fitting) - len(unique)
@@ -121,6 +126,11 @@ def _clean_direction(
     )
     out["held_out"] = len(unique) - len(kept)
     return ([s for s, _ in kept], [t for _, t in kept]), Account(len(columns[0]), **out)
+
+
+def _is_copied(source: str, target: str) -> bool:
+    """Whether a sentence was left as it is; a name or a number may be."""
+    return source == target and len(source.split()) > 3
 
 
 def _is_in(line: str, held: set[str]) -> bool:
@@ -147,10 +157,12 @@ def account_table(
         # A number is never cut off, however narrow the terminal.
         width = max(len(total), *map(len, head.split()))
         table.add_column(head, total, justify="right", min_width=width)
+    # One width whatever the terminal's: in a narrow one Rich would leave out the last columns.
+    table.width = sum(2 + (column.min_width or 0) for column in table.columns) + 1
     for pair in accounts:
         table.add_row(pair, *(f"{values[pair]:,}" for values in numbers.values()))
     return table
 
 
 _ORDER = ("read", *REASONS, "kept")
-_HEADS = {"duplicate": "twice", "held_out": "held out"}  # short: the table fits 80 columns
+_HEADS = {"copied": "same", "duplicate": "twice", "held_out": "held out"}  # short: for 80 columns

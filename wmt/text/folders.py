@@ -4,18 +4,21 @@ A folder holds, for a split such as "train", any of: pair files `train.en-de.en`
 (Moses style, the pair named either way round), multi-parallel files `train.en`, `train.de`, ...
 whose line N are all translations of each other, and tab-separated files `train.en-de.tsv` or, with
 a header, `train.tsv`. Each may be gzipped, with `.gz` at its end. Validation text may also be
-called `val` or `dev`.
+called `val` or `dev`. Codes are BCP 47's in either spelling, `train.pt-BR` or `train.pt_BR`; a file
+that ends in no language, such as `train.log`, is left aside.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import split_pair
-from taskmoe.wmt.text.textfiles import CODE, is_tsv, plain_name, read_lines, read_tsv
+from taskmoe.wmt.text.languages import codes_of, known, sides
+from taskmoe.wmt.text.textfiles import is_tsv, plain_name, read_lines, read_tsv
 
 SPLITS = {"train": ("train",), "valid": ("valid", "val", "dev"), "test": ("test",)}
 Columns = tuple[list[str], list[str]]  # source lines, target lines
@@ -35,19 +38,34 @@ class _Place(NamedTuple):
 class Folder:
     """The text of a folder. Files are read when asked for, and once."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises InputError where there is no such folder."""
+    def __init__(self, path: Path, named: Collection[str] = ()) -> None:
+        """named: codes that count although they are no languages.
+
+        Raises InputError where there is no such folder.
+        """
         if not path.is_dir():
             raise InputError(f"data folder {path} is not there")
         self.path = path
         self.name = str(path)
         self.identity = str(path.resolve())
+        self._named = named
         self._lines: dict[Path, list[str]] = {}
-        self._tables: dict[Path, dict[str, list[str]]] = {}
+        self._tables: dict[Path, tuple[dict[str, list[str]], list[str]]] = {}
 
     def pairs(self, split: str) -> list[str]:
         """Directions that the files of a split can serve, sorted."""
         return sorted(self._places(split))
+
+    def left_aside(self, split: str) -> list[str]:
+        """Files of a split that serve no direction, and columns of files that are no language's."""
+        used = {place.file for both in self._places(split).values() for place in both}
+        files = [path for name in SPLITS[split] for path in self._files(name).values()]
+        columns = [
+            f"{file.name}, column {column}"
+            for file in sorted(used.intersection(self._tables))
+            for column in self._tables[file][1]
+        ]
+        return [path.name for path in files if path not in used] + columns
 
     def read(self, split: str, pair: str) -> Columns:
         """All lines of a direction, empty ones included.
@@ -81,33 +99,38 @@ class Folder:
 
     def _table(self, file: Path) -> dict[str, list[str]]:
         if file not in self._tables:
-            self._tables[file] = read_tsv(file)
-        return self._tables[file]
+            self._tables[file] = read_tsv(file, self._named)
+        return self._tables[file][0]
+
+    def _files(self, name: str) -> dict[str, Path]:
+        """A split's files by their names without .gz; a plain one stands before a packed one."""
+        files: dict[str, Path] = {}
+        for path in sorted(self.path.glob(f"{name}.*"), key=lambda p: (p.suffix == ".gz", p)):
+            if path.is_file():
+                files.setdefault(plain_name(path), path)
+        return dict(sorted(files.items()))
 
     def _places(self, split: str) -> dict[str, tuple[_Place, _Place]]:
         """Direction -> where its two sides are; the first of a split's names that has it."""
         found: dict[str, tuple[_Place, _Place]] = {}
         for name in SPLITS[split]:
-            files: dict[str, Path] = {}
-            # A plain file stands before a packed one of the same name.
-            for path in sorted(self.path.glob(f"{name}.*"), key=lambda p: p.suffix == ".gz"):
-                if path.is_file():
-                    files.setdefault(plain_name(path), path)
+            files = self._files(name)
             own: list[dict[str, _Place]] = []
             shared: list[dict[str, _Place]] = []
             alone: dict[str, _Place] = {}
-            for file, path in sorted(files.items()):
+            for file, path in files.items():
                 parts = file.split(".")[1:]
                 if is_tsv(path):
                     shared.append({x: _Place(path, x) for x in self._table(path)})
-                elif len(parts) == 1 and CODE.fullmatch(parts[0]):
-                    alone[parts[0]] = _Place(path)
+                elif len(parts) == 1:
+                    if language := known(parts[0], self._named):
+                        alone[language] = _Place(path)
                 elif len(parts) == 2:
-                    a, dash, b = parts[0].partition("-")
-                    other = files.get(f"{name}.{a}-{b}.{b}")
-                    codes = dash and a != b and CODE.fullmatch(a) and CODE.fullmatch(b)
-                    if codes and parts[1] == a and other is not None:
-                        own.append({a: _Place(path), b: _Place(other)})
+                    for a, b in sides(parts[0], self._named):
+                        other = files.get(f"{name}.{parts[0]}.{b}")
+                        if parts[1] == a and other is not None:
+                            place = {a: _Place(path), b: _Place(other)}
+                            own.append({known(x, self._named) or x: at for x, at in place.items()})
             for group in own:  # files named after this very direction stand before all others
                 a, b = group
                 found.setdefault(f"{a}-{b}", (group[a], group[b]))
@@ -124,7 +147,7 @@ def read_pairs(folder: Path, split: str, pairs: tuple[str, ...]) -> Pairs:
     Raises InputError for a folder or pair that is not there, files of unequal length and invalid
     UTF-8, naming files, counts and lines; and where a direction has no sentence.
     """
-    text = Folder(folder)
+    text = Folder(folder, codes_of(pairs))
     return {pair: without_empty(*text.read(split, pair), f"{folder}, {pair}") for pair in pairs}
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import split_pair
 from taskmoe.wmt.text.folders import Columns
-from taskmoe.wmt.text.textfiles import CODE, read_lines
+from taskmoe.wmt.text.languages import known, sides
+from taskmoe.wmt.text.textfiles import read_lines
 
 _HUB_SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 
@@ -25,14 +26,15 @@ class HuggingFace:
     followed by `/CONFIG`. Records are streamed: where a limit is set, no more are fetched.
     """
 
-    def __init__(self, spec: str, limit: int | None = None) -> None:
+    def __init__(self, spec: str, limit: int | None = None, named: Collection[str] = ()) -> None:
         """limit: training records to read at most; text to score is read whole.
 
+        named: codes that count although they are no languages.
         Needs the `datasets` package.
         """
         self.name = f"hf:{spec}"
         self.identity = f"hf:{Path(spec).resolve() if Path(spec).exists() else spec}"
-        self._spec, self._limit = spec, limit
+        self._spec, self._limit, self._named = spec, limit, named
         self._splits: dict[str, Any] | None = None
         self._columns: dict[str, dict[str, list[str]]] = {}
 
@@ -61,27 +63,39 @@ class HuggingFace:
         stream = self._stream(split)
         assert stream is not None  # pairs() has seen it
         limit = self._limit if split == "train" else None
-        columns: dict[str, list[str]] = {x: [] for x in self._languages(split, stream)}
+        keys = self._languages(split, stream)
+        columns: dict[str, list[str]] = {language: [] for language in keys}
         with self._foreign("reading"):
             for number, record in enumerate(itertools.islice(stream, limit), 1):
                 texts = self._translation(split, number, record)
-                for language, lines in columns.items():
-                    text = texts.get(language)
+                for language, key in keys.items():
+                    text = texts.get(key)
                     if text is not None and not isinstance(text, str):
                         raise InputError(
-                            f"{self.name}, {split} record {number}: {language!r} is no text but "
+                            f"{self.name}, {split} record {number}: {key!r} is no text but "
                             f"{type(text).__name__}"
                         )
                     # A line of a text file could not hold a newline either.
-                    lines.append(" ".join((text or "").split("\n")).strip())
+                    columns[language].append(" ".join((text or "").split("\n")).strip())
         return columns
 
-    def _languages(self, split: str, stream: Any) -> list[str]:
+    def left_aside(self, split: str) -> list[str]:
+        """Keys of the first record's translation that are no languages."""
+        stream = self._stream(split)
+        with self._foreign("reading"):
+            for record in stream if stream is not None else ():
+                keys = map(str, self._translation(split, 1, record))
+                return [f"key {key}" for key in keys if known(key, self._named) is None]
+        return []
+
+    def _languages(self, split: str, stream: Any) -> dict[str, str]:
+        """Languages of the first record -> their keys."""
         with self._foreign("reading"):
             for record in stream:
-                found = [x for x in self._translation(split, 1, record) if CODE.fullmatch(str(x))]
-                return sorted(found)
-        return []
+                keys = sorted(map(str, self._translation(split, 1, record)))
+                found = {known(key, self._named): key for key in keys}
+                return {language: key for language, key in found.items() if language is not None}
+        return {}
 
     def _translation(self, split: str, number: int, record: Any) -> dict[str, Any]:
         texts = record.get("translation") if isinstance(record, dict) else None
@@ -160,16 +174,29 @@ class SacreBleu:
         """Directions of the test set, sorted; none for a split that it does not serve."""
         if split != self._split:
             return []
-        parts = (pair.split("-") for pair in self._data.langpairs)
-        return sorted("-".join(p) for p in parts if len(p) == 2 and all(map(CODE.fullmatch, p)))
+        return sorted(self._named())
+
+    def left_aside(self, split: str) -> list[str]:
+        """Nothing: it knows its languages."""
+        return []
+
+    def _named(self) -> dict[str, str]:
+        """Directions -> what sacrebleu calls them."""
+        found: dict[str, str] = {}
+        for name in self._data.langpairs:
+            both = sides(name)
+            if len(both) == 1:
+                found["-".join(known(side) or side for side in both[0])] = name
+        return found
 
     def read(self, split: str, pair: str) -> Columns:
         """All lines of a direction; raises InputError where they cannot be downloaded or read."""
         if pair not in self.pairs(split):
             raise InputError(f"{self.name} has no {split} text of pair {pair}")
         try:
-            source = self._data.get_source_file(pair)
-            target = self._data.get_reference_files(pair)[0]
+            name = self._named()[pair]
+            source = self._data.get_source_file(name)
+            target = self._data.get_reference_files(name)[0]
         except (Exception, SystemExit) as error:  # SystemExit: its answer to a wrong checksum
             raise InputError(
                 f"{self.name}: sacrebleu could not fetch it ({error}); it needs the network "

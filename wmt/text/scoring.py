@@ -9,7 +9,16 @@ import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
+from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import split_pair
+from taskmoe.wmt.text.languages import primary
+
+#: Of sacreBLEU, in the order of its documentation.
+TOKENIZERS = tuple(BLEU.TOKENIZERS)
+#: Chinese by other codes than zh: Mandarin, Cantonese, Wu, Min Nan, Hakka, Gan, Literary Chinese.
+_CHINESE = {"zh", "cmn", "yue", "wuu", "nan", "hak", "gan", "lzh"}
+#: Written without spaces, and sacreBLEU cuts none of them into words by itself.
+_UNCUT = {"th", "lo", "km", "my", "bo", "dz"}
 
 
 class Score(NamedTuple):
@@ -39,13 +48,17 @@ class Comparison(NamedTuple):
     samples: int
 
 
-def score(pair: str, hypotheses: list[str], references: list[str]) -> Score:
-    """BLEU as in the paper (mixed case, smooth exp, tokenizer intl, zh for Chinese), and chrF2.
+def score(
+    pair: str, hypotheses: list[str], references: list[str], tokenize: str | None = None
+) -> Score:
+    """BLEU as in the paper (mixed case, smooth exp, see `tokenizer`), and chrF2.
 
-    Raises ValueError where the lists differ in length or are empty.
+    tokenize: one of sacreBLEU's tokenizers; None is the target language's.
+    Raises ValueError where the lists differ in length or are empty, and InputError where the
+    tokenizer is not one of sacreBLEU's, or needs a package that is not there.
     """
     _check(hypotheses, references)
-    metric, chrf = _bleu(pair), CHRF()
+    metric, chrf = _bleu(pair, tokenize), CHRF()
     bleu = float(metric.corpus_score(hypotheses, [references]).score)
     characters = float(chrf.corpus_score(hypotheses, [references]).score)
     return Score(
@@ -58,17 +71,22 @@ def score(pair: str, hypotheses: list[str], references: list[str]) -> Score:
 
 
 def compare(
-    pair: str, hypotheses: list[str], others: list[str], references: list[str], samples: int = 1000
+    pair: str,
+    hypotheses: list[str],
+    others: list[str],
+    references: list[str],
+    samples: int = 1000,
+    tokenize: str | None = None,
 ) -> Comparison:
     """Paired bootstrap between two systems' translations of the same sentences, by BLEU.
 
-    Raises ValueError where the lists differ in length or are empty.
+    Raises as `score` does.
     """
     _check(hypotheses, references)
     _check(others, references)
     systems = [("other", others), ("this", hypotheses)]  # the first is what is compared with
     test = PairedTest(
-        systems, {"BLEU": _bleu(pair)}, [references], test_type="bs", n_samples=samples
+        systems, {"BLEU": _bleu(pair, tokenize)}, [references], test_type="bs", n_samples=samples
     )
     _, results = test()
     other, this = results["BLEU"]
@@ -103,8 +121,38 @@ def averages(
     }
 
 
-def _bleu(pair: str) -> BLEU:
-    return BLEU(tokenize="zh" if split_pair(pair)[1] == "zh" else "intl")
+def tokenizer(language: str) -> str:
+    """What cuts a language's text into words: sacreBLEU's choice, and intl, the paper's, elsewhere.
+
+    That is zh for Chinese in every script and region, ja-mecab for Japanese, ko-mecab for Korean.
+    """
+    first = primary(language)
+    return {"ja": "ja-mecab", "ko": "ko-mecab"}.get(first, "zh" if first in _CHINESE else "intl")
+
+
+def uncut(pair: str, tokenize: str | None = None) -> bool:
+    """Whether BLEU would take whole clauses for words: prefer chrF, or another tokenizer."""
+    target = split_pair(pair)[1]
+    return primary(target) in _UNCUT and (tokenize or tokenizer(target)) in ("intl", "13a", "none")
+
+
+def check_tokenizer(pair: str, tokenize: str | None = None) -> None:
+    """Raise InputError where the direction's text cannot be cut into words here."""
+    _bleu(pair, tokenize)
+
+
+def _bleu(pair: str, tokenize: str | None) -> BLEU:
+    chosen = tokenize or tokenizer(split_pair(pair)[1])
+    if chosen not in TOKENIZERS:
+        raise InputError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {chosen!r}")
+    try:
+        return BLEU(tokenize=chosen)
+    except (ImportError, RuntimeError) as error:  # what it raises where a package is missing
+        extra = f"'sacrebleu[{chosen[:2]}]'" if chosen.endswith("mecab") else "sentencepiece"
+        raise InputError(
+            f"BLEU of {pair}: tokenizer {chosen} needs a package that is not there; "
+            f"pip install {extra}, or choose another with --tokenize"
+        ) from error
 
 
 def _check(hypotheses: list[str], references: list[str]) -> None:

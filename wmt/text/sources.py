@@ -15,7 +15,7 @@ is to serve: `sacrebleu:wmt13@valid`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -47,19 +47,25 @@ class Source(Protocol):
     def read(self, split: str, pair: str) -> Columns:
         """All lines of a direction, equally many, empty ones included."""
 
+    def left_aside(self, split: str) -> list[str]:
+        """What looks like text of a split but is in no language."""
+
 
 class TsvFile:
     """One tab-separated file, which serves one split."""
 
-    def __init__(self, path: Path, split: str | None = None) -> None:
-        """split: the one to serve; None goes by the name's beginning, else it is "train"."""
+    def __init__(self, path: Path, split: str | None = None, named: Collection[str] = ()) -> None:
+        """split: the one to serve; None goes by the name's beginning, else it is "train".
+
+        named: codes that count although they are no languages.
+        """
         if not path.is_file():
             raise InputError(f"data file {path} is not there")
         begins = plain_name(path).split(".")[0]
-        named = next((s for s, names in SPLITS.items() if begins in names), "train")
+        begun = next((s for s, names in SPLITS.items() if begins in names), "train")
         self.name, self.identity = str(path), str(path.resolve())
-        self._path, self._split = path, split or named
-        self._columns: dict[str, list[str]] | None = None
+        self._path, self._split, self._codes = path, split or begun, named
+        self._read_once: tuple[dict[str, list[str]], list[str]] | None = None
 
     def pairs(self, split: str) -> list[str]:
         """Directions between its columns, sorted; none for a split that it does not serve."""
@@ -74,27 +80,26 @@ class TsvFile:
         source, target = split_pair(pair)
         return self._read()[source], self._read()[target]
 
+    def left_aside(self, split: str) -> list[str]:
+        """Columns that are no language's."""
+        return [f"column {name}" for name in self._table()[1]] if split == self._split else []
+
     def _read(self) -> dict[str, list[str]]:
-        if self._columns is None:
-            self._columns = read_tsv(self._path)
-        return self._columns
+        return self._table()[0]
+
+    def _table(self) -> tuple[dict[str, list[str]], list[str]]:
+        if self._read_once is None:
+            self._read_once = read_tsv(self._path, self._codes)
+        return self._read_once
 
 
 def cache_folder(path: Path | None = None) -> Path:
     """Where what can be made again is kept: `path`, else `taskmoe` in the user's cache folder.
 
-    That is $XDG_CACHE_HOME, by default ~/.cache. The folder is made where it is not there; raises
-    InputError where it cannot be.
+    That is $XDG_CACHE_HOME, by default ~/.cache. It need not be there yet.
     """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = path or Path(home).expanduser() / "taskmoe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cache folder {folder}: {error.strerror}; name another with --cache"
-        ) from None
-    return folder
+    return path or Path(home).expanduser() / "taskmoe"
 
 
 def open_source(
@@ -102,10 +107,12 @@ def open_source(
     *,
     limit: int | None = None,
     cache: Path | None = None,
+    named: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Source:
     """The source of a name; see this module's table.
 
+    named: codes that are taken as they stand, although they are no languages.
     limit: training pairs to read of a direction at most, where reading more costs a download.
     cache: see `cache_folder`. progress: told of (done, total) while the embedded corpus is written.
     Raises InputError for a name that is none of these, or a folder or file that is not there.
@@ -119,14 +126,14 @@ def open_source(
     if kind == "sacrebleu" and colon:
         return SacreBleu(rest, split or None)
     if is_tsv(Path(word)) and not Path(word).is_dir():
-        return TsvFile(Path(word), split or None)
+        return TsvFile(Path(word), split or None, named)
     if split:
         raise InputError(f"{name}: only a .tsv file or sacrebleu: test set takes @{split}")
     if kind == "hf" and colon:
-        return HuggingFace(rest, limit)
+        return HuggingFace(rest, limit, named)
     if name == "cldr":
         return _Cldr(cache_folder(cache), progress)
-    return Folder(Path(name))
+    return Folder(Path(name), named)
 
 
 def open_sources(
@@ -134,10 +141,14 @@ def open_sources(
     *,
     limit: int | None = None,
     cache: Path | None = None,
+    named: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Source]:
     """Several sources; raises InputError as `open_source` does, and for one named twice."""
-    found = [open_source(name, limit=limit, cache=cache, progress=progress) for name in names]
+    found = [
+        open_source(name, limit=limit, cache=cache, named=named, progress=progress)
+        for name in names
+    ]
     for i, source in enumerate(found):
         if source.identity in [other.identity for other in found[:i]]:
             raise InputError(f"{source.name} is named twice")
@@ -214,6 +225,9 @@ class _Cldr:
     def pairs(self, split: str) -> list[str]:
         return sorted(cldr.PAIRS)
 
+    def left_aside(self, split: str) -> list[str]:
+        return []
+
     def read(self, split: str, pair: str) -> Columns:
         if self._folder is None:
             path = self._cache / f"cldr-{cldr.fingerprint(self._config)}"
@@ -221,5 +235,9 @@ class _Cldr:
                 cldr.write_corpus(path, self._config, progress=self._progress)
             except ValueError as error:  # the folder holds something else
                 raise InputError(str(error)) from None
+            except OSError as error:
+                raise InputError(
+                    f"cache folder {self._cache}: {error.strerror}; name another with --cache"
+                ) from None
             self._folder = Folder(path)
         return self._folder.read(split, pair)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from taskmoe.cli.errors import InputError
+from taskmoe.wmt.text.normalization import rules
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 
 
 class Tokenizer:
-    """Text to ids and back. Ids 0 to 3 are padding, unknown, `<s>` and `</s>`."""
+    """Text to ids and back. Ids 0 to 3 are padding, unknown, `<s>` and `</s>`.
+
+    Text is normalised by the rules that lie in the model: those of `taskmoe.wmt.text.normalization`
+    where `train_tokenizer` made it, none where it is older.
+    """
 
     def __init__(self, model: bytes) -> None:
         """model: a serialised SentencePiece model, as `train_tokenizer` makes it."""
@@ -86,26 +93,36 @@ def train_tokenizer(
 
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(draw()),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            character_coverage=0.9999,
-            # Text comes back as it was: the default rule would write full-width punctuation and
-            # fractions in other characters than the references have.
-            normalization_rule_name="identity",
-            byte_fallback=True,
-            pad_id=PAD,
-            unk_id=UNK,
-            bos_id=BOS,
-            eos_id=EOS,
-            # Control symbols are never found in text: a "<2de>" in it is plain characters.
-            control_symbols=[language_token(language) for language in sorted(texts)],
-            num_threads=2,
-            minloglevel=2,
-        )
+        with tempfile.NamedTemporaryFile("w", suffix=".tsv", encoding="ascii") as file:
+            file.write(rules())
+            file.flush()
+            _train(draw(), model, vocab_size, file.name, sorted(texts))
     except RuntimeError as error:
         raise InputError(f"vocab_size={vocab_size} does not fit this text: {error}") from None
-    return Tokenizer(model.getvalue())
+    whole = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    whole.normalizer_spec.ClearField("normalization_rule_tsv")  # where the file was
+    return Tokenizer(whole.SerializeToString(deterministic=True))
+
+
+def _train(
+    lines: Iterable[str], model: io.BytesIO, vocab_size: int, rules: str, languages: list[str]
+) -> None:
+    """rules: the file of the normalisation."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=0.9999,
+        normalization_rule_tsv=rules,
+        byte_fallback=True,
+        pad_id=PAD,
+        unk_id=UNK,
+        bos_id=BOS,
+        eos_id=EOS,
+        # Control symbols are never found in text: a "<2de>" in it is plain characters.
+        control_symbols=[language_token(language) for language in languages],
+        num_threads=2,
+        minloglevel=2,
+    )

@@ -30,8 +30,9 @@ def cached_vocabulary(
     """`train_tokenizer` on the text of all directions, each different sentence once a language.
 
     cache: folder that keeps vocabularies by a hash of the text and of all settings; an entry that
-      is damaged is made anew. note: called with a line that says where the vocabulary is from.
-    Raises InputError as `train_tokenizer` does, OSError where the cache cannot be written.
+      is damaged is made anew, and where none can be written the vocabulary is not kept. note:
+      called with a line that says where the vocabulary is from.
+    Raises InputError as `train_tokenizer` does.
     """
     lines: dict[str, list[str]] = {}
     for pair in sorted(text):  # so that the order of directions does not count
@@ -48,8 +49,12 @@ def cached_vocabulary(
     made = train_tokenizer(
         lines, vocab_size, temperature=temperature, sentences=sentences, seed=seed
     )
-    write_bytes(entry, hashlib.sha256(made.model).digest() + made.model)
-    note(f"vocabulary of {made.vocab_size:,} pieces, kept in {entry}")
+    kept_where = f"kept in {entry}"
+    try:
+        write_bytes(entry, hashlib.sha256(made.model).digest() + made.model)
+    except OSError as error:
+        kept_where = f"not kept: {entry.parent}: {error.strerror}"
+    note(f"vocabulary of {made.vocab_size:,} pieces, {kept_where}")
     return made
 
 
@@ -57,7 +62,7 @@ def _key(
     lines: dict[str, list[str]], vocab_size: int, temperature: float, sentences: int, seed: int
 ) -> str:
     digest = hashlib.sha256()
-    versions = [sentencepiece.__version__, "2"]  # the second: of how train_tokenizer works
+    versions = [sentencepiece.__version__, "3"]  # the second: of how train_tokenizer works
     settings = [vocab_size, float(temperature), sentences, seed, versions]
     digest.update(json.dumps([settings, {x: len(v) for x, v in lines.items()}]).encode())
     for every in lines.values():

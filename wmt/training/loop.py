@@ -23,6 +23,7 @@ from taskmoe.wmt.training import parallel
 from taskmoe.wmt.training.checkpoints import Checkpoints
 from taskmoe.wmt.training.logs import Logs
 from taskmoe.wmt.training.step import Sums, init_state, make_train_step
+from taskmoe.wmt.training.stopping import Stop, Stopped
 from taskmoe.wmt.training.validation import History, Validation
 from taskmoe.wmt.training.workdir import alone_in, claim_workdir
 
@@ -65,6 +66,7 @@ def train(
     report: Callable[[Progress], None] = lambda _: None,
     note: Callable[[str], None] = lambda _: None,
     report_every: int = 20,
+    stop: Stop = lambda: 0,
 ) -> Model:
     """Train up to `config.steps` in all, going on from the work directory's newest checkpoint.
 
@@ -78,6 +80,8 @@ def train(
     tensorboard: write event files to `workdir/tensorboard` too.
     report: called about every `report_every` steps. note: called with lines worth knowing, such as
     where it resumes and which checkpoint was damaged.
+    stop: asked after each step, see `taskmoe.wmt.training.stopping`; where it names a signal, the
+      step is kept as a checkpoint and Stopped is raised.
     Returns the model, which is also written to `workdir/model`.
     Raises InputError if the work directory belongs to another configuration, does not fit the mesh
     or has another run in it, FloatingPointError where too many steps in a row had to be left out or
@@ -116,7 +120,8 @@ def train(
                 state, sums = train_step(state, parallel.share(next(batches), mesh))
                 pending.append(sums)
                 step += 1
-                save = step % config.checkpoint_every == 0 or step == config.steps
+                told = stop()
+                save = step % config.checkpoint_every == 0 or step == config.steps or told > 0
                 due = validation is not None and validation.is_due(step, config.steps)
                 if not (save or due or len(pending) == report_every):
                     continue
@@ -136,6 +141,9 @@ def train(
                     over = bool(parallel.agree(int(over)))
                 if save or over:
                     checkpoints.save(step, (state, batches.get_state()))
+                if told and step < config.steps:
+                    checkpoints.wait()
+                    raise Stopped(told, f"step {step} of {config.steps} is kept in {workdir}")
                 pending, since = [], time.perf_counter()
             if over:
                 note(

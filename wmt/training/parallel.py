@@ -6,7 +6,10 @@ everywhere; XLA adds the gradients up. Process 0 alone writes files, into a fold
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,8 +22,11 @@ from taskmoe.cli.errors import InputError
 from taskmoe.moe.mesh import EXPERT_PARAMS
 from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.text.data import Batch
+from taskmoe.wmt.training.lost_peers import report_in_one_line
 
 AXES = ("data", "expert")
+#: Says in `agree_on` why a process cannot go on.
+FAILED = "failed"
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -45,6 +51,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         jax.distributed.initialize(*given)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"cannot join the other processes: {error}") from None
+    report_in_one_line()
 
 
 def make_mesh(data: int | None = None, expert: int = 1) -> Mesh | None:
@@ -134,6 +141,48 @@ def wait_for_all(what: str) -> None:
     """Wait until every process is here; what: a name of the place, for error messages."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def agree_on(settings: Mapping[str, Any]) -> None:
+    """Compare what the processes were given; all of them call this before they do anything else.
+
+    settings: name -> what JSON can hold; `{FAILED: message}` of a process that cannot go on. Raises
+    InputError on every process that names the first difference, or the failure.
+    """
+    if jax.process_count() == 1:
+        if FAILED in settings:
+            raise InputError(settings[FAILED])
+        return
+    mine = np.frombuffer(json.dumps(settings).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(mine.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: mine.size] = mine
+    every = multihost_utils.process_allgather(padded)
+    told = [
+        json.loads(row[:size].tobytes()) for row, size in zip(every, sizes.tolist(), strict=True)
+    ]
+    for number, theirs in enumerate(told):
+        if FAILED in theirs:
+            mine_too = number == jax.process_index()
+            raise InputError(("" if mine_too else f"process {number}: ") + theirs[FAILED])
+    for number, theirs in enumerate(told):
+        for name in (*told[0], *(theirs.keys() - told[0].keys())):
+            a, b = told[0].get(name), theirs.get(name)
+            if a != b:
+                raise InputError(
+                    f"the processes disagree: {name} is {a!r} in process 0 and {b!r} in process "
+                    f"{number}; start all of them with the same command, text and version"
+                )
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Where a block before `agree_on` raises InputError on one process, the others learn of it."""
+    try:
+        yield
+    except InputError as error:
+        agree_on({FAILED: str(error)})
+        raise AssertionError("agree_on has raised") from error
 
 
 def agree(value: int) -> int:

@@ -13,6 +13,9 @@ from typing import Any
 from taskmoe.cli.command_line import write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import ModelConfig, TrainConfig
+from taskmoe.wmt.model.saved import Model, with_arrays
+from taskmoe.wmt.text.tokenizer import Tokenizer
+from taskmoe.wmt.training.checkpoints import newest_arrays
 from taskmoe.wmt.training.parallel import agree, is_writer
 
 #: Sentence pairs that each direction was trained on, in a work directory.
@@ -21,7 +24,9 @@ SIZES = "sizes.json"
 _FREE = ("steps", "checkpoint_every", "keep_checkpoints", "max_skipped")
 # What is written down but may differ: where the text lies (a checkpoint knows whether it is the
 # same text), and recomputing, which changes what a step needs and not what it gives.
-_NOTED = ("data", "train.remat")
+_NOTED = {"data", "train.remat"}
+#: Begins the names of a checkpoint's parameters: those of the first of (state, place in the text).
+_PARAMS = "0/params/"
 
 
 @contextlib.contextmanager
@@ -81,15 +86,32 @@ def check_workdir(
         except (ValueError, AttributeError) as error:
             raise InputError(f"{path} is damaged: {error}") from None
         b = _flat(_description(model_config, config, source))
-        for name in sorted((a.keys() | b.keys()).difference(_NOTED)):
-            if a.get(name) != b.get(name):
+        # What they do not have is newer than they are.
+        for name in sorted(a.keys() - _NOTED):
+            if a[name] != b.get(name):
                 raise InputError(
                     f"work directory {workdir} belongs to another configuration: {name} is "
-                    f"{a.get(name)!r} there and {b.get(name)!r} here; name another --workdir"
+                    f"{a[name]!r} there and {b.get(name)!r} here; name another --workdir"
                 )
         return True
     what = "checkpoints" if saved else "a model"
     raise InputError(f"{workdir} has {what} but no config.json; name another --workdir")
+
+
+def interrupted_model(workdir: Path) -> tuple[int, Model]:
+    """(step, model) of a run's newest whole checkpoint, as it would be if the run ended there.
+
+    Raises InputError where there is none, or a file of the work directory is missing or damaged.
+    """
+    step, arrays = newest_arrays(workdir / "checkpoints", _PARAMS)
+    path = workdir / "config.json"
+    try:
+        config = ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))["model"])
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise InputError(f"{path} is missing or damaged: {error}") from None
+    tokenizer = Tokenizer.load(workdir / "spm.model")
+    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    return step, with_arrays(arrays, config, tokenizer, f"checkpoint {step} of {workdir}")
 
 
 def _description(model_config: ModelConfig, config: TrainConfig, source: str) -> dict[str, Any]:
