@@ -102,6 +102,17 @@ def choose(name: str, config: MoEConfig, units: int, peers: Peers) -> str:
     return min(("all_to_all", "ragged", "all_gather"), key=cost)
 
 
+def bytes_sent(
+    name: str, config: MoEConfig, units: int, peers: Peers, itemsize: int, width: int
+) -> tuple[str, float]:
+    """(the strategy that is taken, bytes that one device sends for one layer, there and back).
+
+    units: [U] of one device. width: of a unit, in numbers of `itemsize` bytes.
+    """
+    chosen = choose(name, config, units, peers)
+    return chosen, STRATEGIES[chosen].sent(config, units, peers) * width * itemsize
+
+
 def run_here(job: Job) -> jax.Array:
     """Units [U, W] through the experts of this device, which has all that they were assigned to."""
     gating, plan, _ = job.assigned

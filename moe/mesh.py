@@ -73,13 +73,8 @@ class Layout:
 
     @property
     def ragged(self) -> bool:
-        """Whether the devices have `lax.ragged_all_to_all`.
-
-        CPUs have none, and TPU v5e does not compile it where messages take more than one hop: on
-        slices of more than 4 x 4 chips, tried with libtpu 0.0.42.
-        """
-        far = self.kind == CHIPS["v5e"] and self.mesh.size > 16
-        return self.platform != "cpu" and not far
+        """Whether the devices have `lax.ragged_all_to_all`."""
+        return has_ragged(self.platform, self.kind, self.mesh.size)
 
     @property
     def peers(self) -> int:
@@ -107,6 +102,15 @@ class Layout:
 
     def _still(self, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name for name in names if name in self.free)
+
+
+def has_ragged(platform: str, kind: str, devices: int) -> bool:
+    """Whether so many devices have `lax.ragged_all_to_all`.
+
+    CPUs have none, and TPU v5e does not compile it where messages take more than one hop: on slices
+    of more than 4 x 4 chips, tried with libtpu 0.0.42.
+    """
+    return platform != "cpu" and not (kind == CHIPS["v5e"] and devices > 16)
 
 
 def param_specs(params: Any, axes: MeshAxes | None = None) -> dict[str, PartitionSpec]:

@@ -15,12 +15,14 @@ from taskmoe.cli.command_line import write_text
 from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.shared import (
     add_decoding,
+    add_expert_parallel,
     add_tokenize,
     check_limit,
     decoding,
     load,
     out,
     sizes_of,
+    spread,
 )
 from taskmoe.wmt.commands.text import add_data, text_to_score
 from taskmoe.wmt.model.saved import Model
@@ -111,8 +113,9 @@ def run(a: argparse.Namespace) -> None:
 def _translations(a: argparse.Namespace, model: Model, text: Pairs) -> dict[str, list[str]]:
     requests = [(pair, line) for pair, (source, _) in text.items() for line in source]
     note = functools.partial(print, file=sys.stderr)
+    model, where = spread(a, model)
     with bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
-        found = iter(translate(model, requests, decoding(a), progress, note))
+        found = iter(translate(model, requests, decoding(a), progress, note, spread=where))
     return {pair: [next(found) for _ in source] for pair, (source, _) in text.items()}
 
 
@@ -137,4 +140,5 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     add_tokenize(p)
     add_decoding(p)
+    add_expert_parallel(p)
     p.add_argument("--json", type=Path, help="write the scores here too")

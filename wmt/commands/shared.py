@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 
 from taskmoe.cli.errors import InputError
+from taskmoe.moe.exchange import STRATEGIES
+from taskmoe.wmt.config import ModelConfig
+from taskmoe.wmt.model.decoding import HERE, Spread
 from taskmoe.wmt.model.saved import Model, load_model
 from taskmoe.wmt.model.translation import Decoding
 from taskmoe.wmt.text.scoring import TOKENIZERS
+from taskmoe.wmt.training.parallel import (
+    check_mesh,
+    exchange_table,
+    make_mesh,
+    spread_model,
+)
 from taskmoe.wmt.training.workdir import SIZES, interrupted_model
 
 out = Console(soft_wrap=True, highlight=False, markup=False)
+err = Console(soft_wrap=True, highlight=False, markup=False, stderr=True)
 
 
 def add_decoding(p: argparse.ArgumentParser) -> None:
@@ -41,6 +54,54 @@ def add_tokenize(p: argparse.ArgumentParser) -> None:
         help="cut words for BLEU so (default: zh, ja-mecab or ko-mecab for Chinese, Japanese, "
         "Korean, else intl; 13a is sacreBLEU's own default)",
     )
+
+
+def add_expert_parallel(p: argparse.ArgumentParser) -> None:
+    """Devices that share experts, and how rows travel between them."""
+    p.add_argument(
+        "--expert-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that share the experts of a mixture (default 1)",
+    )
+    p.add_argument(
+        "--exchange",
+        choices=("auto", *STRATEGIES),
+        default="auto",
+        help="how rows travel to their experts; auto sends and holds the fewest (default)",
+    )
+
+
+def spread(a: argparse.Namespace, model: Model) -> tuple[Model, Spread]:
+    """The model with its experts over --expert-parallel devices, and where they lie."""
+    if a.expert_parallel == 1:
+        return model, HERE
+    mesh = make_mesh(1, a.expert_parallel)
+    check_mesh(mesh, model.config)
+    params = spread_model(model.params, model.config, mesh)
+    for side in ("encoder", "decoder"):
+        if model.config.moe(side) is None:
+            continue
+        at_once = {f"{a.batch} sentences": (a.batch * (a.beam if side == "decoder" else 1), 1)}
+        print_exchange(model.config, mesh, a.exchange, at_once, (side,), err)
+    return dataclasses.replace(model, params=params), Spread(mesh, a.exchange)
+
+
+def print_exchange(
+    config: ModelConfig,
+    mesh: Mesh | None,
+    strategy: str,
+    batches: Mapping[str, tuple[int, int]],
+    sides: Sequence[str] = ("encoder", "decoder"),
+    console: Console = out,
+) -> None:
+    """What `parallel.exchange_table` knows, a line a side."""
+    rows = exchange_table(config, mesh, strategy, batches)
+    for side in sides:
+        said = [f"{name} {how} {mb:.3g} MB" for name, at, how, mb in rows if at == side]
+        if said:
+            console.print(f"exchange, {side}, a layer and device: {', '.join(said)}")
 
 
 def check_limit(limit: int | None) -> None:

@@ -19,7 +19,14 @@ from taskmoe.cli.command_line import write_bytes, write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 from taskmoe.kernels import __version__
-from taskmoe.wmt.commands.shared import add_tokenize, build, out, override
+from taskmoe.wmt.commands.shared import (
+    add_expert_parallel,
+    add_tokenize,
+    build,
+    out,
+    override,
+    print_exchange,
+)
 from taskmoe.wmt.commands.text import TrainingText, add_data, make_vocabulary, training_text
 from taskmoe.wmt.config import PRESETS, ModelConfig, SideRouting, TrainConfig
 from taskmoe.wmt.model.saved import Model
@@ -61,6 +68,11 @@ def run(a: argparse.Namespace) -> None:
             f"{mesh.size} devices in {jax.process_count()} processes: "
             f"data {mesh.shape['data']} x expert {mesh.shape['expert']}"
         )
+        batches = {
+            f"length {length}": (train_config.batch_rows(length), length)
+            for length in train_config.buckets
+        }
+        print_exchange(model_config, mesh, a.exchange, batches)
 
     with report_to("training", train_config.steps) as (report, say), stopping(mesh) as stop:
         model = train(
@@ -71,6 +83,7 @@ def run(a: argparse.Namespace) -> None:
             tokenizer,
             source=source.identity,
             mesh=mesh,
+            strategy=a.exchange,
             validation=validation,
             tensorboard=a.tensorboard,
             report=report,
@@ -103,6 +116,7 @@ def _settings(
         **digests,
         "--validate-every": validation and [validation.every, validation.patience, validation.text],
         "--tensorboard": a.tensorboard,
+        "--exchange": a.exchange,
     }
 
 
@@ -243,13 +257,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="devices along the mesh's data axis (default: all there are)",
     )
-    p.add_argument(
-        "--expert-parallel",
-        type=int,
-        default=1,
-        metavar="N",
-        help="devices that share the experts of a mixture (default 1)",
-    )
+    add_expert_parallel(p)
     p.add_argument(
         "--distributed",
         action="store_true",

@@ -17,10 +17,12 @@ from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.shared import (
     add_decoding,
+    add_expert_parallel,
     decoding,
     load,
+    spread,
 )
-from taskmoe.wmt.model.translation import Hypothesis, translate, translate_n_best
+from taskmoe.wmt.model.translation import Hypothesis, translate_n_best
 from taskmoe.wmt.text.languages import codes_of, direction
 from taskmoe.wmt.text.textfiles import stream_lines
 
@@ -37,6 +39,7 @@ def run(a: argparse.Namespace) -> None:
         raise InputError(f"--pair must say which of {', '.join(pairs)}")
     pair = pairs[0] if a.pair is None else direction(a.pair, codes_of(pairs))
     how = decoding(a)
+    model, where = spread(a, model)
     if a.n_best is not None and not 1 <= a.n_best <= how.beam:
         raise InputError(f"--n-best must be in [1, {how.beam}], the --beam, got {a.n_best}")
     note = functools.partial(print, file=sys.stderr)
@@ -47,13 +50,10 @@ def run(a: argparse.Namespace) -> None:
         for lines in stream_lines(file, a.input or "standard input"):
             for at in range(0, len(lines), at_once):
                 requests = [(pair, line) for line in lines[at : at + at_once]]
-                if a.n_best is None:
-                    _write(
-                        f"{line}\n" for line in translate(model, requests, how, None, note, done)
-                    )
-                else:
-                    found = translate_n_best(model, requests, how, a.n_best, None, note, done)
-                    _write(_n_best(found, done))
+                found = translate_n_best(
+                    model, requests, how, a.n_best or 1, None, note, done, where
+                )
+                _write(_texts(found) if a.n_best is None else _n_best(found, done))
                 done += len(requests)
                 progress(done, done + len(lines) - at - len(requests))
 
@@ -83,6 +83,12 @@ def _is_regular(file: BinaryIO) -> bool:
         return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
     except OSError:
         return True
+
+
+def _texts(found: list[list[Hypothesis]]) -> Iterator[str]:
+    """The best of each, an empty sentence's line is empty."""
+    for hypotheses in found:
+        yield f"{hypotheses[0].text if hypotheses else ''}\n"
 
 
 def _n_best(found: list[list[Hypothesis]], before: int) -> Iterator[str]:
@@ -120,3 +126,4 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="print `line ||| translation ||| score` for the N best of the beam, lines from 0",
     )
     add_decoding(p)
+    add_expert_parallel(p)

@@ -56,6 +56,7 @@ def search(
     alpha: float = 0.6,
     limit: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    strategy: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Translate padded source ids [B, S] i32: the best hypothesis of `search_n_best`.
 
@@ -63,7 +64,7 @@ def search(
     """
     ids, scores = search_n_best(
         params, config, source, tasks, max_length=max_length, beam=beam, alpha=alpha, limit=limit,
-        mesh=mesh,
+        mesh=mesh, strategy=strategy,
     )  # fmt: skip
     return ids[:, 0], scores[:, 0]
 
@@ -80,13 +81,15 @@ def search_n_best(
     n_best: int = 1,
     limit: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    strategy: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Translate padded source ids [B, S] i32.
 
     max_length: target positions at most, `</s>` included (static). beam: hypotheses; 1 is greedy.
     alpha: strength of the length penalty. n_best: hypotheses to return, from 1 to beam.
     limit: [B] i32 of positions that each sentence has, from 1 to max_length; None is max_length.
-    mesh: as in `moe.apply`, for expert parallelism. tasks: scalar tasks run as their sub-network.
+    mesh, strategy: as in `moe.apply`, for expert parallelism. tasks: scalar tasks run as their
+    sub-network.
     Returns ids [B, n_best, max_length] i32 (PAD after `</s>`), best first, and scores [B, n_best]
     f32 (log probability, with a beam divided by the length penalty). A row of only padding ends at
     once. Where fewer hypotheses ended in time the rest are empty, with a score below -1e8.
@@ -102,12 +105,24 @@ def search_n_best(
     params, config, tasks = one_task(params, config, tasks)
     params = with_softmax(params)
     valid = source != PAD
-    memory, _ = encode(params, config, source, valid, tasks.encoder, mesh=mesh)
+    on = Spread(mesh, strategy)
+    memory, _ = encode(params, config, source, valid, tasks.encoder, **on._asdict())
     if beam == 1:
-        ids, score = _greedy(params, config, memory, valid, tasks.decoder, max_length, limit, mesh)
+        ids, score = _greedy(params, config, memory, valid, tasks.decoder, max_length, limit, on)
         return ids[:, None], score[:, None]
     search = beam, alpha, n_best
-    return _beam(params, config, memory, valid, tasks.decoder, max_length, limit, search, mesh)
+    return _beam(params, config, memory, valid, tasks.decoder, max_length, limit, search, on)
+
+
+class Spread(NamedTuple):
+    """Where the experts lie, and how rows travel to them, as in `moe.apply`."""
+
+    mesh: jax.sharding.Mesh | None = None
+    strategy: str = "auto"
+
+
+#: On one device.
+HERE = Spread()
 
 
 class _Greedy(NamedTuple):
@@ -126,12 +141,20 @@ def _greedy(
     task: ArrayLike | None,
     max_length: int,
     limit: jax.Array | None,
-    mesh: jax.sharding.Mesh | None,
+    on: Spread,
 ) -> tuple[jax.Array, jax.Array]:
     def step(s: _Greedy) -> _Greedy:
         token = jax.lax.dynamic_index_in_dim(s.tokens, s.position, 1, keepdims=False)
         logits, cache = decode_step(
-            params, config, s.cache, valid, token, s.position, task, valid=~s.ended, mesh=mesh
+            params,
+            config,
+            s.cache,
+            valid,
+            token,
+            s.position,
+            task,
+            valid=~s.ended,
+            **on._asdict(),
         )
         chosen = most_likely(logits)
         gain = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
@@ -178,7 +201,7 @@ def _beam(
     max_length: int,
     limit: jax.Array | None,
     search: tuple[int, float, int],
-    mesh: jax.sharding.Mesh | None,
+    on: Spread,
 ) -> tuple[jax.Array, jax.Array]:
     beam, alpha, n_best = search
     batch = memory.shape[0]
@@ -207,7 +230,15 @@ def _beam(
         # A sentence with no live hypothesis left takes no expert's time.
         growing = alive(s).reshape(-1)
         logits, cache = decode_step(
-            params, config, s.cache, valid, token, s.position, task, valid=growing, mesh=mesh
+            params,
+            config,
+            s.cache,
+            valid,
+            token,
+            s.position,
+            task,
+            valid=growing,
+            **on._asdict(),
         )
         log_probs = jax.nn.log_softmax(logits).reshape(batch, beam, -1)
         vocab = log_probs.shape[-1]

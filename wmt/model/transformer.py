@@ -124,7 +124,7 @@ def encode(
     task: ArrayLike | None,
     *,
     mesh: jax.sharding.Mesh | None = None,
-    strategy: str = "all_to_all",
+    strategy: str = "auto",
     key: jax.Array | None = None,
     remat: bool = False,
 ) -> tuple[jax.Array, list[moe.Metrics]]:
@@ -161,7 +161,7 @@ def decode(
     task: ArrayLike | None,
     *,
     mesh: jax.sharding.Mesh | None = None,
-    strategy: str = "all_to_all",
+    strategy: str = "auto",
     key: jax.Array | None = None,
     remat: bool = False,
 ) -> tuple[jax.Array, list[moe.Metrics]]:
@@ -241,7 +241,7 @@ def decode_step(
     *,
     valid: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    strategy: str = "all_to_all",
+    strategy: str = "auto",
 ) -> tuple[jax.Array, Cache]:
     """One position of decoding: token ids [B*K] at `position` (scalar) -> logits [B*K, V] f32.
 

@@ -13,7 +13,14 @@ import numpy as np
 
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import ModelConfig, check_languages, split_pair
-from taskmoe.wmt.model.decoding import MULTIPLE, check_alpha, length_limit, search_n_best
+from taskmoe.wmt.model.decoding import (
+    HERE,
+    MULTIPLE,
+    Spread,
+    check_alpha,
+    length_limit,
+    search_n_best,
+)
 from taskmoe.wmt.model.saved import Model
 from taskmoe.wmt.model.transformer import Params, Tasks
 from taskmoe.wmt.text.tokenizer import EOS, PAD
@@ -65,14 +72,16 @@ def translate(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda _: None,
     before: int = 0,
+    spread: Spread = HERE,
 ) -> list[str]:
     """Translate (direction, sentence) requests; results in their order, "" for an empty sentence.
 
     progress: called with (done, total) after each batch. note: called with a line for each sentence
     that is cut to `decoding.max_source`. before: lines that stand before these, for that note.
+    spread: a mesh over which the model's experts lie, see `parallel.spread_model`.
     Raises InputError for a direction that the model cannot translate.
     """
-    found = translate_n_best(model, requests, decoding, 1, progress, note, before)
+    found = translate_n_best(model, requests, decoding, 1, progress, note, before, spread)
     return [best[0].text if best else "" for best in found]
 
 
@@ -84,6 +93,7 @@ def translate_n_best(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda _: None,
     before: int = 0,
+    spread: Spread = HERE,
 ) -> list[list[Hypothesis]]:
     """As `translate`, with up to n_best hypotheses a request, best first; none for an empty one.
 
@@ -138,6 +148,7 @@ def translate_n_best(
                 decoding.beam,
                 decoding.alpha,
                 n_best,
+                spread,
             )
             found, scores = np.asarray(found)[: len(chunk)], np.asarray(scores)[: len(chunk)]
             rows_of_ids = [
@@ -183,7 +194,7 @@ def _tasks(rows: list[TaskIds], one_task: TaskIds | None) -> Tasks:
     return Tasks(*(None if None in side else np.array(side, np.int32) for side in sides))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 4, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(1, 4, 5, 6, 7, 8))
 def _search(
     params: Params,
     config: ModelConfig,
@@ -193,6 +204,8 @@ def _search(
     beam: int,
     alpha: float,
     n_best: int,
+    spread: Spread,
 ) -> tuple[jax.Array, jax.Array]:
     options: Any = {"max_length": max_length, "beam": beam, "alpha": alpha, "n_best": n_best}
+    options |= spread._asdict()
     return search_n_best(params, config, source, tasks, **options)

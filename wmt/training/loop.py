@@ -60,6 +60,7 @@ def train(
     *,
     source: str,
     mesh: Mesh | None = None,
+    strategy: str = "auto",
     params: Params | None = None,
     validation: Validation | None = None,
     tensorboard: bool = False,
@@ -75,6 +76,7 @@ def train(
     source: name of the data, kept with the configuration; a work directory serves one of each.
     mesh: devices to train on, from `parallel.make_mesh`; None is one device. The mesh may change
       when a run goes on. With several processes all call this with the same arguments.
+    strategy: how rows travel to their experts on a mesh, as in `moe.apply`; it may change too.
     params: to begin with; None draws them from the seed.
     validation: how the run is scored on the way; the best model is kept in `workdir/best`.
     tensorboard: write event files to `workdir/tensorboard` too.
@@ -110,7 +112,7 @@ def train(
                 if step < config.steps
                 else f"nothing to train: step {step} is done, and steps={config.steps} is the total"
             )
-        train_step = make_train_step(model_config, config, mesh)
+        train_step = make_train_step(model_config, config, mesh, strategy)
         history = History(workdir, step, validation.text if validation else None)
         with batches, Logs(workdir, tensorboard) as logs:
             pending: list[Sums] = []

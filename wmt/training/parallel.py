@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from taskmoe.cli.errors import InputError
-from taskmoe.moe.mesh import EXPERT_PARAMS
+from taskmoe.moe.exchange import Peers, bytes_sent
+from taskmoe.moe.mesh import EXPERT_PARAMS, has_ragged
 from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.text.data import Batch
 from taskmoe.wmt.training.lost_peers import report_in_one_line
@@ -77,7 +78,9 @@ def make_mesh(data: int | None = None, expert: int = 1) -> Mesh | None:
     return Mesh(np.array(devices[:size]).reshape(data, expert), AXES)
 
 
-def check_mesh(mesh: Mesh | None, model_config: ModelConfig, config: TrainConfig) -> None:
+def check_mesh(
+    mesh: Mesh | None, model_config: ModelConfig, config: TrainConfig | None = None
+) -> None:
     """Raise InputError where experts, or the sentences of a part of a batch, do not divide."""
     if mesh is None:
         return
@@ -88,6 +91,8 @@ def check_mesh(mesh: Mesh | None, model_config: ModelConfig, config: TrainConfig
             f"num_experts={model_config.num_experts} must be a multiple of the mesh's "
             f"expert={expert}"
         )
+    if config is None:
+        return
     counts = [config.batch_rows(length) // config.accumulate for length in config.buckets]
     for count in counts:
         if count % mesh.size:
@@ -111,6 +116,40 @@ def shardings(tree: Any, num_experts: int, mesh: Mesh | None) -> Any:
         return NamedSharding(mesh, P("expert") if split else P())
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def spread_model(params: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
+    """A model's parameters on a mesh: the experts over its expert axis, all else everywhere."""
+    if mesh is None:
+        return params
+    return jax.device_put(params, shardings(params, config.num_experts, mesh))
+
+
+def exchange_table(
+    config: ModelConfig, mesh: Mesh | None, strategy: str, batches: Mapping[str, tuple[int, int]]
+) -> list[tuple[str, str, str, float]]:
+    """(batch, side, strategy taken, MB that a device sends for a layer, there and back).
+
+    batches: name -> (sentences, positions of each). Empty where no rows travel. Gradients travel
+    the same way, so that a training step sends twice as much.
+    """
+    if mesh is None or mesh.shape["expert"] == 1:
+        return []
+    device = mesh.devices.flat[0]
+    ragged = has_ragged(device.platform, device.device_kind, mesh.size)
+    peers = Peers(mesh.shape["expert"], ragged)
+    found = []
+    for name, (sentences, positions) in batches.items():
+        for side in ("encoder", "decoder"):
+            mixture = config.moe(side)
+            if mixture is None:
+                continue
+            whole = mixture.routing != "token"  # sentences travel, not tokens
+            units = -(-sentences * (1 if whole else positions) // mesh.size)
+            width = config.d_model * (positions if whole else 1)
+            taken, sent = bytes_sent(strategy, mixture, units, peers, 4, width)
+            found.append((name, side, taken, sent / 1e6))
+    return found
 
 
 def share(batch: Batch, mesh: Mesh | None) -> Batch:

@@ -98,9 +98,14 @@ def init_state(
 
 @functools.cache  # runs of one configuration in one process compile once
 def make_train_step(
-    model_config: ModelConfig, config: TrainConfig, mesh: Mesh | None = None
+    model_config: ModelConfig,
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+    strategy: str = "auto",
 ) -> Callable[[State, Batch], tuple[State, Sums]]:
     """A compiled step: (state, batch) -> (new state, sums); the old state is given up.
+
+    mesh, strategy: as in `moe.apply`.
 
     sums: loss, in nats, over so many target tokens, both 0 where the step was left out; positions,
       source and target tokens; dropped, busiest and entropy [] f32, see `Progress`; load
@@ -116,7 +121,7 @@ def make_train_step(
         encoder, decoder = (None if t is None else jnp.asarray(t)[batch.pair] for t in tables)
         valid, wanted = batch.source != PAD, batch.target_out != PAD
         keys = jax.random.split(key)
-        options: Any = {"mesh": mesh, "remat": config.remat}
+        options: Any = {"mesh": mesh, "strategy": strategy, "remat": config.remat}
         if config.compute_dtype == "bfloat16":
             params = _in_bfloat16(params)
         memory, first = encode(
