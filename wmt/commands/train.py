@@ -23,6 +23,7 @@ from taskmoe.wmt.commands.shared import (
     add_expert_parallel,
     add_tokenize,
     build,
+    load,
     out,
     override,
     print_exchange,
@@ -38,6 +39,7 @@ from taskmoe.wmt.text.scoring import averages, check_tokenizer, score
 from taskmoe.wmt.text.sources import all_pairs, read_split
 from taskmoe.wmt.text.tokenizer import Tokenizer
 from taskmoe.wmt.training import parallel
+from taskmoe.wmt.training.initial import initial_params, initial_vocabulary, new_parts
 from taskmoe.wmt.training.loop import Progress, train
 from taskmoe.wmt.training.stopping import ending_at_once, stopping
 from taskmoe.wmt.training.validation import Validation
@@ -53,15 +55,22 @@ def run(a: argparse.Namespace) -> None:
         out.quiet = not parallel.is_writer()
         with parallel.failing_together():  # all input is read before anything is written
             mesh = parallel.make_mesh(a.data_parallel, a.expert_parallel)
-            model_fields, train_fields = configure(a)
+            begin_from = None if a.init is None else load(a.init)
+            model_fields, train_fields = configure(a, begin_from)
             train_config = build(TrainConfig, train_fields)
             source = training_text(a, train_config)
             model_config = build(ModelConfig, {"pairs": source.pairs, **model_fields})
             validation = _validation(a, source)
             parallel.check_mesh(mesh, model_config, train_config)
-            begun = check_workdir(a.workdir, model_config, train_config, source.identity)
+            begun = check_workdir(a.workdir, model_config, train_config, source.identity, a.allow)
         parallel.agree_on(_settings(a, model_config, train_config, source, mesh, validation))
-        tokenizer, data = _encoded(a, model_config, train_config, source, begun)
+        tokenizer, data = _encoded(a, model_config, train_config, source, begun, begin_from)
+        params = None
+        if begin_from is not None and not begun:
+            whole = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
+            params = initial_params(begin_from, whole, tokenizer, dict(a.init_task))
+            if new := new_parts(begin_from, whole):
+                out.print(f"new beside {a.init}: {', '.join(new)}")
     out.print(account_table(source.title, source.accounts, {"no bucket": data.too_long}))
     if mesh is not None:
         out.print(
@@ -84,6 +93,8 @@ def run(a: argparse.Namespace) -> None:
             source=source.identity,
             mesh=mesh,
             strategy=a.exchange,
+            params=params,
+            allowed=a.allow,
             validation=validation,
             tensorboard=a.tensorboard,
             report=report,
@@ -126,12 +137,16 @@ def _encoded(
     train_config: TrainConfig,
     source: TrainingText,
     begun: bool,
+    begin_from: Model | None,
 ) -> tuple[Tokenizer, TrainingData]:
     """The run's vocabulary, which process 0 makes and writes where it has not begun; the text."""
     vocabulary = a.workdir / "spm.model"
     if not begun and parallel.is_writer():
-        size = model_config.vocab_size
-        tokenizer = make_vocabulary(source.text, size, train_config, a.cache, train_config.seed)
+        if begin_from is not None:
+            tokenizer = initial_vocabulary(begin_from, source.pairs)
+        else:
+            size = model_config.vocab_size
+            tokenizer = make_vocabulary(source.text, size, train_config, a.cache, train_config.seed)
         data = TrainingData(source.text, tokenizer, train_config)
     if not begun:
         with alone_in(a.workdir):
@@ -167,9 +182,17 @@ def report_to(
         yield report, say
 
 
-def configure(a: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of ModelConfig and TrainConfig that the arguments of `add_configuration` say."""
+def configure(
+    a: argparse.Namespace, begin_from: Model | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of ModelConfig and TrainConfig that the arguments of `add_configuration` say.
+
+    begin_from: a model whose sizes stand in the preset's stead.
+    """
     model_fields = dict(PRESETS[a.config][0])
+    if begin_from is not None:
+        model_fields = {**dataclasses.asdict(begin_from.config)}
+        del model_fields["pairs"]
     for name, value in map(override, a.set):
         if name in ModelConfig.__dataclass_fields__ and name != "pairs":
             model_fields[name] = value
@@ -234,6 +257,29 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--workdir", type=Path, required=True, help="checkpoints, log and model")
     add_configuration(p)
     p.add_argument(
+        "--init",
+        type=Path,
+        metavar="MODEL",
+        help="begin from a trained model: its sizes, weights and vocabulary; text, directions and "
+        "hyperparameters are this run's",
+    )
+    p.add_argument(
+        "--init-task",
+        type=_task_like,
+        action="append",
+        default=[],
+        metavar="NEW=OLD",
+        help="with --init: a new task begins from that one, not from the mean of all",
+    )
+    p.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="go on although this field of TrainConfig, or text, is another than when the run "
+        "began; may be given again",
+    )
+    p.add_argument(
         "--validate-every",
         type=int,
         metavar="STEPS",
@@ -266,6 +312,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--coordinator", metavar="HOST:PORT", help="by hand: where process 0 listens")
     p.add_argument("--num-processes", type=int, metavar="N", help="by hand: how many there are")
     p.add_argument("--process-id", type=int, metavar="I", help="by hand: which one this is")
+
+
+def _task_like(word: str) -> tuple[str, str]:
+    new, equals, old = word.partition("=")
+    if not (new and equals and old):
+        raise argparse.ArgumentTypeError(f"wants NEW=OLD, got {word!r}")
+    return new, old
 
 
 def add_configuration(p: argparse.ArgumentParser, *, routing: bool = True) -> None:

@@ -60,12 +60,13 @@ class BatchIterator(Iterator[Batch], Generic[Batch]):
         text = np.frombuffer(bytes.fromhex(self._fingerprint), np.uint8)
         return {"next_index": np.array(self.step, np.int64), "text": text}
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where a `get_state` was; raises InputError if it was on another text."""
-        if not np.array_equal(state["text"], self.get_state()["text"]):
+    def set_state(self, state: Mapping[str, Any], *, any_text: bool = False) -> None:
+        """Go on where a `get_state` was; raises InputError for another text, unless any may be."""
+        if not any_text and not np.array_equal(state["text"], self.get_state()["text"]):
             raise InputError(
                 "the training text is another than when the checkpoint was written; "
-                "bring the text back or begin in another work directory"
+                "bring the text back, go on with this one by --allow text, or begin in another "
+                "work directory"
             )
         self._grain.set_state({"next_index": int(state["next_index"])})
 

@@ -44,9 +44,26 @@ class Tokenizer:
         """Number of pieces."""
         return int(self._processor.vocab_size())
 
+    def piece_id(self, piece: str) -> int:
+        """Id of a piece; UNK for one that is not there."""
+        return int(self._processor.piece_to_id(piece))
+
+    def with_languages(self, languages: Iterable[str]) -> Tokenizer:
+        """The same with a token for each of these target languages, new ones behind all pieces."""
+        tokens = [language_token(language) for language in languages]
+        if missing := [token for token in tokens if self.piece_id(token) == UNK]:
+            whole = sentencepiece_model_pb2.ModelProto.FromString(self.model)
+            kind = sentencepiece_model_pb2.ModelProto.SentencePiece.CONTROL
+            for token in missing:
+                whole.pieces.add(piece=token, score=0.0, type=kind)
+            whole.trainer_spec.control_symbols.extend(missing)
+            whole.trainer_spec.vocab_size = len(whole.pieces)
+            return Tokenizer(whole.SerializeToString(deterministic=True))
+        return self
+
     def encode_source(self, lines: list[str], target_language: str) -> list[list[int]]:
         """`<2xx> pieces </s>` of each line; raises InputError for a language without a token."""
-        tag = self._processor.piece_to_id(language_token(target_language))
+        tag = self.piece_id(language_token(target_language))
         if tag == UNK:
             raise InputError(f"the vocabulary has no token for target language {target_language!r}")
         return [[tag, *ids, EOS] for ids in self._processor.encode(lines)]

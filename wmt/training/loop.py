@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from taskmoe.wmt.training.logs import Logs
 from taskmoe.wmt.training.step import Sums, init_state, make_train_step
 from taskmoe.wmt.training.stopping import Stop, Stopped
 from taskmoe.wmt.training.validation import History, Validation
-from taskmoe.wmt.training.workdir import alone_in, claim_workdir
+from taskmoe.wmt.training.workdir import TEXT, alone_in, claim_workdir
 
 
 class Progress(NamedTuple):
@@ -67,6 +67,7 @@ def train(
     report: Callable[[Progress], None] = lambda _: None,
     note: Callable[[str], None] = lambda _: None,
     report_every: int = 20,
+    allowed: Collection[str] = (),
     stop: Stop = lambda: 0,
 ) -> Model:
     """Train up to `config.steps` in all, going on from the work directory's newest checkpoint.
@@ -82,6 +83,7 @@ def train(
     tensorboard: write event files to `workdir/tensorboard` too.
     report: called about every `report_every` steps. note: called with lines worth knowing, such as
     where it resumes and which checkpoint was damaged.
+    allowed: fields of TrainConfig that a run may go on with another value of, "text" among them.
     stop: asked after each step, see `taskmoe.wmt.training.stopping`; where it names a signal, the
       step is kept as a checkpoint and Stopped is raised.
     Returns the model, which is also written to `workdir/model`.
@@ -93,7 +95,7 @@ def train(
     with contextlib.ExitStack() as held:
         held.enter_context(alone_in(workdir))
         if parallel.is_writer():
-            claim_workdir(workdir, model_config, config, source)
+            claim_workdir(workdir, model_config, config, source, allowed)
         parallel.wait_for_all("work directory")
         model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
         state = init_state(model_config, config, mesh, params)
@@ -103,7 +105,7 @@ def train(
             contextlib.closing(Checkpoints(workdir / "checkpoints", config.keep_checkpoints))
         )
         step, (state, place), problems = checkpoints.restore((state, batches.get_state()))
-        batches.set_state(place)
+        batches.set_state(place, any_text=TEXT in allowed)
         for problem in problems:
             note(f"{problem}; " + (f"using the one of step {step}" if step else "starting anew"))
         if step:

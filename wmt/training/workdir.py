@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ _FREE = ("steps", "checkpoint_every", "keep_checkpoints", "max_skipped")
 # What is written down but may differ: where the text lies (a checkpoint knows whether it is the
 # same text), and recomputing, which changes what a step needs and not what it gives.
 _NOTED = {"data", "train.remat"}
+#: What a checkpoint is made of.
+_FIXED = {"optimizer"}
+#: Stands for the training text among the fields that are allowed to differ.
+TEXT = "text"
 #: Begins the names of a checkpoint's parameters: those of the first of (state, place in the text).
 _PARAMS = "0/params/"
 
@@ -50,13 +54,17 @@ def alone_in(workdir: Path) -> Iterator[None]:
 
 
 def claim_workdir(
-    workdir: Path, model_config: ModelConfig, config: TrainConfig, source: str
+    workdir: Path,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    source: str,
+    allowed: Collection[str] = (),
 ) -> None:
     """Write the configuration into a new work directory, or check that it is the same.
 
-    Raises InputError as `check_workdir` does.
+    What is allowed to differ is written too. Raises InputError as `check_workdir` does.
     """
-    if check_workdir(workdir, model_config, config, source):
+    if check_workdir(workdir, model_config, config, source, allowed) and not allowed:
         return
     write_text(
         workdir / "config.json",
@@ -65,14 +73,23 @@ def claim_workdir(
 
 
 def check_workdir(
-    workdir: Path, model_config: ModelConfig, config: TrainConfig, source: str
+    workdir: Path,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    source: str,
+    allowed: Collection[str] = (),
 ) -> bool:
     """Whether a run of this configuration has begun in a work directory; False where none has.
 
     A run has begun when it has written a checkpoint: one that ended before leaves nothing to go on
     from, and another may take its place. Raises InputError that names the first field that differs.
-    How checkpoints are kept may change, and `steps` under a schedule that does not look at them.
+    How checkpoints are kept may change, `steps` under a schedule that does not look at them, and
+    fields of TrainConfig that are allowed to by name, but for the optimizer, whose state is kept.
     """
+    for name in allowed:
+        if name != TEXT and (name not in TrainConfig.__dataclass_fields__ or name in _FIXED):
+            known = sorted({TEXT, *TrainConfig.__dataclass_fields__} - _FIXED)
+            raise InputError(f"--allow {name}: a run can go on with another {', '.join(known)}")
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"work directory {workdir} is a file")
     saved = [p for p in workdir.glob("checkpoints/[0-9]*") if "tmp" not in p.name]
@@ -88,10 +105,13 @@ def check_workdir(
         b = _flat(_description(model_config, config, source))
         # What they do not have is newer than they are.
         for name in sorted(a.keys() - _NOTED):
-            if a[name] != b.get(name):
+            field = name.removeprefix("train.")
+            if a[name] != b.get(name) and field not in allowed:
+                free = name.startswith("train.") and field not in _FIXED
+                way = f"--allow {field} goes on with it, or " if free else ""
                 raise InputError(
                     f"work directory {workdir} belongs to another configuration: {name} is "
-                    f"{a[name]!r} there and {b.get(name)!r} here; name another --workdir"
+                    f"{a[name]!r} there and {b.get(name)!r} here; {way}name another --workdir"
                 )
         return True
     what = "checkpoints" if saved else "a model"
