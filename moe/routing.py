@@ -14,21 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from taskmoe.kernels import Gating, RowPlan, given_gating, row_plan, top_k_gating
+from taskmoe.kernels.router import denominator, score, weigh
 from taskmoe.moe.config import Metrics, MoEConfig
+from taskmoe.moe.routers import RouterFunction
 
 Params = dict[str, jax.Array]
 
 
-def gate_logits(params: Params, x: jax.Array) -> jax.Array:
+def gate_logits(params: Params, config: MoEConfig, x: jax.Array) -> jax.Array:
     """Gate logits of x [..., D]: [..., E] f32, whatever the dtype of the parameters."""
-    logits = x.astype(jnp.float32) @ params["gate"].astype(jnp.float32)
+    x = x.astype(jnp.float32)
+    if config.gate_norm is not None:
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.gate_norm)
+        x = x * (params["gate_scale"].astype(jnp.float32) * x.shape[-1] ** -0.5)
+    logits = x @ params["gate"].astype(jnp.float32)
     return logits + params["gate_bias"].astype(jnp.float32) if "gate_bias" in params else logits
 
 
 def task_logits(params: Params, config: MoEConfig) -> jax.Array:
     """Gate logits of every task: [tasks, E] f32; with routing "static" from the given table."""
     if config.table is None:
-        return gate_logits(params, params["task_embedding"])
+        return gate_logits(params, config, params["task_embedding"])
     weights = config.table_weights or [[1.0 / config.top_k] * config.top_k] * len(config.table)
     # The logits whose scores, sqrt(softplus(z)), are the weights; the others are out of reach.
     square = np.square(np.array(weights, np.float64))
@@ -39,10 +45,21 @@ def task_logits(params: Params, config: MoEConfig) -> jax.Array:
 
 
 class Chosen(NamedTuple):
-    """Experts [U, k] i32 and weights [U, k] of units, as the caller of `apply` gave them."""
+    """What was chosen: experts [..., k] i32, and their weights [..., k]."""
 
     experts: jax.Array
     weights: jax.Array
+
+
+class Told(NamedTuple):
+    """What the caller of `apply` chose: experts [..., k] i32, and weights unless the gate weighs.
+
+    logits: [U, E] f32, the gate's, where it weighs.
+    """
+
+    experts: jax.Array
+    weights: jax.Array | None
+    logits: jax.Array | None = None
 
 
 class Noise(NamedTuple):
@@ -82,20 +99,23 @@ def unit_logits(
     task: jax.Array | None,
     sentence: jax.Array | None,
     noise: Noise,
-    chosen: Chosen | None,
-) -> tuple[jax.Array | Chosen, jax.Array]:
+    told: Told | None,
+    gate_input: jax.Array | None,
+) -> tuple[jax.Array | Told, jax.Array]:
     """Gate logits [U, E] f32 of the units that are routed, and which of them are valid [U] bool.
 
-    What the caller has chosen stands for the logits.
+    What the caller has chosen stands for the logits, or goes with them.
     """
     batch, length, d = x.shape
-    if chosen is not None:
-        flat = (a.reshape(batch * length, config.top_k) for a in chosen)
-        return Chosen(*flat), valid.reshape(-1)
+    if told is not None:
+        told = jax.tree.map(lambda a: a.reshape(batch * length, config.top_k), told)
+        if told.weights is not None:
+            return told, valid.reshape(-1)
     if config.by_task:
         return task_logits(params, config)[task], valid.any(axis=1)
     if config.routing == "token":
-        seen, unit_valid = x.reshape(batch * length, d), valid.reshape(-1)
+        seen = x if gate_input is None else gate_input
+        seen, unit_valid = seen.reshape(batch * length, d), valid.reshape(-1)
     elif sentence is not None:
         seen, unit_valid = sentence, valid.any(axis=1)
     else:
@@ -104,7 +124,8 @@ def unit_logits(
         unit_valid = valid.any(axis=1)
     if noise.jitter is not None:
         seen = seen.astype(jnp.float32) * noise.jitter.reshape(seen.shape)
-    return gate_logits(params, seen), unit_valid
+    logits = gate_logits(params, config, seen)
+    return logits if told is None else told._replace(logits=logits), unit_valid
 
 
 class Assignment(NamedTuple):
@@ -122,35 +143,36 @@ class Assignment(NamedTuple):
 
 def assign(
     config: MoEConfig,
-    logits: jax.Array | Chosen,
+    logits: jax.Array | Told,
     valid: jax.Array,
     noise: Noise,
     implementation: str | None,
     capacity_room: int | None = None,
-    bias: jax.Array | None = None,
+    params: Params | None = None,
 ) -> Assignment:
     """Choose experts for units [U, E] and give each assignment its row.
 
-    bias: [E], where experts have one when they are chosen.
+    params: the layer's, of which the router may want some.
     capacity_room: rows an expert, where a dropless layer wants a padded plan all the same.
     Raises ValueError where group_size does not divide the units.
     """
-    units, num_experts = valid.shape[0], config.num_experts
+    units = valid.shape[0]
     size = config.group_size or units
     if units % size:
         raise ValueError(f"group_size must divide the {units} units routed together, got {size}")
     groups = units // size
     room = capacity(config, size)
+    params = params or {}
     draws = None if noise.policy is None else noise.policy.reshape(units, -1)
     if config.group_size is None:
-        gating = _gate(config, bias, logits, valid, draws, implementation)
+        gating = _gate(config, params, logits, valid, draws, implementation)
         balance = None
     else:
         split = jax.tree.map(
             lambda a: a.reshape(groups, size, *a.shape[1:]), (logits, valid, draws)
         )
-        each = jax.vmap(lambda a, b, c: _gate(config, bias, a, b, c, implementation))(*split)
-        gating, balance = _merge(each, jnp.sum(split[1], axis=1), num_experts)
+        each = jax.vmap(lambda a, b, c: _gate(config, params, a, b, c, implementation))(*split)
+        gating, balance = _merge(config, each, jnp.sum(split[1], axis=1))
     if room is None:
         return Assignment(gating, row_plan(gating, capacity=capacity_room), balance)
     slots = gating.slots
@@ -159,21 +181,114 @@ def assign(
         kept = kept.at[:, 1:].set(kept[:, 1:] & (draws < 2 * gating.weights[:, 1:]))
     group = jnp.arange(units, dtype=jnp.int32)[:, None] // size
     slots = jnp.where(kept, group * room + slots, groups * room)
-    return Assignment(
-        gating, row_plan(gating._replace(slots=slots), capacity=groups * room), balance
-    )
+    plan = row_plan(gating._replace(slots=slots), capacity=groups * room)
+    if config.renormalise:
+        left = jnp.where(plan.rows < plan.num_rows, gating.weights, 0)
+        had, kept_sum = (jnp.sum(w, axis=1, keepdims=True) for w in (gating.weights, left))
+        some = kept_sum > 0
+        scale = jnp.where(some, had / jnp.where(some, kept_sum, 1), 0)
+        gating = gating._replace(weights=left * scale)
+    return Assignment(gating, plan, balance)
 
 
 def gate(
     config: MoEConfig,
-    bias: jax.Array | None,
+    params: Params,
+    logits: jax.Array,
+    valid: jax.Array,
+    implementation: str | None = None,
+) -> Gating:
+    """Gating of logits [U, E] by the configuration's router, times the experts' scales."""
+    return scaled(params, unscaled_gate(config, params, logits, valid, implementation))
+
+
+def unscaled_gate(
+    config: MoEConfig,
+    params: Params,
     logits: jax.Array,
     valid: jax.Array,
     implementation: str | None = None,
 ) -> Gating:
     """Gating of logits [U, E] by the configuration's router."""
-    options: Any = {"router": config.chosen_by, "bias": bias, "implementation": implementation}
+    if config.router_function is not None:
+        return _by_function(config, config.router_function, logits, valid)
+    options: Any = {"router": config.chosen_by, "bias": params.get("choice_bias")}
+    options["implementation"] = implementation
     return top_k_gating(logits, config.top_k, valid=valid, **options)
+
+
+def scaled(params: Params, gating: Gating) -> Gating:
+    """The gating with weights times the scales of their experts, where those have some."""
+    if "expert_scale" not in params:
+        return gating
+    scale = params["expert_scale"].astype(gating.weights.dtype)[gating.experts]
+    return gating._replace(weights=gating.weights * scale)
+
+
+def _told(config: MoEConfig, told: Told, valid: jax.Array) -> Gating:
+    """Gating of what the caller chose; an expert that is none counts as the nearest in sums."""
+    weights, logits = told.weights, told.logits
+    if logits is None:
+        return given_gating(told.experts, weights, config.num_experts, valid=valid)
+    logits = jnp.where(valid[:, None], logits, 0)
+    near = jnp.clip(told.experts, 0, config.num_experts - 1)
+    chosen = jnp.split(jnp.take_along_axis(logits, near, axis=1), config.top_k, axis=1)
+    weights = jnp.concatenate(weigh(config.chosen_by, chosen, denominator(logits, 1)), axis=1)
+    gating = given_gating(told.experts, weights, config.num_experts, valid=valid)
+    return _with_statistics(config, gating, logits, valid)
+
+
+def _with_statistics(
+    config: MoEConfig, gating: Gating, logits: jax.Array, valid: jax.Array
+) -> Gating:
+    """The gating with what the auxiliary losses need of the logits [U, E]."""
+    units = jnp.maximum(jnp.sum(valid), 1)
+    lse = jnp.where(valid, jax.nn.logsumexp(logits, axis=1), 0)
+    probs = probabilities(config, logits, valid)
+    return gating._replace(
+        mean_probs=jnp.sum(probs, axis=0) / units, z_loss=jnp.sum(lse**2) / units
+    )
+
+
+def probabilities(config: MoEConfig, logits: jax.Array, valid: jax.Array) -> jax.Array:
+    """Scores of logits [U, E] divided by their sum; 0 where a unit is not valid."""
+    logits = jnp.where(valid[:, None], logits, 0)
+    scores = score(config.chosen_by, logits, denominator(logits, 1))
+    return scores / jnp.sum(scores, axis=1, keepdims=True) * valid[:, None]
+
+
+def _by_function(
+    config: MoEConfig, function: RouterFunction, logits: jax.Array, valid: jax.Array
+) -> Gating:
+    """Gating by a function; statistics are those of the logits' softmax."""
+    logits = jnp.where(valid[:, None], logits, 0)
+    experts, weights = function(logits, config.top_k)
+    want = (logits.shape[0], config.top_k)
+    for name, value in (("experts", experts), ("weights", weights)):
+        if value.shape != want:
+            raise ValueError(
+                f"router must return {name} [U, k] = {list(want)}, got {list(value.shape)}"
+            )
+    gating = given_gating(experts, weights, config.num_experts, valid=valid)
+    return _with_statistics(config, gating, logits, valid)
+
+
+def sequence_balance(
+    config: MoEConfig, logits: jax.Array, gating: Gating, valid: jax.Array
+) -> jax.Array:
+    """Load-balance loss of each sequence alone, and the mean weighed by their valid tokens: [] f32.
+
+        E * sum_e f_e P_e,  f the share of a sequence's assignments, P its mean probability
+
+    logits: [B*S, E]. valid: [B, S].
+    """
+    probs = probabilities(config, logits, valid.reshape(-1))
+    hit = jax.nn.one_hot(gating.experts, config.num_experts).sum(1) * valid.reshape(-1, 1)
+    tokens = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)  # [B, 1]
+    mean = lambda a: a.reshape(*valid.shape, -1).sum(1) / tokens  # noqa: E731
+    each = config.num_experts * jnp.sum(mean(hit) / config.top_k * mean(probs), axis=1)
+    share = jnp.sum(valid, axis=1) / jnp.maximum(jnp.sum(valid), 1)
+    return jnp.sum(share * each)
 
 
 def weigh_input(
@@ -201,17 +316,17 @@ def balance_bias(bias: jax.Array, load: jax.Array, rate: float = 1e-3) -> jax.Ar
 
 def _gate(
     config: MoEConfig,
-    bias: jax.Array | None,
-    logits: jax.Array | Chosen,
+    params: Params,
+    logits: jax.Array | Told,
     valid: jax.Array,
     draws: jax.Array | None,
     implementation: str | None,
 ) -> Gating:
     """Gating of one group; with second_policy "sampling" the choices after the first are drawn."""
-    if isinstance(logits, Chosen):
-        return given_gating(*logits, config.num_experts, valid=valid)
+    if isinstance(logits, Told):
+        return scaled(params, _told(config, logits, valid))
     if draws is None or config.second_policy != "sampling":
-        return gate(config, bias, logits, valid, implementation)
+        return gate(config, params, logits, valid, implementation)
     first = top_k_gating(logits, 1, valid=valid, implementation=implementation)
     lane = jnp.arange(logits.shape[1])
     tiny = jnp.finfo(jnp.float32).tiny
@@ -222,7 +337,7 @@ def _gate(
     chosen = jnp.take_along_axis(logits, experts, axis=1).astype(jnp.float32)
     chosen = jnp.where(valid[:, None], chosen, 0)
     slots = later.slots + first.counts[0][later.experts]
-    return Gating(
+    gating = Gating(
         experts=experts,
         weights=jnp.where(valid[:, None], jax.nn.softmax(chosen, axis=1), 0),
         slots=jnp.concatenate([first.slots, jnp.where(valid[:, None], slots, -1)], axis=1),
@@ -230,13 +345,15 @@ def _gate(
         mean_probs=first.mean_probs,
         z_loss=first.z_loss,
     )
+    return scaled(params, gating)
 
 
-def _merge(each: Gating, num_valid: jax.Array, num_experts: int) -> tuple[Gating, jax.Array]:
+def _merge(config: MoEConfig, each: Gating, num_valid: jax.Array) -> tuple[Gating, jax.Array]:
     """One gating of [G, S, ...] and the load-balance loss, groups weighed by their valid units."""
     share = num_valid / jnp.maximum(jnp.sum(num_valid), 1).astype(jnp.float32)  # [G]
-    first = each.counts[:, 0] / jnp.maximum(num_valid, 1).astype(jnp.float32)[:, None]
-    balance = num_experts * jnp.sum(share * jnp.sum(first * each.mean_probs, axis=1))
+    counted = each.counts[:, 0] if config.balance == "first" else each.counts.sum(1)
+    counted = counted / jnp.maximum(num_valid, 1).astype(jnp.float32)[:, None]
+    balance = config.num_experts * jnp.sum(share * jnp.sum(counted * each.mean_probs, axis=1))
     merged = Gating(
         experts=each.experts.reshape(-1, each.experts.shape[2]),
         weights=each.weights.reshape(-1, each.weights.shape[2]),
@@ -269,9 +386,10 @@ def metrics(
     """
     units = jnp.maximum(num_valid, 1).astype(jnp.float32)
     probs = gating.mean_probs
-    first = gating.counts[0].astype(jnp.float32) / units
+    counted = gating.counts[0] if config.balance == "first" else gating.counts.sum(0)
     if balance is None:
-        balance = config.num_experts * jnp.sum(first * probs)
+        share = counted.astype(jnp.float32) / units
+        balance = config.num_experts * jnp.sum(share * probs)
     z_loss = gating.z_loss
     if config.routing == "static":
         balance, z_loss = jnp.zeros_like(balance), jnp.zeros_like(z_loss)
