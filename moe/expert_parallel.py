@@ -17,31 +17,22 @@ from taskmoe.kernels import Gating
 from taskmoe.kernels.checks import vary_over
 from taskmoe.kernels.exchange_kernel import check_can_run
 from taskmoe.kernels.platforms import interpret_mode
+from taskmoe.moe.balance import metrics, sequence_balance
 from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.exchange import STRATEGIES, Job, Peers, choose, run_here
 from taskmoe.moe.extraction import dense_ffn, fold, shared_ffn
+from taskmoe.moe.gates import Chosen, Params, Told, gate, task_logits
 from taskmoe.moe.mesh import EXPERT_PARAMS, Layout
 from taskmoe.moe.nested import nested_shard_map
-from taskmoe.moe.routing import (
-    Chosen,
-    Noise,
-    Params,
-    Told,
-    assign,
-    gate,
-    metrics,
-    sequence_balance,
-    task_logits,
-    unit_logits,
-    weigh_input,
-)
+from taskmoe.moe.routing import Noise, assign, unit_logits, weigh_input
 
 
 class Batch(NamedTuple):
     """What a layer is applied to; every array but a scalar task begins with the sequences.
 
     x: [B, S, D]. valid: [B, S] bool. task: [B] or [] i32. sentence: [B, D]. noise: of the routing.
-    told: experts [B, S, k] and perhaps weights that the caller chose. gate_input: [B, S, D], what the gate sees.
+    told: experts [B, S, k] and perhaps weights that the caller chose. gate_input: [B, S, D], what
+    the gate sees.
     """
 
     x: jax.Array
@@ -75,13 +66,13 @@ def apply_here(
         y, lost = run_here(Job(params, config, x, assigned, here, implementation)), jnp.int32(0)
     else:
         peers = Peers(layout.peers, layout.ragged, layout.expert)
-        chosen = choose(strategy, config, units, peers)
-        padded = units if STRATEGIES[chosen].padded else None
+        name = choose(strategy, config, units, peers)
+        padded = units if STRATEGIES[name].padded else None
         assigned = assign(config, logits, unit_valid, batch.noise, implementation, padded, params)
         first = assigned.gating
         x, assigned = weigh_input(config, x, assigned)
         job = Job(params, config, x, assigned, peers, implementation)
-        y, lost = STRATEGIES[chosen].run(job)
+        y, lost = STRATEGIES[name].run(job)
     gating, plan, balance = assigned
     if config.balance == "sequence":
         of_gate = logits.logits if isinstance(logits, Told) else logits

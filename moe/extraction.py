@@ -7,7 +7,8 @@ after its activation, so
       = act(x [W_in[e_1] | ... | W_in[e_k]]) [g_1 W_out[e_1]; ...; g_k W_out[e_k]]
 
 is one dense FFN of width k * d_ff, for every activation and for gated ones (Kudugunta et al. 2021,
-section 3.2; the folding is ours). A shared expert lies beside them. The layer itself runs a batch of one task through the same fold.
+section 3.2; the folding is ours). A shared expert lies beside them. The layer itself runs a batch
+of one task through the same fold.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from taskmoe.kernels import Router
 from taskmoe.kernels.options import Activation, hidden_units
 from taskmoe.kernels.platforms import with_plain_settings
 from taskmoe.moe.config import MoEConfig
+from taskmoe.moe.gates import Params, gate, task_logits, unscaled_gate
 from taskmoe.moe.mesh import EXPERT_PARAMS, SHARED_PARAMS
-from taskmoe.moe.routing import Params, gate, task_logits, unscaled_gate
 
 
 @jax.tree_util.register_dataclass

@@ -19,8 +19,9 @@ from taskmoe.kernels.platforms import check_implementation, with_plain_settings
 from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.exchange import STRATEGIES
 from taskmoe.moe.expert_parallel import Batch, apply_here, apply_on_mesh, apply_one_task
+from taskmoe.moe.gates import Chosen, Params, Told
 from taskmoe.moe.mesh import MeshAxes, find_layout
-from taskmoe.moe.routing import Chosen, Params, Told, draw_noise
+from taskmoe.moe.routing import draw_noise
 
 
 @with_plain_settings
@@ -240,12 +241,12 @@ def _check_chosen(
             f"alone with 'token'; routing is {config.routing!r}, experts are "
             f"{'' if given[0] else 'not '}given and weights are {'' if given[1] else 'not '}given"
         )
-    if config.routing == "token" and given[0]:
-        if config.router_function is not None or config.second_policy == "sampling":
-            raise ValueError(
-                "experts must not be given alone with a router that is a function or with "
-                "second_policy='sampling', which have no weights for them"
-            )
+    function = config.router_function is not None
+    if given == (True, False) and (function or config.second_policy == "sampling"):
+        raise ValueError(
+            "experts must not be given alone with a router that is a function or with "
+            "second_policy='sampling', which have no weights for them"
+        )
     for name, value, kind in (
         ("experts", experts, jnp.integer),
         ("weights", weights, jnp.floating),
