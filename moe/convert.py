@@ -150,8 +150,9 @@ def _read(
             f"{_where(tensors)} has a tensor {start + stored.names(num_experts + 1)[-1]}: config "
             f"must have more than num_experts={num_experts}"
         )
+    # A copy, lest an array lie in the file itself.
     return {
-        name: jnp.asarray(np.ascontiguousarray(value))
+        name: jnp.asarray(np.array(value, order="C"))
         for name, value in zip(stored.ours, ours, strict=True)
     }
 
