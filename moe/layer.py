@@ -9,17 +9,17 @@ A scalar task goes further: the layer folds the task's experts into one dense FF
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from taskmoe.kernels.platforms import check_implementation, with_plain_settings
-from taskmoe.moe.config import Metrics, MoEConfig
+from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.exchange import STRATEGIES
 from taskmoe.moe.expert_parallel import Batch, apply_here, apply_on_mesh, apply_one_task
-from taskmoe.moe.gates import Chosen, Params, Told
+from taskmoe.moe.gates import Params, Told
 from taskmoe.moe.mesh import MeshAxes, find_layout
 from taskmoe.moe.routing import draw_noise
 
@@ -151,35 +151,38 @@ def apply(
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
     batch = Batch(x, valid, task, sentence, told=chosen, gate_input=gate_input)
-    found = _apply(params, batch, key, config, mesh, axes, strategy, implementation)
-    return found if return_chosen else found[:2]
+    options = Options(config, mesh, axes, strategy, implementation, return_chosen)
+    return _apply(params, batch, key, options)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "mesh", "axes", "strategy", "implementation")
-)
+class Options(NamedTuple):
+    """What is fixed when `apply` is traced; as its arguments."""
+
+    config: MoEConfig
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None
+    axes: MeshAxes | None
+    strategy: str
+    implementation: str | None
+    return_chosen: bool
+
+
+@functools.partial(jax.jit, static_argnames="options")
 @with_plain_settings
-def _apply(
-    params: Params,
-    batch: Batch,
-    key: jax.Array | None,
-    config: MoEConfig,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None,
-    axes: MeshAxes | None,
-    strategy: str,
-    implementation: str | None,
-) -> tuple[jax.Array, Metrics, Chosen]:
+def _apply(params: Params, batch: Batch, key: jax.Array | None, options: Options) -> Any:
     """`apply`, validated; jitted, so that calls at a prompt compile once."""
+    config, implementation = options.config, options.implementation
     x = jnp.where(batch.valid[..., None], batch.x, 0)  # sequences travel whole; zeros give zeros
     task = None if batch.task is None else jnp.clip(batch.task, 0, config.tasks - 1)
     noise = draw_noise(config, key, *x.shape[:2])
     batch = batch._replace(x=x, task=task, noise=noise)
-    layout = find_layout(mesh, axes, config, params, x)
+    layout = find_layout(options.mesh, options.axes, config, params, x)
     if layout is not None:
-        return apply_on_mesh(params, config, batch, implementation, strategy, layout)
-    if task is not None and task.ndim == 0:
-        return apply_one_task(params, config, batch, implementation)
-    return apply_here(params, config, batch, implementation)
+        found = apply_on_mesh(params, config, batch, implementation, options.strategy, layout)
+    elif task is not None and task.ndim == 0:
+        found = apply_one_task(params, config, batch, implementation)
+    else:
+        found = apply_here(params, config, batch, implementation)
+    return found if options.return_chosen else found[:2]
 
 
 def _check(

@@ -1,5 +1,6 @@
 """Layers of models equal transformers' own modules: stored arrays always, live ones where it is."""
 
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -68,6 +69,17 @@ def test_a_wrong_configuration_is_caught(
 ) -> None:
     monkeypatch.setitem(parity.FIELDS, name, parity.FIELDS[name] | {field: value})
     assert parity.errors(name, parity.golden(name)).forward > 1e-3
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+def test_the_load_balance_loss_is_the_models(name: str) -> None:
+    arrays = parity.golden(name)
+    config, params, _ = parity.layer(name, arrays)
+    for balance, same in (("all", True), ("first", False)):
+        ours = dataclasses.replace(config, balance=balance)
+        report = moe.apply(params, ours, arrays["x"])[1]
+        error = parity.relative(report.load_balance_loss, arrays["balance"])
+        assert (error <= MOST) == same
 
 
 @live

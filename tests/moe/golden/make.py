@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 B, S, D, F = 2, 12, 8, 12
 DECODER = {
@@ -43,6 +44,8 @@ NLLB = {
 
 #: Tensors of a layer that are not trained.
 BUFFERS = ("e_score_correction_bias", "gate.bias", "tid2eid")
+#: Cases whose load-balance loss is stored too, as `balance`.
+BALANCED = ("mixtral", "qwen3_moe", "olmoe")
 Run = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
@@ -182,13 +185,19 @@ def run(name: str) -> dict[str, np.ndarray]:
     x = torch.randn(B, S, D, requires_grad=True)
     upstream = torch.randn(B, S, D)
     weights = stored(model, case.block)
+    extra = {}
+    if name in BALANCED:
+        logits = block.gate(x)[0]
+        extra["balance"] = load_balancing_loss_func(
+            (logits,), logits.shape[1], config.num_experts_per_tok
+        )
     out = case.run(block, x)
     (out * upstream).sum().backward()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros(()) if parameter.grad is None else parameter.grad)
     grads = stored(model, case.block)
-    arrays = {"x": x, "upstream": upstream, "out": out, "dx": x.grad}
+    arrays: dict[str, Any] = extra | {"x": x, "upstream": upstream, "out": out, "dx": x.grad}
     found = {part: tensor.detach().numpy() for part, tensor in arrays.items()}
     found |= {f"weights/{part}": tensor for part, tensor in weights.items()}
     found |= {f"grads/{n}": grad for n, grad in grads.items() if not n.endswith(BUFFERS)}
