@@ -111,7 +111,8 @@ def apply(
       is the mean of its valid tokens. A causal decoder must not look at tokens to come: it gives
       the mean of the encoder's output.
     experts, weights: [B, S, k] i32 and floats, of the caller's own router, only with routing
-      "given"; an expert outside of [0, E) is no assignment. Gradients reach the weights.
+      "given"; an expert outside of [0, E) is no assignment, and those of a token are different
+      ones. Gradients reach the weights.
       With routing "token" experts may be given alone: the gate weighs them as if it had chosen
       them, for choices that come from a table (DeepSeek-V4's first layers) or are replayed.
     gate_input: [B, S, D], what the gate sees in place of x, only with routing "token".
@@ -175,6 +176,9 @@ def _apply(params: Params, batch: Batch, key: jax.Array | None, options: Options
     task = None if batch.task is None else jnp.clip(batch.task, 0, config.tasks - 1)
     noise = draw_noise(config, key, *x.shape[:2])
     batch = batch._replace(x=x, task=task, noise=noise)
+    if batch.gate_input is not None:  # or what padding holds reaches the gate's gradient
+        seen = jnp.where(batch.valid[..., None], batch.gate_input, 0)
+        batch = batch._replace(gate_input=seen)
     layout = find_layout(options.mesh, options.axes, config, params, x)
     if layout is not None:
         found = apply_on_mesh(params, config, batch, implementation, options.strategy, layout)
@@ -182,7 +186,10 @@ def _apply(params: Params, batch: Batch, key: jax.Array | None, options: Options
         found = apply_one_task(params, config, batch, implementation)
     else:
         found = apply_here(params, config, batch, implementation)
-    return found if options.return_chosen else found[:2]
+    y, report, chosen = found
+    if config.biases or callable(config.activation):  # then zeros need not give zeros
+        y = jnp.where(batch.valid[..., None], y, 0)
+    return (y, report, chosen) if options.return_chosen else (y, report)
 
 
 def _check(

@@ -150,6 +150,29 @@ def test_the_gate_sees_another_tensor() -> None:
     assert np.abs(slope).max() > 1e-3
 
 
+def test_padding_gives_zeros_and_is_not_looked_at() -> None:
+    """Also where experts make something of zeros, and sequences are routed whole."""
+    valid = jnp.ones((4, 6), bool).at[1, 3:].set(False).at[2].set(False)
+    dirty = jnp.where(valid[..., None], X, jnp.nan)
+    for fields in ({"biases": True}, {"activation": jax.nn.sigmoid, "shared": 4}):
+        for level, task in (("token", None), ("sentence", None), ("task", 1), ("task", None)):
+            config: Any = made(routing=level, **fields)
+            params = support.params(config)
+            params = {n: w + 0.3 if n.startswith("b_") else w for n, w in params.items()}
+            if level == "task":
+                task = jnp.arange(4) % 3 if task is None else task
+            told: Any = {"gate_input": dirty} if level == "token" else {}
+
+            def loss(params: Any, told: Any = told, task: Any = task, config: Any = config) -> Any:
+                y, _ = moe.apply(params, config, dirty, valid=valid, task=task, **told)
+                return jnp.sum(jnp.sin(y)), y
+
+            slopes, y = jax.grad(loss, has_aux=True)(params)
+            assert not np.asarray(y)[~np.asarray(valid)].any()
+            assert np.abs(np.asarray(y)[np.asarray(valid)]).min() > 0
+            jax.tree.map(lambda a: np.testing.assert_array_equal(np.isfinite(a), True), slopes)
+
+
 def test_weights_after_dropping_sum_to_what_they_were() -> None:
     config = made(capacity_factor=0.5, renormalise=True)
     plain = made(capacity_factor=0.5)
