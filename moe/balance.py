@@ -31,7 +31,8 @@ def sequence_balance(
     logits: [B*S, E]. valid: [B, S].
     """
     probs = probabilities(config, logits, valid.reshape(-1))
-    hit = jax.nn.one_hot(gating.experts, config.num_experts).sum(1) * valid.reshape(-1, 1)
+    assigned = jnp.where(gating.slots >= 0, gating.experts, config.num_experts)
+    hit = jax.nn.one_hot(assigned, config.num_experts).sum(1)  # zeros past the last expert
     tokens = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)  # [B, 1]
     mean = lambda a: a.reshape(*valid.shape, -1).sum(1) / tokens  # noqa: E731
     each = config.num_experts * jnp.sum(mean(hit) / config.top_k * mean(probs), axis=1)

@@ -242,10 +242,9 @@ def apply_on_mesh(
     def first(a: jax.Array, spec: P) -> jax.Array:
         if not layout.explicit:
             return a[:size]
-        a = jax.reshard(a, NamedSharding(_mesh(layout), spec if a.shape[0] == size else P()))
-        return (
-            a if a.shape[0] == size else jax.reshard(a[:size], NamedSharding(_mesh(layout), spec))
-        )
+        if a.shape[0] != size:
+            a = jax.reshard(a, NamedSharding(_mesh(layout), P()))[:size]
+        return jax.reshard(a, NamedSharding(_mesh(layout), spec))
 
     by_batch = P(kept[0]) if layout.explicit else P()
     return (

@@ -10,9 +10,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from taskmoe.kernels.platforms import with_plain_settings
+
 RouterFunction = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 
 
+@with_plain_settings
 def sparse_mixer(
     logits: jax.Array, top_k: int, *, jitter: float = 0.01
 ) -> tuple[jax.Array, jax.Array]:

@@ -36,8 +36,13 @@ def gradients(config: moe.MoEConfig, **options: Any) -> Any:
     return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(support.params(config), X)
 
 
-@pytest.mark.parametrize("router", [None, "deepseek_v4", "qwen2_moe", "gemma4"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "router"),
+    [
+        *((name, "gemma4") for name in STRATEGIES),
+        *((None, name) for name in (None, "deepseek_v4", "olmoe")),
+    ],
+)
 def test_a_choice_is_returned_and_replayed(strategy: str | None, router: str | None) -> None:
     scaled = {"gate_norm": 1e-6, "expert_scale": True} if router == "gemma4" else {}
     config = made(router=router, top_k=3, **scaled)
@@ -95,6 +100,11 @@ def test_an_expert_that_is_none_gets_nothing_when_replayed() -> None:
     y, report = moe.apply(support.params(config), config, X, experts=experts)
     np.testing.assert_allclose(report.load, np.eye(E)[3] / 2)
     assert np.isfinite(y).all()
+    alone = made(balance="sequence")
+    _, report = moe.apply(support.params(alone), alone, X, experts=experts)
+    logits = X.reshape(-1, 6) @ support.params(alone)["gate"]
+    share = np.asarray(jax.nn.softmax(logits, axis=1))[:, 3].mean()
+    np.testing.assert_allclose(report.load_balance_loss, E * share / 2, rtol=1e-5)
 
 
 def mine(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
 from taskmoe.moe import extraction
-from taskmoe.tests.kernels.support import planted
+from taskmoe.tests.kernels.support import planted, running
 from taskmoe.tests.moe import support
 from taskmoe.tests.moe.test_meshes import all_of, framework, mesh_of
 
@@ -90,6 +90,16 @@ def test_on_a_mesh_that_cuts_experts_and_hidden_units(fields: Any, strategy: str
     mesh, axes = framework()
     have = jax.jit(all_of(config, mesh=mesh, axes=axes, strategy=strategy))(params, x)
     support.check(have, jax.jit(all_of(config))(params, x))
+
+
+def test_beside_rows_that_a_kernel_sends() -> None:
+    config = made(**KINDS[2])
+    params, x = support.params(config), support.normal(1, 2, 3, 6)
+    mesh = mesh_of(("expert", 2))
+    with running("mosaic"):
+        run = jax.jit(lambda p, x: moe.apply(p, config, x, mesh=mesh, strategy="mosaic")[0])
+        have = np.asarray(run(params, x))
+    support.check(have, moe.apply(params, config, x)[0])
 
 
 def test_on_explicit_axes_and_with_a_batch_that_does_not_divide() -> None:
