@@ -217,6 +217,34 @@ def test_a_planted_fault_in_replay_is_caught() -> None:
         support.check(wrong, y, 1e-3)
 
 
+def test_all_of_it_under_vmap_and_strict_promotion() -> None:
+    fields: dict[str, Any] = {"gate_norm": 1e-6, "expert_scale": True, "gated": True}
+    fields |= {"shared": 4, "shared_gate": True, "balance": "sequence"}
+    config = made(router="gemma4", capacity_factor=1.0, renormalise=True, **fields)
+    params = support.params(config)
+    pair = jnp.stack([X, X[::-1] * 2])
+
+    def all_of_it(params: Any, x: Any) -> Any:
+        y, report, chosen = moe.apply(params, config, x, gate_input=x, return_chosen=True)
+        again = moe.apply(params, config, x, experts=chosen.experts)[0]
+        return y, again, report.aux_loss, chosen
+
+    def slopes(params: Any, x: Any) -> Any:
+        return jax.grad(lambda p: sum(jnp.sum(part) for part in all_of_it(p, x)[:3]))(params)
+
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+        assert all_of_it(narrow, X.astype(jnp.bfloat16))[0].dtype == jnp.bfloat16
+        for f in (all_of_it, slopes):
+            many = jax.vmap(f, (None, 0))(params, pair)
+            for i in range(2):
+                one = jax.jit(f)(params, pair[i])
+                support.check(jax.tree.map(lambda a, i=i: a[i], many), one)
+        experts, weights = moe.sparse_mixer(jnp.array([[1.0, 1.01, 0.5]]), 2)
+        np.testing.assert_array_equal(experts, [[1, 0]])
+        np.testing.assert_allclose(weights, [[1 / (1 + np.exp(-0.01)), 1.0]], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
