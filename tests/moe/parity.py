@@ -42,7 +42,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "llama4": {"router": "llama4", "top_k": 1, **SILU, "shared": F},
     "switch": {"router": "switch", "top_k": 1, **RELU},
     "switch_dropping": {
-        "router": "switch", "top_k": 1, **RELU, "capacity_factor": 4 / 3, "group_size": 12,
+        "router": "switch", "top_k": 1, **RELU, "capacity_factor": 1.25, "group_size": 12,
     },
     "nllb_moe": {"router": "nllb_moe", "top_k": 2, **RELU, "biases": True},
     "nllb_moe_normalised_first": {
@@ -176,7 +176,7 @@ def main() -> None:
     page = PAGE.read_text("utf-8")
     before, after = page.split(BEGIN)[0], page.split(END)[1]
     table = "\n".join(rows)
-    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", "utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", "utf-8")
     print(table)
 
 
