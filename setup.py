@@ -43,6 +43,7 @@ DEV = [
     "sacrebleu[ja]",
     "setuptools>=77",  # builds without a network; a venv has an older one or none
 ]
+PARITY = ["torch>=2.6,<3", "transformers>=5.24,<6"]  # layers of models, beside their own modules
 DOCS = [
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.6,<10",
@@ -95,6 +96,7 @@ setup(
         "bench": BENCH,
         "gpu": ["tokamax>=0.0.12,<0.1"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "parity": PARITY,
         "docs": DOCS,
         "dev": DEV,
     },

@@ -89,6 +89,7 @@ ROUTERS = {
     "jamba": Router(normalise=False),
     "switch": Router(normalise=False),
     "nllb_moe": Router(),
+    "gemma4": Router(),
     "llama4": Router("sigmoid", normalise=False, weighs="input"),
     "deepseek_v2": Router(normalise=False, scale=16.0, groups=8, kept_groups=3),
     "deepseek_v3": Router(

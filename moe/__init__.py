@@ -2,17 +2,21 @@
 
 Pure functions on pytrees: `init` makes a layer's parameters, `apply` runs it, `extract` cuts one
 task's sub-network out, and `ffn` runs that; `extract_tasks` and `prune` make smaller layers.
-`balance_bias` balances experts without a loss.
+`balance_bias` balances experts without a loss, and
+`taskmoe.moe.convert` reads and writes checkpoints of models.
 """
 
 from taskmoe.kernels import __version__ as __version__
+from taskmoe.moe.balance import balance_bias
 from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.extraction import FFNParams, extract, extract_tasks, ffn, prune
+from taskmoe.moe.gates import Chosen
 from taskmoe.moe.layer import apply, init
 from taskmoe.moe.mesh import MeshAxes, param_specs
-from taskmoe.moe.routing import balance_bias
+from taskmoe.moe.routers import sparse_mixer
 
 __all__ = [
+    "Chosen",
     "FFNParams",
     "MeshAxes",
     "Metrics",
@@ -25,4 +29,5 @@ __all__ = [
     "init",
     "param_specs",
     "prune",
+    "sparse_mixer",
 ]

@@ -9,9 +9,11 @@ import jax
 
 from taskmoe.kernels import ROUTERS, Router
 from taskmoe.kernels.options import Activation, check_activation
+from taskmoe.moe.routers import ROUTER_FUNCTIONS, RouterFunction
 
 Routing = Literal["token", "sentence", "task", "static", "given"]
 SecondPolicy = Literal["all", "random", "sampling"]
+Balance = Literal["first", "all", "sequence"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +29,17 @@ class MoEConfig:
       task are given), Kudugunta et al. 2021, section 3; or "given" (`apply` is told the experts and
       weights of each token).
     router: how gate logits become experts and weights: a `taskmoe.kernels.Router`, or the name of a
-      model in `taskmoe.kernels.ROUTERS`. None is softmax over the chosen logits; with top_k=1,
-      where that is always 1 and the gate would learn nothing from the task, it is the probability,
-      as in Switch Transformer.
+      model in `taskmoe.kernels.ROUTERS`, or "phimoe". None is softmax over the chosen logits; with
+      top_k=1, where that is always 1 and the gate would learn nothing from the task, it is the
+      probability, as in Switch Transformer. Or a function of logits [U, E] f32 and top_k that
+      returns experts [U, k] i32, different ones for a unit, and weights [U, k].
     gate_bias: whether the gate has a learned bias.
+    gate_norm: None, or the epsilon of a root mean square norm of what the gate sees, which is then
+      divided by sqrt(D) and multiplied by a learned scale [D], as in Gemma 4.
     choice_bias: whether experts have a bias where they are chosen, which has no gradient:
       `balance_bias` moves it.
+    expert_scale: whether an expert's weights are multiplied by a learned scale of its own, as in
+      Gemma 4.
     num_tasks: number of tasks, for routing "task" only.
     table: the top_k different experts of each task, for routing "static" only.
     table_weights: their gate weights, positive; None is 1/top_k each.
@@ -44,6 +51,8 @@ class MoEConfig:
     second_policy: what happens to choices after the first while training (when `apply` is given a
       key): "all" are used; "random" uses one with probability min(1, 2 g), g its gate weight
       (GShard); "sampling" draws them from the gate's probabilities without replacement (Lingvo).
+    renormalise: with a capacity factor, whether the weights of a unit's choices that found room are
+      brought to the sum that all had: NLLB's normalisation after dropping.
     jitter: while training, what the gate sees is multiplied by uniform noise from
       [1 - jitter, 1 + jitter] (Switch Transformer, section 2.4).
     buffer_factor: None gives each device of a mesh room for all rows that can come to it, which is
@@ -53,6 +62,13 @@ class MoEConfig:
     activation: "relu", "gelu" or "silu"; with `gated`, `act(x w_gate) * (x w_in)`, or "gpt_oss" or
       "deepseek_v4"; or a function, as in `taskmoe.kernels.expert_ffn`.
     biases: whether experts add biases to each of their products.
+    shared: hidden width of an expert that every token passes beside those it is routed to, without
+      biases, of the same activation; 0 is none. DeepSeekMoE's several shared experts are one of
+      their joint width.
+    shared_gate: whether the shared expert's output is multiplied by sigmoid(x w), w [D, 1] learned.
+    balance: what the load-balance loss counts: "first" choices (GShard); "all" choices, which is
+      top_k where balanced (Mixtral and its kin); or "sequence", all choices and probabilities in
+      each sequence alone, which is 1 where balanced (DeepSeek-V3, equations 17 to 20).
     load_balance_weight, z_loss_weight: coefficients of the two auxiliary losses (Lingvo's and
       ST-MoE's by default).
 
@@ -64,9 +80,11 @@ class MoEConfig:
     num_experts: int
     top_k: int = 2
     routing: Routing = "token"
-    router: Router | str | None = None
+    router: Router | str | RouterFunction | None = None
     gate_bias: bool = False
+    gate_norm: float | None = None
     choice_bias: bool = False
+    expert_scale: bool = False
     num_tasks: int = 0
     table: tuple[tuple[int, ...], ...] | None = None
     table_weights: tuple[tuple[float, ...], ...] | None = None
@@ -74,10 +92,14 @@ class MoEConfig:
     group_size: int | None = None
     buffer_factor: float | None = None
     second_policy: SecondPolicy = "all"
+    renormalise: bool = False
     jitter: float = 0.0
     activation: Activation = "relu"
     gated: bool = False
     biases: bool = False
+    shared: int = 0
+    shared_gate: bool = False
+    balance: Balance = "first"
     load_balance_weight: float = 0.01
     z_loss_weight: float = 1e-3
 
@@ -95,19 +117,22 @@ class MoEConfig:
             )
         if self.routing not in get_args(Routing):
             raise ValueError(f"routing must be one of {get_args(Routing)}, got {self.routing!r}")
-        if isinstance(self.router, str) and self.router not in ROUTERS:
+        known = (*ROUTERS, *ROUTER_FUNCTIONS)
+        if isinstance(self.router, str) and self.router not in known:
             raise ValueError(
-                f"router must be a Router, None or one of {', '.join(ROUTERS)}, got {self.router!r}"
+                f"router must be a Router, None or one of {', '.join(known)}, or a function, "
+                f"got {self.router!r}"
             )
         if self.chosen_by.weighs == "input" and self.top_k > 1:
             raise ValueError(f"router weighs inputs, which wants top_k=1, got {self.top_k}")
         if self.routing in ("static", "given"):
-            for name in ("router", "gate_bias", "choice_bias"):
+            for name in ("router", "gate_bias", "gate_norm", "choice_bias"):
                 if getattr(self, name) and getattr(self, name) != Router(weighs="input"):
                     raise ValueError(
                         f"{name} must not be given with routing={self.routing!r}, which has no gate"
                     )
         self.chosen_by.check(self.num_experts, self.top_k)
+        self._check_extras()
         check_activation(self.activation, self.gated)
         if (self.routing == "task") != (self.num_tasks > 0):
             raise ValueError(
@@ -151,8 +176,17 @@ class MoEConfig:
             raise ValueError(f"jitter must be 0 with routing={self.routing!r}, got {self.jitter}")
 
     @property
+    def router_function(self) -> RouterFunction | None:
+        """The router, where it is a function."""
+        if isinstance(self.router, str):
+            return ROUTER_FUNCTIONS.get(self.router)
+        return self.router if callable(self.router) else None
+
+    @property
     def chosen_by(self) -> Router:
-        """The router itself."""
+        """The router itself; where it is a function, one that weighs outputs as it does."""
+        if callable(self.router) or self.router in ROUTER_FUNCTIONS:
+            return Router()
         if self.routing == "static":  # any positive weights are scores of some logits
             weighs = self.router.weighs if isinstance(self.router, Router) else "output"
             return Router("sqrt_softplus", normalise=False, weighs=weighs)
@@ -169,6 +203,24 @@ class MoEConfig:
     def tasks(self) -> int:
         """Number of tasks that `apply` and `extract` know; 0 where routing is not by task."""
         return self.num_tasks if self.table is None else len(self.table)
+
+    def _check_extras(self) -> None:
+        if self.router_function is not None and self.choice_bias:
+            raise ValueError("choice_bias must be False with a router that is a function")
+        if self.gate_norm is not None and not self.gate_norm > 0:
+            raise ValueError(f"gate_norm must be None or above 0, got {self.gate_norm}")
+        if self.expert_scale and self.routing == "given":
+            raise ValueError("expert_scale must be False with routing='given': scale the weights")
+        if self.renormalise and self.capacity_factor is None:
+            raise ValueError("renormalise must be False without a capacity_factor")
+        if self.shared < 0:
+            raise ValueError(f"shared must be at least 0, got {self.shared}")
+        if self.shared_gate and not self.shared:
+            raise ValueError("shared_gate must be False without a shared expert (shared=0)")
+        if self.balance not in get_args(Balance):
+            raise ValueError(f"balance must be one of {get_args(Balance)}, got {self.balance!r}")
+        if self.balance == "sequence" and self.routing != "token":
+            raise ValueError(f"balance 'sequence' wants routing='token', got {self.routing!r}")
 
     def _check_table(self) -> None:
         if (self.routing == "static") != (self.table is not None):
@@ -202,8 +254,8 @@ class Metrics(NamedTuple):
     aux_loss: [] f32, the weighted sum of both losses: add it to the training loss.
     load_balance_loss: [] f32, `E * sum_e f_e * m_e` with f the share of first choices and m the
       mean gate probability: 1 when balanced (GShard's l_aux with Lingvo's scale E^2); with a
-      group_size the mean over groups. 0 with routing "static", where nothing is to be learned, and
-      so is the z-loss.
+      group_size the mean over groups; or as `MoEConfig.balance` says. 0 with routing "static",
+      where nothing is to be learned, and so is the z-loss.
     z_loss: [] f32, mean of `logsumexp(logits)^2` (ST-MoE).
     dropped: [] f32, share of the valid assignments that found no room, with their expert or (with a
       buffer_factor) on its device.

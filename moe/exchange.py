@@ -40,7 +40,8 @@ from taskmoe.kernels.exchange_ffn_kernel import can_fuse, exchange_ffn, room_for
 from taskmoe.kernels.exchange_kernel import exchange_rows
 from taskmoe.kernels.exchange_plan import neighbours, segments_there
 from taskmoe.moe.config import MoEConfig
-from taskmoe.moe.routing import Assignment, Params, capacity
+from taskmoe.moe.gates import Params
+from taskmoe.moe.routing import Assignment, capacity
 
 
 class Peers(NamedTuple):

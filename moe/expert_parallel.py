@@ -17,29 +17,22 @@ from taskmoe.kernels import Gating
 from taskmoe.kernels.checks import vary_over
 from taskmoe.kernels.exchange_kernel import check_can_run
 from taskmoe.kernels.platforms import interpret_mode
+from taskmoe.moe.balance import metrics, sequence_balance
 from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.exchange import STRATEGIES, Job, Peers, choose, run_here
-from taskmoe.moe.extraction import dense_ffn, fold
+from taskmoe.moe.extraction import dense_ffn, fold, shared_ffn
+from taskmoe.moe.gates import Chosen, Params, Told, gate, task_logits
 from taskmoe.moe.mesh import EXPERT_PARAMS, Layout
 from taskmoe.moe.nested import nested_shard_map
-from taskmoe.moe.routing import (
-    Chosen,
-    Noise,
-    Params,
-    assign,
-    gate,
-    metrics,
-    task_logits,
-    unit_logits,
-    weigh_input,
-)
+from taskmoe.moe.routing import Noise, assign, unit_logits, weigh_input
 
 
 class Batch(NamedTuple):
     """What a layer is applied to; every array but a scalar task begins with the sequences.
 
     x: [B, S, D]. valid: [B, S] bool. task: [B] or [] i32. sentence: [B, D]. noise: of the routing.
-    chosen: experts and weights [B, S, k].
+    told: experts [B, S, k] and perhaps weights that the caller chose. gate_input: [B, S, D], what
+    the gate sees.
     """
 
     x: jax.Array
@@ -47,7 +40,8 @@ class Batch(NamedTuple):
     task: jax.Array | None = None
     sentence: jax.Array | None = None
     noise: Noise = Noise()
-    chosen: Chosen | None = None
+    told: Told | None = None
+    gate_input: jax.Array | None = None
 
 
 def apply_here(
@@ -57,31 +51,42 @@ def apply_here(
     implementation: str | None,
     strategy: str = "auto",
     layout: Layout | None = None,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[jax.Array, Metrics, Chosen]:
     """The layer on one device, or with a layout one device's part of it, inside `jax.shard_map`."""
     axes = () if layout is None else layout.batch
     params = _biased_once(params, layout)
     logits, unit_valid = unit_logits(params, config, *batch)
-    units, bias = unit_valid.shape[0], params.get("choice_bias")
+    units = unit_valid.shape[0]
     x = batch.x.reshape(units, -1)
     if layout is None or layout.expert is None:
-        assigned = assign(config, logits, unit_valid, batch.noise, implementation, bias=bias)
+        assigned = assign(config, logits, unit_valid, batch.noise, implementation, params=params)
+        first = assigned.gating
         x, assigned = weigh_input(config, x, assigned)
         here = Peers(1, ragged=False)
         y, lost = run_here(Job(params, config, x, assigned, here, implementation)), jnp.int32(0)
     else:
         peers = Peers(layout.peers, layout.ragged, layout.expert)
-        chosen = choose(strategy, config, units, peers)
-        padded = units if STRATEGIES[chosen].padded else None
-        assigned = assign(config, logits, unit_valid, batch.noise, implementation, padded, bias)
+        name = choose(strategy, config, units, peers)
+        padded = units if STRATEGIES[name].padded else None
+        assigned = assign(config, logits, unit_valid, batch.noise, implementation, padded, params)
+        first = assigned.gating
         x, assigned = weigh_input(config, x, assigned)
         job = Job(params, config, x, assigned, peers, implementation)
-        y, lost = STRATEGIES[chosen].run(job)
+        y, lost = STRATEGIES[name].run(job)
     gating, plan, balance = assigned
+    if config.balance == "sequence":
+        of_gate = logits.logits if isinstance(logits, Told) else logits
+        assert of_gate is not None
+        balance = sequence_balance(config, of_gate, gating, batch.valid)
     num_valid = jnp.sum(unit_valid)
     placed = jnp.sum(plan.rows < plan.num_rows) - lost
     report = _over_devices(config, gating, num_valid, placed, balance, axes)
-    return _whole(y, layout).reshape(batch.x.shape), report
+    y = y.reshape(batch.x.shape)
+    if config.shared:
+        y = (y + dense_ffn(shared_ffn(params, config), batch.x, jnp.float32)).astype(y.dtype)
+    places = batch.x.shape[: 2 if config.routing in ("token", "given") else 1]
+    chosen = Chosen(*(a.reshape(*places, config.top_k) for a in (first.experts, first.weights)))
+    return _whole(y, layout), report, chosen
 
 
 def apply_one_task(
@@ -90,7 +95,7 @@ def apply_one_task(
     batch: Batch,
     implementation: str | None,
     layout: Layout | None = None,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[jax.Array, Metrics, Chosen]:
     """The layer for a batch of one task, as the dense FFN that its experts fold into.
 
     On a mesh the devices that hold the task's experts hand them to all others.
@@ -100,8 +105,7 @@ def apply_one_task(
     params = _biased_once(params, layout)
     some = batch.valid.any()[None]  # only padding counts nowhere
     logits = task_logits(params, config)[batch.task][None]
-    bias = params.get("choice_bias")
-    gating = gate(config, bias, logits, jnp.ones(1, bool))
+    gating = gate(config, params, logits, jnp.ones(1, bool))
     experts, weights = gating.experts[0], gating.weights[0]
     if layout is not None and layout.expert is not None:
         own = params["w_in"].shape[0]
@@ -118,9 +122,12 @@ def apply_one_task(
         params, experts = params | picked, jnp.arange(config.top_k)
     y = dense_ffn(fold(params, config, experts, weights), batch.x, jnp.float32)
     y = _whole(y, layout).astype(batch.x.dtype)
-    counted = gate(config, bias, logits, some, implementation)
+    counted = gate(config, params, logits, some, implementation)
     num_valid = jnp.sum(some)
-    return y, _over_devices(config, counted, num_valid, config.top_k * num_valid, None, axes)
+    each = (batch.x.shape[0], config.top_k)
+    chosen = Chosen(*(jnp.broadcast_to(a, each) for a in (gating.experts, gating.weights)))
+    report = _over_devices(config, counted, num_valid, config.top_k * num_valid, None, axes)
+    return y, report, chosen
 
 
 def _biased_once(params: Params, layout: Layout | None) -> Params:
@@ -174,7 +181,7 @@ def apply_on_mesh(
     implementation: str | None,
     strategy: str,
     layout: Layout,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[jax.Array, Metrics, Chosen]:
     """The layer over a mesh; arguments and results as in `apply`.
 
     Capacity, where there is one, is counted on each device's own units, in groups of `group_size`
@@ -191,7 +198,7 @@ def apply_on_mesh(
             batch = jax.tree.map(lambda a: jax.reshard(a, NamedSharding(_mesh(layout), P())), batch)
     batch = _padded(batch, -size % layout.batch_parts)
 
-    def local(params: Params, batch: Batch, task: jax.Array | None) -> tuple[jax.Array, Metrics]:
+    def local(params: Params, batch: Batch, task: jax.Array | None) -> Any:
         if one_task:
             whole = batch._replace(task=task)
             return apply_one_task(params, config, whole, implementation, layout)
@@ -204,8 +211,8 @@ def apply_on_mesh(
         P() if one_task else None,
     )
     if not layout.free:  # all axes are manual already
-        y, report = local(*arguments)
-        return y[:size], report
+        y, report, chosen = local(*arguments)
+        return y[:size], report, jax.tree.map(lambda a: a[:size], chosen)
     if layout.explicit:  # shardings are part of the types there
         arguments = jax.tree.map(
             lambda leaf, spec: jax.reshard(leaf, NamedSharding(_mesh(layout), spec)),
@@ -213,22 +220,38 @@ def apply_on_mesh(
             specs,
         )
     if len(layout.free) < len(layout.mesh.axis_names):
-        results = (layout.of_batch(), P())
-        y, report = nested_shard_map(local, layout.free, specs, results)(*arguments)
-        return y[:size], report
-    y, report = jax.shard_map(
+
+        def in_floats(*arguments: Any) -> Any:
+            y, report, chosen = local(*arguments)
+            return y, report, chosen._replace(experts=chosen.experts.astype(jnp.float32))
+
+        results = (layout.of_batch(), P(), layout.of_batch())
+        y, report, chosen = nested_shard_map(in_floats, layout.free, specs, results)(*arguments)
+        chosen = chosen._replace(experts=chosen.experts.astype(jnp.int32))
+        return y[:size], report, jax.tree.map(lambda a: a[:size], chosen)
+    y, report, chosen = jax.shard_map(
         local,
         mesh=None if _in_use(layout) else layout.mesh,
         in_specs=specs,
-        out_specs=(layout.of_batch(), P()),
+        out_specs=(layout.of_batch(), P(), layout.of_batch()),
         axis_names=set(layout.free),
         # JAX's interpreter does not know varying axes where kernels talk to peers.
         check_vma=strategy != "mosaic" or interpret_mode() is None,
     )(*arguments)
-    if layout.explicit:
-        y = jax.reshard(y, NamedSharding(_mesh(layout), kept if y.shape[0] == size else P()))
-        y = y if y.shape[0] == size else jax.reshard(y[:size], NamedSharding(_mesh(layout), kept))
-    return y[:size], report
+
+    def first(a: jax.Array, spec: P) -> jax.Array:
+        if not layout.explicit:
+            return a[:size]
+        if a.shape[0] != size:
+            a = jax.reshard(a, NamedSharding(_mesh(layout), P()))[:size]
+        return jax.reshard(a, NamedSharding(_mesh(layout), spec))
+
+    by_batch = P(kept[0]) if layout.explicit else P()
+    return (
+        first(y, kept if layout.explicit else P()),
+        report,
+        jax.tree.map(lambda a: first(a, by_batch), chosen),
+    )
 
 
 def _in_use(layout: Layout) -> bool:

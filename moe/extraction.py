@@ -7,7 +7,8 @@ after its activation, so
       = act(x [W_in[e_1] | ... | W_in[e_k]]) [g_1 W_out[e_1]; ...; g_k W_out[e_k]]
 
 is one dense FFN of width k * d_ff, for every activation and for gated ones (Kudugunta et al. 2021,
-section 3.2; the folding is ours). The layer itself runs a batch of one task through the same fold.
+section 3.2; the folding is ours). A shared expert lies beside them. The layer itself runs a batch
+of one task through the same fold.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from taskmoe.kernels import Router
 from taskmoe.kernels.options import Activation, hidden_units
 from taskmoe.kernels.platforms import with_plain_settings
 from taskmoe.moe.config import MoEConfig
-from taskmoe.moe.mesh import EXPERT_PARAMS
-from taskmoe.moe.routing import Params, gate, task_logits
+from taskmoe.moe.gates import Params, gate, task_logits, unscaled_gate
+from taskmoe.moe.mesh import EXPERT_PARAMS, SHARED_PARAMS
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +40,8 @@ class FFNParams:
     w_out: [F, D], same dtype
     w_gate: [D, F] or None; with it the layer is `(act(x w_gate) * (x w_in)) w_out`
     b_in, b_out, b_gate: [F], [D], [F] or None, added to the products
+    shared_gate: [D, 1] or None; sigmoid(x shared_gate) multiplies the last `shared` hidden units
+    shared: how many (static)
     activation: as of the layer (static)
     """
 
@@ -48,6 +51,8 @@ class FFNParams:
     b_in: jax.Array | None = None
     b_out: jax.Array | None = None
     b_gate: jax.Array | None = None
+    shared_gate: jax.Array | None = None
+    shared: int = dataclasses.field(default=0, metadata={"static": True})
     activation: Activation = dataclasses.field(default="relu", metadata={"static": True})
 
 
@@ -71,6 +76,10 @@ def dense_ffn(params: FFNParams, x: jax.Array, out_dtype: Any) -> jax.Array:
 
     gate = None if params.w_gate is None else times(x, params.w_gate, params.b_gate)
     hidden = hidden_units(params.activation, times(x, params.w_in, params.b_in), gate)
+    if params.shared_gate is not None:
+        ones = jnp.ones((hidden.shape[-1] - params.shared,), bool)
+        its = jnp.concatenate([~ones, jnp.ones((params.shared,), bool)])
+        hidden = hidden * jnp.where(its, jax.nn.sigmoid(_matmul(x, params.shared_gate)), 1)
     return times(hidden.astype(x.dtype), params.w_out, params.b_out).astype(out_dtype)
 
 
@@ -90,7 +99,7 @@ def extract(params: Params, config: MoEConfig, task: ArrayLike) -> FFNParams:
 @with_plain_settings
 def _extract(params: Params, task: jax.Array, config: MoEConfig) -> FFNParams:
     logits = task_logits(params, config)[jnp.clip(task, 0, config.tasks - 1)]
-    gating = gate(config, params.get("choice_bias"), logits[None], jnp.ones(1, bool))
+    gating = gate(config, params, logits[None], jnp.ones(1, bool))
     return fold(params, config, gating.experts[0], gating.weights[0])
 
 
@@ -111,7 +120,7 @@ def extract_tasks(
     if not tasks or len(set(tasks)) != len(tasks):
         raise ValueError(f"tasks must be one or more different ids, got {tuple(tasks)}")
     logits = task_logits(params, config)[jnp.asarray(tasks)]
-    gating = gate(config, params.get("choice_bias"), logits, jnp.ones(len(tasks), bool))
+    gating = unscaled_gate(config, params, logits, jnp.ones(len(tasks), bool))
     kept, table = np.unique(np.asarray(gating.experts), return_inverse=True)
     table = table.reshape(len(tasks), config.top_k)
     weights = np.asarray(gating.weights)
@@ -120,6 +129,7 @@ def extract_tasks(
         routing="static",
         router=Router(weighs="input") if config.chosen_by.weighs == "input" else None,
         gate_bias=False,
+        gate_norm=None,
         choice_bias=False,
         num_experts=len(kept),
         num_tasks=0,
@@ -159,11 +169,14 @@ def prune(
 
 def _keep_experts(params: Params, kept: np.ndarray) -> Params:
     """Parameters with these experts only; a gate keeps their columns, task embeddings go."""
-    small: Params = {name: params[name][kept] for name in EXPERT_PARAMS if name in params}
+    own = (*EXPERT_PARAMS, "expert_scale")
+    small: Params = {name: params[name][kept] for name in own if name in params}
+    small |= {name: params[name] for name in SHARED_PARAMS if name in params}
     if "task_embedding" not in params and "gate" in params:
         small["gate"] = params["gate"][:, kept]
         biases = [name for name in ("gate_bias", "choice_bias") if name in params]
         small |= {name: params[name][kept] for name in biases}
+        small |= {name: params[name] for name in ("gate_scale",) if name in params}
     return small
 
 
@@ -178,7 +191,10 @@ def _check_task(config: MoEConfig, task: ArrayLike) -> None:
 
 
 def fold(params: Params, config: MoEConfig, experts: jax.Array, weights: jax.Array) -> FFNParams:
-    """Join the experts [k] i32 with gate weights [k] f32 into one dense FFN of width k*F."""
+    """Join the experts [k] i32 with gate weights [k] f32 into one dense FFN of width k*F.
+
+    A shared expert's hidden units come last.
+    """
     of_input = None
     if config.chosen_by.weighs == "input":  # of one expert, which is linear before its activation
         of_input, weights = weights[0], jnp.ones_like(weights)
@@ -196,7 +212,7 @@ def fold(params: Params, config: MoEConfig, experts: jax.Array, weights: jax.Arr
         return w[experts].astype(jnp.float32) * each
 
     w_out, b_out = params["w_out"], params.get("b_out")
-    return FFNParams(
+    routed = FFNParams(
         w_in=side_by_side("w_in"),
         w_out=weighted(w_out).astype(w_out.dtype).reshape(-1, w_out.shape[2]),
         w_gate=side_by_side("w_gate") if config.gated else None,
@@ -204,6 +220,38 @@ def fold(params: Params, config: MoEConfig, experts: jax.Array, weights: jax.Arr
         b_out=None if b_out is None else weighted(b_out).sum(0).astype(b_out.dtype),
         b_gate=flat("b_gate"),
         activation=config.activation,
+    )
+    return _joined(routed, shared_ffn(params, config)) if config.shared else routed
+
+
+def shared_ffn(params: Params, config: MoEConfig) -> FFNParams:
+    """The shared expert alone."""
+    return FFNParams(
+        w_in=params["shared_in"],
+        w_out=params["shared_out"],
+        w_gate=params.get("shared_gate_in"),
+        shared_gate=params.get("shared_gate"),
+        shared=params["shared_in"].shape[1],  # on a mesh this device's share
+        activation=config.activation,
+    )
+
+
+def _joined(routed: FFNParams, shared: FFNParams) -> FFNParams:
+    """Both as one FFN, the shared expert's hidden units last."""
+
+    def beside(a: jax.Array | None, b: jax.Array | None, axis: int) -> jax.Array | None:
+        return None if a is None or b is None else jnp.concatenate([a, b], axis=axis)
+
+    none = jnp.zeros(shared.w_in.shape[1:], shared.w_in.dtype)  # its biases
+    return dataclasses.replace(
+        routed,
+        w_in=jnp.concatenate([routed.w_in, shared.w_in], axis=1),
+        w_out=jnp.concatenate([routed.w_out, shared.w_out]),
+        w_gate=beside(routed.w_gate, shared.w_gate, 1),
+        b_in=beside(routed.b_in, none, 0),
+        b_gate=beside(routed.b_gate, none, 0),
+        shared_gate=shared.shared_gate,
+        shared=shared.w_in.shape[1],
     )
 
 

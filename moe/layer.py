@@ -9,18 +9,19 @@ A scalar task goes further: the layer folds the task's experts into one dense FF
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from taskmoe.kernels.platforms import check_implementation, with_plain_settings
-from taskmoe.moe.config import Metrics, MoEConfig
+from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.exchange import STRATEGIES
 from taskmoe.moe.expert_parallel import Batch, apply_here, apply_on_mesh, apply_one_task
+from taskmoe.moe.gates import Params, Told
 from taskmoe.moe.mesh import MeshAxes, find_layout
-from taskmoe.moe.routing import Chosen, Params, draw_noise
+from taskmoe.moe.routing import draw_noise
 
 
 @with_plain_settings
@@ -29,7 +30,10 @@ def init(key: jax.Array, config: MoEConfig, dtype: Any = jnp.float32) -> Params:
 
     Returns gate [D, E] (not with routing "static" and "given"), w_in [E, D, F], w_out [E, F, D];
     with `gated` w_gate [E, D, F]; with routing "task" task_embedding [num_tasks, D]; gate_bias and
-    choice_bias [E], and of biased experts b_in [E, F], b_out [E, D] and b_gate [E, F], zeros.
+    choice_bias [E], and of biased experts b_in [E, F], b_out [E, D] and b_gate [E, F], zeros;
+    gate_scale [D] with `gate_norm` and expert_scale [E], ones; of a shared expert shared_in
+    [D, shared], shared_out [shared, D], with `gated` shared_gate_in [D, shared] and with
+    `shared_gate` shared_gate [D, 1].
     Experts are drawn with variance 1/fan_in.
     """
     names = ["gate", "w_in", "w_out", "w_gate", "task_embedding"]
@@ -54,7 +58,27 @@ def init(key: jax.Array, config: MoEConfig, dtype: Any = jnp.float32) -> Params:
     if config.biases:
         widths = {"b_in": f, "b_out": d} | ({"b_gate": f} if config.gated else {})
         params |= {name: jnp.zeros((e, width), dtype) for name, width in widths.items()}
-    return params
+    if config.gate_norm is not None:
+        params["gate_scale"] = jnp.ones((d,), dtype)
+    if config.expert_scale:
+        params["expert_scale"] = jnp.ones((e,), dtype)
+    return params | _shared(jax.random.fold_in(key, 1), config, dtype)
+
+
+def _shared(key: jax.Array, config: MoEConfig, dtype: Any) -> Params:
+    d, f = config.d_model, config.shared
+    if not f:
+        return {}
+    shapes = {"shared_in": (d, f), "shared_out": (f, d)}
+    if config.gated:
+        shapes["shared_gate_in"] = (d, f)
+    if config.shared_gate:
+        shapes["shared_gate"] = (d, 1)
+    keys = jax.random.split(key, len(shapes))
+    return {
+        name: jax.random.normal(key, shape, dtype) * (shape[0] ** -0.5)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
 
 
 def apply(
@@ -67,12 +91,14 @@ def apply(
     sentence: jax.Array | None = None,
     experts: jax.Array | None = None,
     weights: jax.Array | None = None,
+    gate_input: jax.Array | None = None,
+    return_chosen: bool = False,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
     axes: MeshAxes | None = None,
     strategy: str = "auto",
     key: jax.Array | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, Metrics]:
+) -> Any:
     """Apply the layer to a batch of sequences.
 
     x: [B, S, D] bf16|f32.
@@ -85,7 +111,12 @@ def apply(
       is the mean of its valid tokens. A causal decoder must not look at tokens to come: it gives
       the mean of the encoder's output.
     experts, weights: [B, S, k] i32 and floats, of the caller's own router, only with routing
-      "given"; an expert outside of [0, E) is no assignment. Gradients reach the weights.
+      "given"; an expert outside of [0, E) is no assignment, and those of a token are different
+      ones. Gradients reach the weights.
+      With routing "token" experts may be given alone: the gate weighs them as if it had chosen
+      them, for choices that come from a table (DeepSeek-V4's first layers) or are replayed.
+    gate_input: [B, S, D], what the gate sees in place of x, only with routing "token".
+    return_chosen: whether to return what was chosen too.
     mesh: experts are spread over its axis "expert", sequences over all its axes, and rows travel
       between the devices of that axis. A batch that it does not divide is padded by sequences that
       count nowhere. None is the mesh of `jax.set_mesh` or of an outer `jax.shard_map` where that
@@ -99,51 +130,66 @@ def apply(
     key: while training, where second_policy or jitter draw from; None routes without noise.
     implementation: of the kernels; None chooses by platform.
 
-    Returns y [B, S, D] in x's dtype, without the residual, and Metrics. Rows that found no room
-    (with a capacity factor) contribute 0: they pass by the residual.
+    Returns y [B, S, D] in x's dtype, without the residual, and Metrics; with `return_chosen` also
+    `Chosen`: experts [B, S, k] i32, best first, and weights [B, S, k] f32, before any capacity; [B,
+    k] where sequences are routed as one. Rows that found no room (with a capacity factor)
+    contribute 0: they pass by the residual.
     Raises ValueError or TypeError that names the argument where one does not fit.
     """
     x = jnp.asarray(x)
     valid = jnp.ones(x.shape[:2], bool) if valid is None else jnp.asarray(valid)
     task = None if task is None else jnp.asarray(task)
     sentence = None if sentence is None else jnp.asarray(sentence)
-    chosen = None
-    if experts is not None and weights is not None:
-        chosen = Chosen(jnp.asarray(experts), jnp.asarray(weights))
+    experts = None if experts is None else jnp.asarray(experts)
+    weights = None if weights is None else jnp.asarray(weights)
+    gate_input = None if gate_input is None else jnp.asarray(gate_input)
     _check(config, x, valid, task, sentence)
-    _check_chosen(config, x, chosen, experts, weights)
+    _check_chosen(config, x, experts, weights)
+    if gate_input is not None:
+        _check_gate_input(config, x, gate_input)
+    chosen = None if experts is None else Told(experts, weights)
     check_implementation(implementation)
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
-    batch = Batch(x, valid, task, sentence, chosen=chosen)
-    return _apply(params, batch, key, config, mesh, axes, strategy, implementation)
+    batch = Batch(x, valid, task, sentence, told=chosen, gate_input=gate_input)
+    options = Options(config, mesh, axes, strategy, implementation, return_chosen)
+    return _apply(params, batch, key, options)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "mesh", "axes", "strategy", "implementation")
-)
+class Options(NamedTuple):
+    """What is fixed when `apply` is traced; as its arguments."""
+
+    config: MoEConfig
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None
+    axes: MeshAxes | None
+    strategy: str
+    implementation: str | None
+    return_chosen: bool
+
+
+@functools.partial(jax.jit, static_argnames="options")
 @with_plain_settings
-def _apply(
-    params: Params,
-    batch: Batch,
-    key: jax.Array | None,
-    config: MoEConfig,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None,
-    axes: MeshAxes | None,
-    strategy: str,
-    implementation: str | None,
-) -> tuple[jax.Array, Metrics]:
+def _apply(params: Params, batch: Batch, key: jax.Array | None, options: Options) -> Any:
     """`apply`, validated; jitted, so that calls at a prompt compile once."""
+    config, implementation = options.config, options.implementation
     x = jnp.where(batch.valid[..., None], batch.x, 0)  # sequences travel whole; zeros give zeros
     task = None if batch.task is None else jnp.clip(batch.task, 0, config.tasks - 1)
     noise = draw_noise(config, key, *x.shape[:2])
     batch = batch._replace(x=x, task=task, noise=noise)
-    layout = find_layout(mesh, axes, config, params, x)
+    if batch.gate_input is not None:  # or what padding holds reaches the gate's gradient
+        seen = jnp.where(batch.valid[..., None], batch.gate_input, 0)
+        batch = batch._replace(gate_input=seen)
+    layout = find_layout(options.mesh, options.axes, config, params, x)
     if layout is not None:
-        return apply_on_mesh(params, config, batch, implementation, strategy, layout)
-    if task is not None and task.ndim == 0:
-        return apply_one_task(params, config, batch, implementation)
-    return apply_here(params, config, batch, implementation)
+        found = apply_on_mesh(params, config, batch, implementation, options.strategy, layout)
+    elif task is not None and task.ndim == 0:
+        found = apply_one_task(params, config, batch, implementation)
+    else:
+        found = apply_here(params, config, batch, implementation)
+    y, report, chosen = found
+    if config.biases or callable(config.activation):  # then zeros need not give zeros
+        y = jnp.where(batch.valid[..., None], y, 0)
+    return (y, report, chosen) if options.return_chosen else (y, report)
 
 
 def _check(
@@ -182,23 +228,41 @@ def _check(
             )
 
 
-def _check_chosen(
-    config: MoEConfig, x: jax.Array, chosen: Chosen | None, experts: Any, weights: Any
-) -> None:
-    if (config.routing == "given") != (chosen is not None) or (experts is None) != (
-        weights is None
-    ):
+def _check_gate_input(config: MoEConfig, x: jax.Array, gate_input: jax.Array) -> None:
+    if config.routing != "token":
         raise ValueError(
-            "experts and weights must be given with routing='given' and only then; routing is "
-            f"{config.routing!r}, experts are {'not ' if experts is None else ''}given and weights "
-            f"are {'not ' if weights is None else ''}given"
+            f"gate_input must be given with routing='token' only, got {config.routing!r}"
         )
-    if chosen is None:
-        return
+    if gate_input.shape != x.shape or not jnp.issubdtype(gate_input.dtype, jnp.floating):
+        raise ValueError(
+            f"gate_input must be floats {list(x.shape)}, got {gate_input.dtype} "
+            f"{list(gate_input.shape)}"
+        )
+
+
+def _check_chosen(
+    config: MoEConfig, x: jax.Array, experts: jax.Array | None, weights: jax.Array | None
+) -> None:
+    given = experts is not None, weights is not None
+    allowed = {"given": [(True, True)], "token": [(False, False), (True, False)]}
+    if given not in allowed.get(config.routing, [(False, False)]):
+        raise ValueError(
+            "experts and weights must be given with routing='given' and only then, or experts "
+            f"alone with 'token'; routing is {config.routing!r}, experts are "
+            f"{'' if given[0] else 'not '}given and weights are {'' if given[1] else 'not '}given"
+        )
+    function = config.router_function is not None
+    if given == (True, False) and (function or config.second_policy == "sampling"):
+        raise ValueError(
+            "experts must not be given alone with a router that is a function or with "
+            "second_policy='sampling', which have no weights for them"
+        )
     for name, value, kind in (
-        ("experts", chosen.experts, jnp.integer),
-        ("weights", chosen.weights, jnp.floating),
+        ("experts", experts, jnp.integer),
+        ("weights", weights, jnp.floating),
     ):
+        if value is None:
+            continue
         if value.shape != (*x.shape[:2], config.top_k):
             raise ValueError(
                 f"{name} must be [B, S, k] = {[*x.shape[:2], config.top_k]}, got "

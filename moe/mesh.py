@@ -26,8 +26,10 @@ from taskmoe.moe.config import MoEConfig
 
 #: The experts' axis unless another is named.
 EXPERT_AXIS = "expert"
-#: Parameters that are spread over the experts' axis.
+#: Parameters that are spread over the experts' axis; an expert's own, but for its scale.
 EXPERT_PARAMS = ("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")
+#: Of the expert that every token passes; every device has it.
+SHARED_PARAMS = ("shared_in", "shared_out", "shared_gate_in", "shared_gate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,9 @@ def _param_specs(params: Any, expert: Any, hidden: Any) -> dict[str, PartitionSp
     one = PartitionSpec(expert) if hidden is None else PartitionSpec(expert, hidden)
     cut = {"w_in": into, "w_gate": into, "w_out": out}
     cut |= {"b_in": one, "b_gate": one, "b_out": PartitionSpec(expert)}
+    if hidden is not None:  # every device has the shared expert
+        into, out = PartitionSpec(None, hidden), PartitionSpec(hidden)
+        cut |= {"shared_in": into, "shared_gate_in": into, "shared_out": out}
     return {name: cut.get(name, PartitionSpec()) for name in params}
 
 
@@ -181,7 +186,8 @@ def _check(mesh: Any, axes: MeshAxes, config: MoEConfig) -> None:
                 raise ValueError(
                     f"mesh must have an axis {name!r} (axes.{purpose}), got {mesh.axis_names}"
                 )
-    for field, names in (("num_experts", _names(axes.expert)), ("d_ff", _names(axes.hidden))):
+    sizes = {"num_experts": axes.expert, "d_ff": axes.hidden, "shared": axes.hidden}
+    for field, names in ((field, _names(axis)) for field, axis in sizes.items()):
         size, parts = getattr(config, field), math.prod(mesh.shape[name] for name in names)
         if size % parts:
             wrong = " and ".join(map(repr, names))

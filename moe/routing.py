@@ -1,4 +1,4 @@
-"""What is routed as one unit, how it is scored and placed, and what the layer reports about it.
+"""What is routed as one unit and how it is placed.
 
 With "token" routing the units are the B*S tokens; with the other levels they are the B sequences,
 so that queues, row plan and row movement never look at a token.
@@ -7,42 +7,14 @@ so that queues, row plan and row movement never look at a token.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from taskmoe.kernels import Gating, RowPlan, given_gating, row_plan, top_k_gating
-from taskmoe.moe.config import Metrics, MoEConfig
-
-Params = dict[str, jax.Array]
-
-
-def gate_logits(params: Params, x: jax.Array) -> jax.Array:
-    """Gate logits of x [..., D]: [..., E] f32, whatever the dtype of the parameters."""
-    logits = x.astype(jnp.float32) @ params["gate"].astype(jnp.float32)
-    return logits + params["gate_bias"].astype(jnp.float32) if "gate_bias" in params else logits
-
-
-def task_logits(params: Params, config: MoEConfig) -> jax.Array:
-    """Gate logits of every task: [tasks, E] f32; with routing "static" from the given table."""
-    if config.table is None:
-        return gate_logits(params, params["task_embedding"])
-    weights = config.table_weights or [[1.0 / config.top_k] * config.top_k] * len(config.table)
-    # The logits whose scores, sqrt(softplus(z)), are the weights; the others are out of reach.
-    square = np.square(np.array(weights, np.float64))
-    logits = np.full((len(config.table), config.num_experts), -1e9, np.float32)
-    found = square + np.log(-np.expm1(-square))
-    np.put_along_axis(logits, np.array(config.table), found.astype(np.float32), axis=1)
-    return jnp.asarray(logits)
-
-
-class Chosen(NamedTuple):
-    """Experts [U, k] i32 and weights [U, k] of units, as the caller of `apply` gave them."""
-
-    experts: jax.Array
-    weights: jax.Array
+from taskmoe.kernels import Gating, RowPlan, row_plan
+from taskmoe.moe.config import MoEConfig
+from taskmoe.moe.gates import Params, Told, gate_group, gate_logits, task_logits
 
 
 class Noise(NamedTuple):
@@ -82,20 +54,23 @@ def unit_logits(
     task: jax.Array | None,
     sentence: jax.Array | None,
     noise: Noise,
-    chosen: Chosen | None,
-) -> tuple[jax.Array | Chosen, jax.Array]:
+    told: Told | None,
+    gate_input: jax.Array | None,
+) -> tuple[jax.Array | Told, jax.Array]:
     """Gate logits [U, E] f32 of the units that are routed, and which of them are valid [U] bool.
 
-    What the caller has chosen stands for the logits.
+    What the caller has chosen stands for the logits, or goes with them.
     """
     batch, length, d = x.shape
-    if chosen is not None:
-        flat = (a.reshape(batch * length, config.top_k) for a in chosen)
-        return Chosen(*flat), valid.reshape(-1)
+    if told is not None:
+        told = jax.tree.map(lambda a: a.reshape(batch * length, config.top_k), told)
+        if told.weights is not None:
+            return told, valid.reshape(-1)
     if config.by_task:
         return task_logits(params, config)[task], valid.any(axis=1)
     if config.routing == "token":
-        seen, unit_valid = x.reshape(batch * length, d), valid.reshape(-1)
+        seen = x if gate_input is None else gate_input
+        seen, unit_valid = seen.reshape(batch * length, d), valid.reshape(-1)
     elif sentence is not None:
         seen, unit_valid = sentence, valid.any(axis=1)
     else:
@@ -104,7 +79,8 @@ def unit_logits(
         unit_valid = valid.any(axis=1)
     if noise.jitter is not None:
         seen = seen.astype(jnp.float32) * noise.jitter.reshape(seen.shape)
-    return gate_logits(params, seen), unit_valid
+    logits = gate_logits(params, config, seen)
+    return logits if told is None else told._replace(logits=logits), unit_valid
 
 
 class Assignment(NamedTuple):
@@ -122,35 +98,36 @@ class Assignment(NamedTuple):
 
 def assign(
     config: MoEConfig,
-    logits: jax.Array | Chosen,
+    logits: jax.Array | Told,
     valid: jax.Array,
     noise: Noise,
     implementation: str | None,
     capacity_room: int | None = None,
-    bias: jax.Array | None = None,
+    params: Params | None = None,
 ) -> Assignment:
     """Choose experts for units [U, E] and give each assignment its row.
 
-    bias: [E], where experts have one when they are chosen.
+    params: the layer's, of which the router may want some.
     capacity_room: rows an expert, where a dropless layer wants a padded plan all the same.
     Raises ValueError where group_size does not divide the units.
     """
-    units, num_experts = valid.shape[0], config.num_experts
+    units = valid.shape[0]
     size = config.group_size or units
     if units % size:
         raise ValueError(f"group_size must divide the {units} units routed together, got {size}")
     groups = units // size
     room = capacity(config, size)
+    params = params or {}
     draws = None if noise.policy is None else noise.policy.reshape(units, -1)
     if config.group_size is None:
-        gating = _gate(config, bias, logits, valid, draws, implementation)
+        gating = gate_group(config, params, logits, valid, draws, implementation)
         balance = None
     else:
         split = jax.tree.map(
             lambda a: a.reshape(groups, size, *a.shape[1:]), (logits, valid, draws)
         )
-        each = jax.vmap(lambda a, b, c: _gate(config, bias, a, b, c, implementation))(*split)
-        gating, balance = _merge(each, jnp.sum(split[1], axis=1), num_experts)
+        each = jax.vmap(lambda a, b, c: gate_group(config, params, a, b, c, implementation))(*split)
+        gating, balance = _merge(config, each, jnp.sum(split[1], axis=1))
     if room is None:
         return Assignment(gating, row_plan(gating, capacity=capacity_room), balance)
     slots = gating.slots
@@ -159,21 +136,14 @@ def assign(
         kept = kept.at[:, 1:].set(kept[:, 1:] & (draws < 2 * gating.weights[:, 1:]))
     group = jnp.arange(units, dtype=jnp.int32)[:, None] // size
     slots = jnp.where(kept, group * room + slots, groups * room)
-    return Assignment(
-        gating, row_plan(gating._replace(slots=slots), capacity=groups * room), balance
-    )
-
-
-def gate(
-    config: MoEConfig,
-    bias: jax.Array | None,
-    logits: jax.Array,
-    valid: jax.Array,
-    implementation: str | None = None,
-) -> Gating:
-    """Gating of logits [U, E] by the configuration's router."""
-    options: Any = {"router": config.chosen_by, "bias": bias, "implementation": implementation}
-    return top_k_gating(logits, config.top_k, valid=valid, **options)
+    plan = row_plan(gating._replace(slots=slots), capacity=groups * room)
+    if config.renormalise:
+        left = jnp.where(plan.rows < plan.num_rows, gating.weights, 0)
+        had, kept_sum = (jnp.sum(w, axis=1, keepdims=True) for w in (gating.weights, left))
+        some = kept_sum > 0
+        scale = jnp.where(some, had / jnp.where(some, kept_sum, 1), 0)
+        gating = gating._replace(weights=left * scale)
+    return Assignment(gating, plan, balance)
 
 
 def weigh_input(
@@ -188,55 +158,12 @@ def weigh_input(
     return (x * weights).astype(x.dtype), assigned._replace(gating=gating)
 
 
-def balance_bias(bias: jax.Array, load: jax.Array, rate: float = 1e-3) -> jax.Array:
-    """The choice bias after a step: up where an expert had less than the mean load, else down.
-
-        b_e + rate * sign(mean(load) - load_e)
-
-    bias: [E], `params["choice_bias"]`. load: [E], of `Metrics`. Wang et al. 2024, Auxiliary-loss-
-    free load balancing (arXiv 2408.15664).
-    """
-    return bias + rate * jnp.sign(jnp.mean(load) - load).astype(bias.dtype)
-
-
-def _gate(
-    config: MoEConfig,
-    bias: jax.Array | None,
-    logits: jax.Array | Chosen,
-    valid: jax.Array,
-    draws: jax.Array | None,
-    implementation: str | None,
-) -> Gating:
-    """Gating of one group; with second_policy "sampling" the choices after the first are drawn."""
-    if isinstance(logits, Chosen):
-        return given_gating(*logits, config.num_experts, valid=valid)
-    if draws is None or config.second_policy != "sampling":
-        return gate(config, bias, logits, valid, implementation)
-    first = top_k_gating(logits, 1, valid=valid, implementation=implementation)
-    lane = jnp.arange(logits.shape[1])
-    tiny = jnp.finfo(jnp.float32).tiny
-    gumbel = -jnp.log(-jnp.log(jnp.maximum(draws, tiny)))
-    others = jnp.where(lane == first.experts, -1e9, jax.lax.stop_gradient(logits) + gumbel)
-    later = top_k_gating(others, config.top_k - 1, valid=valid, implementation=implementation)
-    experts = jnp.concatenate([first.experts, later.experts], axis=1)
-    chosen = jnp.take_along_axis(logits, experts, axis=1).astype(jnp.float32)
-    chosen = jnp.where(valid[:, None], chosen, 0)
-    slots = later.slots + first.counts[0][later.experts]
-    return Gating(
-        experts=experts,
-        weights=jnp.where(valid[:, None], jax.nn.softmax(chosen, axis=1), 0),
-        slots=jnp.concatenate([first.slots, jnp.where(valid[:, None], slots, -1)], axis=1),
-        counts=jnp.concatenate([first.counts, later.counts]),
-        mean_probs=first.mean_probs,
-        z_loss=first.z_loss,
-    )
-
-
-def _merge(each: Gating, num_valid: jax.Array, num_experts: int) -> tuple[Gating, jax.Array]:
+def _merge(config: MoEConfig, each: Gating, num_valid: jax.Array) -> tuple[Gating, jax.Array]:
     """One gating of [G, S, ...] and the load-balance loss, groups weighed by their valid units."""
     share = num_valid / jnp.maximum(jnp.sum(num_valid), 1).astype(jnp.float32)  # [G]
-    first = each.counts[:, 0] / jnp.maximum(num_valid, 1).astype(jnp.float32)[:, None]
-    balance = num_experts * jnp.sum(share * jnp.sum(first * each.mean_probs, axis=1))
+    counted = each.counts[:, 0] if config.balance == "first" else each.counts.sum(1)
+    counted = counted / jnp.maximum(num_valid, 1).astype(jnp.float32)[:, None]
+    balance = config.num_experts * jnp.sum(share * jnp.sum(counted * each.mean_probs, axis=1))
     merged = Gating(
         experts=each.experts.reshape(-1, each.experts.shape[2]),
         weights=each.weights.reshape(-1, each.weights.shape[2]),
@@ -253,34 +180,3 @@ def capacity(config: MoEConfig, units: int) -> int | None:
     if config.capacity_factor is None:
         return None
     return math.ceil(config.capacity_factor * config.top_k * units / config.num_experts)
-
-
-def metrics(
-    config: MoEConfig,
-    gating: Gating,
-    num_valid: jax.Array,
-    placed: jax.Array,
-    balance: jax.Array | None = None,
-) -> Metrics:
-    """Losses and statistics from the sums that the gating pass already made.
-
-    num_valid: [] i32, valid units; placed: [] i32, assignments that found room. balance: the
-    load-balance loss where it is not that of gating's sums.
-    """
-    units = jnp.maximum(num_valid, 1).astype(jnp.float32)
-    probs = gating.mean_probs
-    first = gating.counts[0].astype(jnp.float32) / units
-    if balance is None:
-        balance = config.num_experts * jnp.sum(first * probs)
-    z_loss = gating.z_loss
-    if config.routing == "static":
-        balance, z_loss = jnp.zeros_like(balance), jnp.zeros_like(z_loss)
-    log_probs = jnp.log(jnp.maximum(probs, jnp.finfo(jnp.float32).tiny))
-    return Metrics(
-        aux_loss=config.load_balance_weight * balance + config.z_loss_weight * z_loss,
-        load_balance_loss=balance,
-        z_loss=z_loss,
-        dropped=(num_valid * config.top_k - placed) / (units * config.top_k),
-        load=gating.counts.sum(0).astype(jnp.float32) / (units * config.top_k),
-        entropy=-jnp.sum(probs * log_probs),
-    )
