@@ -6,13 +6,25 @@ import argparse
 import os
 import tempfile
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from taskmoe.kernels import __version__
 
 
+class _Help(argparse.HelpFormatter):
+    """Help with the default of each argument that has one, unless its text tells of it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        told = "default" in text or action.default in (None, False, [], argparse.SUPPRESS)
+        return text if told else f"{text} (default %(default)s)".strip()
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers wrong arguments with one line; --help shows the rest."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Help, **options})
 
     def error(self, message: str) -> NoReturn:
         """Print one line to stderr and exit with 2."""

@@ -15,7 +15,10 @@ from taskmoe.wmt.training import lost_peers
 from taskmoe.wmt.training.stopping import Stopped
 
 #: Modules of taskmoe.wmt.commands, with `add_arguments(parser)` and `run(arguments)`.
-COMMANDS = ("prepare", "train", "evaluate", "translate", "extract", "prune", "distill", "export")
+COMMANDS = (
+    *("prepare", "train", "evaluate", "translate", "average"),
+    *("extract", "prune", "distill", "export"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:

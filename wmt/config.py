@@ -76,6 +76,11 @@ class ModelConfig(_Json):
 
     pairs: the translation directions, like "en-de"; their order is the order of task ids.
     vocab_size: of the shared SentencePiece vocabulary.
+    d_model, d_ff: width of the model, and hidden width of a feed-forward layer or an expert.
+    num_heads: of attention, each of d_model / num_heads.
+    encoder_layers, decoder_layers: every other one, from the second on, is a mixture.
+    num_experts, top_k: experts of a mixture, and how many of them each unit goes to.
+    capacity_factor: room of an expert over its even share; null is room for all (dropless).
     encoder, decoder: routing of the mixture layers on each side: "dense" (no mixture), "token",
       "sentence", a task level ("target" language, "source" language or "pair"), or "static": the
       i-th target language has experts i*top_k, i*top_k + 1, ..., modulo num_experts, for good.
@@ -199,6 +204,7 @@ def check_languages(config: ModelConfig, pair: str) -> None:
 class TrainConfig(_Json):
     """How a model is trained.
 
+    steps: optimiser steps in all.
     batch_tokens: source plus target positions of one step's batch, padding included.
     buckets: padded sentence lengths in tokens; longer sentences are left out (and counted).
     row_multiple: every part of a batch has a multiple of so many sentences, for devices to share
@@ -212,11 +218,15 @@ class TrainConfig(_Json):
     optimizer: "adafactor" (the paper) or "adamw". learning_rate: its peak, after warm-up.
     weight_decay: share of every weight that a step takes off, times the learning rate.
     clip_norm: largest global gradient norm.
+    warmup_steps: over which the learning rate rises. label_smoothing: share of the wanted
+      distribution that is spread over all words.
     compute_dtype: of activations and of the weights as they are multiplied; the weights that the
       optimiser keeps are float32 always, and so are norms, routing, logits and losses.
     accumulate: parts that a batch is cut into by rows, one after the other, whose gradients are
       added up: less memory, the same step.
     remat: recompute each layer while gradients are taken instead of keeping its activations.
+    checkpoint_every, keep_checkpoints: steps between checkpoints, and how many stay.
+    seed: of parameters, dropout and the order of text.
     max_skipped: steps in a row whose gradients are not finite; each is left out, more end the run.
     """
 

@@ -12,6 +12,7 @@ import numpy as np
 from taskmoe.cli.command_line import write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
+from taskmoe.wmt.commands.settings import read_set, settable
 from taskmoe.wmt.commands.shared import (
     add_decoding,
     build,
@@ -19,7 +20,6 @@ from taskmoe.wmt.commands.shared import (
     decoding,
     load,
     out,
-    override,
     own_words,
 )
 from taskmoe.wmt.commands.text import add_data, text_to_score, training_text
@@ -51,15 +51,13 @@ def run(a: argparse.Namespace) -> None:
     if a.task_model is not None and a.baseline is None:
         raise InputError("--task-model needs --baseline, the dense model that gains count from")
     beside = {name: load(path) for name, path in references.items() if path is not None}
-    fields = dict(map(override, a.set))
-    for name in fields:
-        if name not in (*TrainConfig.__dataclass_fields__, *STUDENT_FIELDS):
-            raise InputError(
-                f"--set: no field {name!r} of TrainConfig to set; the student has the teacher's "
-                f"sizes but for {' and '.join(STUDENT_FIELDS)}"
-            )
+    whose = (
+        "TrainConfig; the student has the teacher's sizes but for "
+        f"{' and '.join(STUDENT_FIELDS)}; none of these is it"
+    )
+    fields = read_set(a.set, [*settable(TrainConfig), *STUDENT_FIELDS], whose)
     widths = {name: fields[name] for name in STUDENT_FIELDS if name in fields}
-    train_fields = configure_training(a)
+    train_fields = configure_training(a, fields)
     train_config = build(TrainConfig, train_fields)
     source = training_text(a, train_config)
     config: ModelConfig = own_words(student_config, teacher.config, source.pairs, widths)
@@ -103,9 +101,14 @@ def run(a: argparse.Namespace) -> None:
         means["--baseline"], means["teacher"], means["student"], means.get("--task-model")
     )
     out.print(f"BLEU on {a.split}: " + ", ".join(f"{name} {x:.2f}" for name, x in means.items()))
-    out.print(f"the student keeps {gain.of_teacher:.0f}% of the teacher's gain over the baseline")
-    if gain.of_task_moe is not None:
-        out.print(f"and reaches {gain.of_task_moe:.0f}% of the task-routed model's gain")
+    for name, best, share in (
+        ("teacher", gain.teacher, gain.of_teacher),
+        ("task-routed model", gain.task_moe, gain.of_task_moe),
+    ):
+        if share is not None:
+            out.print(f"the student keeps {share:.0f}% of the {name}'s gain over the baseline")
+        elif best is not None:
+            out.print(f"the {name} gains nothing over the baseline: there is no share to keep")
     if a.json is not None:
         write_text(a.json, json.dumps(gain._asdict(), indent=2) + "\n")
 

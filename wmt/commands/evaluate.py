@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from taskmoe.cli.command_line import write_text
+from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.shared import (
     add_decoding,
@@ -25,9 +26,11 @@ from taskmoe.wmt.commands.shared import (
     spread,
 )
 from taskmoe.wmt.commands.text import add_data, text_to_score
+from taskmoe.wmt.config import split_pair
 from taskmoe.wmt.model.saved import Model
 from taskmoe.wmt.model.translation import task_ids, translate
 from taskmoe.wmt.text.folders import Pairs
+from taskmoe.wmt.text.languages import codes_of, direction
 from taskmoe.wmt.text.scoring import (
     Comparison,
     averages,
@@ -36,6 +39,7 @@ from taskmoe.wmt.text.scoring import (
     score,
     uncut,
 )
+from taskmoe.wmt.text.textfiles import read_lines
 
 
 def run(a: argparse.Namespace) -> None:
@@ -49,17 +53,23 @@ def run(a: argparse.Namespace) -> None:
         task_ids(model.config, pair)
         if other is not None:
             task_ids(other.config, pair)
+    more = _references(a, text)
     if a.limit is not None:
         text = {p: (s[: a.limit], t[: a.limit]) for p, (s, t) in text.items()}
     ours = _translations(a, model, text)
-    scores = {pair: score(pair, ours[pair], text[pair][1], a.tokenize) for pair in text}
+    if a.out is not None:
+        for pair, lines in ours.items():
+            name = f"{a.split}.{pair}.{split_pair(pair)[1]}"
+            write_text(a.out / name, "".join(f"{line}\n" for line in lines))
+    scores = {pair: score(pair, ours[pair], text[pair][1], a.tokenize, more[pair]) for pair in text}
     columns = ["direction", "BLEU", "chrF", "sentences"]
     comparisons: dict[str, Comparison] = {}
     if other is not None:
         theirs = _translations(a, other, text)
         with out.status("drawing bootstrap samples"):
             comparisons = {
-                p: compare(p, ours[p], theirs[p], text[p][1], tokenize=a.tokenize) for p in text
+                p: compare(p, ours[p], theirs[p], text[p][1], 1000, a.tokenize, more[p])
+                for p in text
             }
         columns += ["BLEU of the other", "p"]
     table = Table(*columns, title=Text(f"{a.model} on {title}, {a.split}"))
@@ -110,6 +120,26 @@ def run(a: argparse.Namespace) -> None:
         write_text(a.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
+def _references(a: argparse.Namespace, text: Pairs) -> dict[str, list[list[str]]]:
+    """Further references of each direction, by --reference, as many lines as --limit leaves."""
+    found: dict[str, list[list[str]]] = {pair: [] for pair in text}
+    for word in a.reference:
+        pair, equals, name = word.partition("=")
+        if not equals:
+            raise InputError(f"--reference wants PAIR=FILE, got {word!r}")
+        pair = direction(pair, codes_of(text))
+        if pair not in text:
+            raise InputError(f"--reference {pair}: evaluated are {', '.join(text)}")
+        lines, wanted = read_lines(Path(name)), len(text[pair][1])
+        if len(lines) != wanted:
+            raise InputError(
+                f"{name} has {len(lines)} lines, the {a.split} text of {pair} {wanted} without "
+                "its empty ones"
+            )
+        found[pair].append(lines[: a.limit])
+    return found
+
+
 def _translations(a: argparse.Namespace, model: Model, text: Pairs) -> dict[str, list[str]]:
     requests = [(pair, line) for pair, (source, _) in text.items() for line in source]
     note = functools.partial(print, file=sys.stderr)
@@ -138,7 +168,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="directions trained on so many sentence pairs are high-resource (default 1000000)",
     )
+    p.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="PAIR=FILE",
+        help="a further reference of a direction, a line a sentence; may be given again",
+    )
     add_tokenize(p)
     add_decoding(p)
     add_expert_parallel(p)
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="write the translations here")
     p.add_argument("--json", type=Path, help="write the scores here too")

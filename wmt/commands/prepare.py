@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +15,8 @@ from rich.text import Text
 from taskmoe.cli.command_line import write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
-from taskmoe.wmt.commands.shared import build, out, override, own_words
+from taskmoe.wmt.commands.settings import add_set, read_set, settable
+from taskmoe.wmt.commands.shared import build, out, own_words
 from taskmoe.wmt.commands.text import add_data, training_text
 from taskmoe.wmt.config import TrainConfig, split_pair
 from taskmoe.wmt.text import cldr
@@ -37,21 +37,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     p.add_argument("--out", type=Path, required=True, help="folder to write")
     add_data(p, required=False)
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="override a field of TrainConfig that is about cleaning; may be given again",
-    )
+    add_set(p, "TrainConfig that is about cleaning")
     p.add_argument("--json", type=Path, help="write the table of sizes here too")
     p.add_argument("--seed", type=int, default=0, help="of the embedded corpus")
 
 
 def _cleaned(a: argparse.Namespace) -> None:
-    fields = dict(map(override, a.set))
-    if unknown := sorted(set(fields) - {f.name for f in dataclasses.fields(TrainConfig)}):
-        raise InputError(f"--set: no field {unknown[0]!r} of TrainConfig to set")
+    fields = read_set(a.set, settable(TrainConfig), "TrainConfig")
     if a.out.exists() and (not a.out.is_dir() or any(a.out.iterdir())):
         raise InputError(f"{a.out} already holds something; name a new folder")
     source = training_text(a, build(TrainConfig, fields))

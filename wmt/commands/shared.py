@@ -144,12 +144,19 @@ def decoding(a: argparse.Namespace) -> Decoding:
     return build(Decoding, {name: getattr(a, name) for name in fields})
 
 
+#: Fields that have an argument of their own -> that argument.
+FLAGS = {"steps": "--steps", "seed": "--seed", "beam": "--beam", "alpha": "--alpha"}
+FLAGS |= {"batch": "--batch", "max_source": "--max-source"}
+
+
 def build(cls: Any, fields: dict[str, Any]) -> Any:
-    """A dataclass from a person's words: what does not fit is an InputError."""
+    """A dataclass from a person's words: what does not fit is an InputError that names the flag."""
     try:
         return cls(**fields)
     except (TypeError, ValueError) as error:
-        raise InputError(str(error).replace(f"{cls.__name__}.__init__() got an ", "")) from None
+        name, space, rest = str(error).partition(" ")
+        flag = FLAGS.get(name, f"--set {name}" if name in cls.__dataclass_fields__ else name)
+        raise InputError(f"{flag}{space}{rest}") from None
 
 
 def own_words(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -158,15 +165,3 @@ def own_words(function: Any, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def override(item: str) -> tuple[str, Any]:
-    """FIELD=VALUE of --set as a name and a value: JSON, or a word as it is."""
-    name, equals, value = item.partition("=")
-    if not equals:
-        raise InputError(f"--set wants FIELD=VALUE, got {item!r}")
-    try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError):
-        parsed = value
-    return name, tuple(parsed) if isinstance(parsed, list) else parsed

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,13 +19,13 @@ from taskmoe.cli.command_line import write_bytes, write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 from taskmoe.kernels import __version__
+from taskmoe.wmt.commands.settings import add_set, read_set, settable
 from taskmoe.wmt.commands.shared import (
     add_expert_parallel,
     add_tokenize,
     build,
     load,
     out,
-    override,
     print_exchange,
 )
 from taskmoe.wmt.commands.text import TrainingText, add_data, make_vocabulary, training_text
@@ -193,22 +193,19 @@ def configure(
     if begin_from is not None:
         model_fields = {**dataclasses.asdict(begin_from.config)}
         del model_fields["pairs"]
-    for name, value in map(override, a.set):
-        if name in ModelConfig.__dataclass_fields__ and name != "pairs":
-            model_fields[name] = value
-        elif name not in TrainConfig.__dataclass_fields__:
-            raise InputError(f"--set: no field {name!r} of ModelConfig or TrainConfig to set")
+    known = settable(ModelConfig, TrainConfig)
+    given = read_set(a.set, known, "ModelConfig or TrainConfig")
+    model_fields |= {x: value for x, value in given.items() if x in settable(ModelConfig)}
     for name in ("encoder", "decoder"):
         if getattr(a, name) is not None:
             model_fields[name] = getattr(a, name)
-    return model_fields, configure_training(a)
+    return model_fields, configure_training(a, given)
 
 
-def configure_training(a: argparse.Namespace) -> dict[str, Any]:
-    """Fields of TrainConfig that the arguments of `add_configuration` say."""
+def configure_training(a: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
+    """As `configure`, of TrainConfig; given: the fields that --set names."""
     fields = dict(PRESETS[a.config][1])
-    known = TrainConfig.__dataclass_fields__
-    fields |= {name: value for name, value in map(override, a.set) if name in known}
+    fields |= {name: x for name, x in given.items() if name in settable(TrainConfig)}
     for name in ("steps", "seed"):
         if getattr(a, name) is not None:
             fields[name] = getattr(a, name)
@@ -330,10 +327,4 @@ def add_configuration(p: argparse.ArgumentParser, *, routing: bool = True) -> No
         p.add_argument(
             f"--{side}", choices=get_args(SideRouting), help="routing; target by default"
         )
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="override a field of ModelConfig or TrainConfig; may be given again",
-    )
+    add_set(p, "ModelConfig or TrainConfig" if routing else "TrainConfig")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,18 +49,25 @@ class Comparison(NamedTuple):
 
 
 def score(
-    pair: str, hypotheses: list[str], references: list[str], tokenize: str | None = None
+    pair: str,
+    hypotheses: list[str],
+    references: list[str],
+    tokenize: str | None = None,
+    more: Sequence[list[str]] = (),
 ) -> Score:
     """BLEU as in the paper (mixed case, smooth exp, see `tokenizer`), and chrF2.
 
-    tokenize: one of sacreBLEU's tokenizers; None is the target language's.
+    tokenize: one of sacreBLEU's tokenizers; None is the target language's. more: further
+      references, each as many lines.
     Raises ValueError where the lists differ in length or are empty, and InputError where the
     tokenizer is not one of sacreBLEU's, or needs a package that is not there.
     """
-    _check(hypotheses, references)
+    every = [references, *more]
+    for one in every:
+        _check(hypotheses, one)
     metric, chrf = _bleu(pair, tokenize), CHRF()
-    bleu = float(metric.corpus_score(hypotheses, [references]).score)
-    characters = float(chrf.corpus_score(hypotheses, [references]).score)
+    bleu = float(metric.corpus_score(hypotheses, every).score)
+    characters = float(chrf.corpus_score(hypotheses, every).score)
     return Score(
         bleu,
         str(metric.get_signature()),
@@ -77,6 +84,7 @@ def compare(
     references: list[str],
     samples: int = 1000,
     tokenize: str | None = None,
+    more: Sequence[list[str]] = (),
 ) -> Comparison:
     """Paired bootstrap between two systems' translations of the same sentences, by BLEU.
 
@@ -86,7 +94,11 @@ def compare(
     _check(others, references)
     systems = [("other", others), ("this", hypotheses)]  # the first is what is compared with
     test = PairedTest(
-        systems, {"BLEU": _bleu(pair, tokenize)}, [references], test_type="bs", n_samples=samples
+        systems,
+        {"BLEU": _bleu(pair, tokenize)},
+        [references, *more],
+        test_type="bs",
+        n_samples=samples,
     )
     _, results = test()
     other, this = results["BLEU"]

@@ -163,22 +163,21 @@ class Checkpoints:
         self._crc(step).unlink(missing_ok=True)
 
 
-def newest_arrays(folder: Path, prefix: str) -> tuple[int, dict[str, np.ndarray]]:
-    """(step, arrays by name) of the newest intact checkpoint; nothing in the folder is changed.
+def intact_steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in a folder, oldest first; nothing in it is changed."""
+    steps = _steps(folder) if folder.is_dir() else []
+    return [step for step in steps if _problem(folder / str(step)) is None]
 
-    prefix: which of the state's names to return, without it. Raises InputError where there is none.
-    """
-    folder = folder.resolve()
-    for step in reversed(_steps(folder) if folder.is_dir() else []):
-        if _problem(folder / str(step)) is None:
-            with ocp.StandardCheckpointer() as checkpointer:
-                arrays = checkpointer.restore(folder / str(step))
-            return step, {
-                name.removeprefix(prefix): np.asarray(x)
-                for name, x in arrays.items()
-                if name.startswith(prefix)
-            }
-    raise InputError(f"{folder} has no whole checkpoint")
+
+def read_arrays(folder: Path, step: int, prefix: str) -> dict[str, np.ndarray]:
+    """A checkpoint's arrays whose names begin so, by the rest of their names."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.restore(folder.resolve() / str(step))
+    return {
+        name.removeprefix(prefix): np.asarray(array)
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
 
 
 def _steps(folder: Path) -> list[int]:

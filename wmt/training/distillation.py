@@ -121,22 +121,22 @@ class Gain(NamedTuple):
     """BLEU of the models of one comparison, and the shares of gain that the student keeps, in %.
 
     of_teacher: (student - dense) / (teacher - dense). of_task_moe: the same with the task-MoE's
-    gain below the line, None without one. Not a number where there is no gain to keep.
+    gain below the line. None without such a model, and where there is no gain to keep.
     """
 
     dense: float
     teacher: float
     student: float
     task_moe: float | None
-    of_teacher: float
+    of_teacher: float | None
     of_task_moe: float | None
 
 
 def gain_kept(dense: float, teacher: float, student: float, task_moe: float | None) -> Gain:
     """Shares of a teacher's and of a task-MoE's gain over a dense model that a student keeps."""
 
-    def share(best: float) -> float:
-        return 100 * (student - dense) / (best - dense) if best > dense else float("nan")
+    def share(best: float) -> float | None:
+        return 100 * (student - dense) / (best - dense) if best > dense else None
 
     return Gain(
         dense,

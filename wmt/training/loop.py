@@ -118,10 +118,15 @@ def train(
         history = History(workdir, step, validation.text if validation else None)
         with batches, Logs(workdir, tensorboard) as logs:
             pending: list[Sums] = []
+            compiled: set[tuple[int, ...]] = set()
             since = time.perf_counter()
             over = _is_over(validation, history)
             while step < config.steps and not over:
-                state, sums = train_step(state, parallel.share(next(batches), mesh))
+                batch = next(batches)
+                if batch.source.shape not in compiled:
+                    compiled.add(batch.source.shape)
+                    note(f"compiling the step for sentences of {batch.source.shape[1]} tokens")
+                state, sums = train_step(state, parallel.share(batch, mesh))
                 pending.append(sums)
                 step += 1
                 told = stop()

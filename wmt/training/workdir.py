@@ -10,12 +10,14 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from taskmoe.cli.command_line import write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.model.saved import Model, with_arrays
 from taskmoe.wmt.text.tokenizer import Tokenizer
-from taskmoe.wmt.training.checkpoints import newest_arrays
+from taskmoe.wmt.training.checkpoints import intact_steps, read_arrays
 from taskmoe.wmt.training.parallel import agree, is_writer
 
 #: Sentence pairs that each direction was trained on, in a work directory.
@@ -121,9 +123,28 @@ def check_workdir(
 def interrupted_model(workdir: Path) -> tuple[int, Model]:
     """(step, model) of a run's newest whole checkpoint, as it would be if the run ended there.
 
-    Raises InputError where there is none, or a file of the work directory is missing or damaged.
+    Raises InputError as `averaged_model` does.
     """
-    step, arrays = newest_arrays(workdir / "checkpoints", _PARAMS)
+    (step,), model = averaged_model(workdir, 1)
+    return step, model
+
+
+def averaged_model(workdir: Path, last: int) -> tuple[list[int], Model]:
+    """(steps, the mean of the parameters) of a run's newest whole checkpoints.
+
+    Raises InputError where there are not so many, or a file of the work directory is missing or
+    damaged.
+    """
+    folder = workdir / "checkpoints"
+    steps = intact_steps(folder)
+    if len(steps) < last:
+        there = f"only {len(steps)} whole checkpoints" if steps else "no whole checkpoint"
+        raise InputError(f"{folder} has {there}")
+    steps = steps[-last:]
+    total = read_arrays(folder, steps[0], _PARAMS)
+    for step in steps[1:]:
+        for name, array in read_arrays(folder, step, _PARAMS).items():
+            total[name] = total[name] + array
     path = workdir / "config.json"
     try:
         config = ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))["model"])
@@ -131,7 +152,8 @@ def interrupted_model(workdir: Path) -> tuple[int, Model]:
         raise InputError(f"{path} is missing or damaged: {error}") from None
     tokenizer = Tokenizer.load(workdir / "spm.model")
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    return step, with_arrays(arrays, config, tokenizer, f"checkpoint {step} of {workdir}")
+    mean = {name: array / np.float32(last) for name, array in total.items()}
+    return steps, with_arrays(mean, config, tokenizer, f"checkpoint {steps[-1]} of {workdir}")
 
 
 def _description(model_config: ModelConfig, config: TrainConfig, source: str) -> dict[str, Any]:
