@@ -181,7 +181,7 @@ def test_a_model_that_does_not_fit(
             "alpha must be in [0, 10], got alpha=n",
         ),
         (["translate", "--model", small, "--alpha", "11"], "alpha must be in [0, 10]"),
-        (["translate", "--model", small, "--max-source", "2"], "max_source must be at least 3"),
+        (["translate", "--model", small, "--max-source", "2"], "--max-source must be at least 3"),
         (["evaluate", "--model", full, "--data", str(data), "--limit", "0"], "--limit must be at"),
         (
             ["evaluate", "--model", full, "--data", str(data), "--against", small],
@@ -265,8 +265,12 @@ def test_extract_several_prune_distill_export(
     assert main([*student, *more]) == 0
     printed = capfd.readouterr().out
     assert "of them from the teacher's" in printed
-    assert "of the teacher's gain over the baseline" in printed
-    assert json.loads(kept.read_text())["task_moe"] is None
+    gains = json.loads(kept.read_text())
+    assert gains["task_moe"] is None
+    nothing = gains["teacher"] <= gains["dense"]
+    assert ("the teacher gains nothing over the baseline" in printed) == nothing
+    assert ("of the teacher's gain over the baseline" in printed) == (not nothing)
+    assert (gains["of_teacher"] is None) == nothing
     assert load_model(tmp_path / "student" / "model").config.encoder == "dense"
     taught = json.loads((tmp_path / "student" / "sizes.json").read_text())
     assert 0 < taught["en-de"] <= 20

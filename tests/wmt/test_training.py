@@ -74,7 +74,7 @@ def test_training_learns_and_goes_on_bit_for_bit_where_it_was_killed(tmp_path: P
     shutil.copytree(tmp_path / "killed", tmp_path / "misled")
     notes: list[str] = []
     killed = run(tmp_path / "killed", note=notes.append)
-    assert notes == ["resuming at step 20 of 60"]
+    assert notes == ["resuming at step 20 of 60", "compiling the step for sentences of 16 tokens"]
     assert not differs(killed.params, whole.params)
     models = [tmp_path / name / "model" / "params.safetensors" for name in ("killed", "whole")]
     assert models[0].read_bytes() == models[1].read_bytes()
