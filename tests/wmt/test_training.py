@@ -88,9 +88,9 @@ def test_training_learns_and_goes_on_bit_for_bit_where_it_was_killed(tmp_path: P
     largest = max((p for p in newest if p.is_file()), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
     again = run(tmp_path / "killed", note=notes.append)
-    assert "60 is damaged" in notes[1]
-    assert notes[1].endswith("; using the one of step 40")
-    assert notes[2] == "resuming at step 40 of 60"
+    assert "60 is damaged" in notes[2]
+    assert notes[2].endswith("; using the one of step 40")
+    assert notes[3] == "resuming at step 40 of 60"
     assert not differs(again.params, whole.params)
 
 
