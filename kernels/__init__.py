@@ -10,6 +10,7 @@ from taskmoe.kernels.gating import Gating, given_gating, top_k_gating
 from taskmoe.kernels.grouped_matmul import gmm, tgmm
 from taskmoe.kernels.planning import RowPlan, row_plan
 from taskmoe.kernels.platforms import for_chip
+from taskmoe.kernels.quantized import Quantized, dequantize, quantize
 from taskmoe.kernels.router import ROUTERS, Router
 from taskmoe.kernels.row_movement import combine, dispatch
 
@@ -19,14 +20,17 @@ __version__ = "0.2.0"
 __all__ = [
     "ROUTERS",
     "Gating",
+    "Quantized",
     "Router",
     "RowPlan",
     "combine",
+    "dequantize",
     "dispatch",
     "expert_ffn",
     "for_chip",
     "given_gating",
     "gmm",
+    "quantize",
     "row_plan",
     "tgmm",
     "top_k_gating",

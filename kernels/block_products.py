@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -9,7 +10,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from taskmoe.kernels.options import Activation, hidden_units
+from taskmoe.kernels.quantized import Quantized
 from taskmoe.kernels.tiling import HIDDEN_CHUNK
+
+#: Rows of a quantised matrix that are converted at a time.
+CONVERTED_ROWS = 512
 
 
 def pieces(size: int, piece: int) -> list[pl.Slice]:
@@ -30,35 +35,92 @@ def zero_where_not(held: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def dot(a: jax.Array, b: jax.Array, left: int = 1, right: int = 0) -> jax.Array:
-    """Product over axis `left` of a and `right` of b, summed in f32."""
+    """Product over axis `left` of a and `right` of b, summed in f32, or of int8 in int32."""
     dims: Any = (((left,), (right,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    sums = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=sums)
+
+
+def within_scales(w: Any, size: int, block: int, piece: int) -> list[pl.Slice]:
+    """`pieces` of `size` rows, or columns, of w, none of which has two scales a column.
+
+    block: those that share a scale, where w is `Quantized`.
+    """
+    if isinstance(w, Quantized) and w.blocks > 1:
+        piece = math.gcd(size, block, piece)
+    return pieces(size, piece)
+
+
+def scale_index(w: Quantized, row: Any, block: int) -> Any:
+    """Which of its blocks of scales this row of a matrix is of.
+
+    Rows past the last, where a block overhangs, have the scales of the last.
+    """
+    return 0 if w.blocks == 1 else jnp.minimum(row // block, w.blocks - 1)
+
+
+def product(
+    x: jax.Array,
+    w: Any,
+    rows: Any,
+    columns: Any,
+    depth: int,
+    begin: Any = 0,
+    left: Any = None,
+) -> jax.Array:
+    """x [m, k] times k rows and some columns of a matrix: [m, n] f32.
+
+    w: a ref, or `Quantized` of refs, whose values are converted to x's dtype and whose scales
+      multiply sums over the rows that share them.
+    depth: rows of the whole matrix, of which w's begin at `begin`.
+    left: rows from rows.start on that there are, where w overhangs the matrix; what lies beyond
+      counts nothing.
+    """
+    if not isinstance(w, Quantized):
+        held = w[rows, columns]
+        return dot(x, held if left is None else keep(held, left, axis=0))
+    total: Any = 0
+    block = depth // w.blocks
+    for part in within_scales(w, rows.size, block, CONVERTED_ROWS):
+        first = rows.start + part.start
+        held = w.values[pl.ds(first, part.size), columns].astype(x.dtype)
+        if left is not None:
+            held = keep(held, left - part.start, axis=0)
+        sums = dot(x[:, part.start : part.start + part.size], held)
+        total += sums * w.scales[scale_index(w, begin + first, block), :, columns]
+    return total
 
 
 def before_activation(x: jax.Array, expert: Any, units: Any) -> list[jax.Array]:
     """x W_in + b_in and, where gated, x W_gate + b_gate, of these hidden units: [m, f] f32 each."""
-    found = []
+    found, width = [], x.shape[1]
     for weight, bias in expert.into():
-        product = dot(x, weight[:, units])
-        found.append(product if bias is None else product + bias[:, units].astype(jnp.float32))
+        sums = product(x, weight, pl.Slice(0, width), units, width)
+        found.append(sums if bias is None else sums + bias[:, units].astype(jnp.float32))
     return found
 
 
 def through_expert(
-    x: jax.Array, expert: Any, activation: Activation, units_left: Any = None
+    x: jax.Array,
+    expert: Any,
+    activation: Activation,
+    units_left: Any = None,
+    begin: Any = 0,
+    hidden_size: int = 0,
 ) -> jax.Array:
     """Rows [m, D] through an expert, or a block of its hidden units, in chunks: [m, D] f32.
 
     expert: `Experts` of refs to one, biases [1, N]; b_out is left to the caller.
     units_left: hidden units of the block that there are, where it overhangs the last one; what lies
       beyond may be NaN.
+    begin: the block's first of the expert's `hidden_size` units; both count where it is quantised.
     """
     total = jnp.zeros((x.shape[0], expert.w_out.shape[1]), jnp.float32)
     for units in pieces(expert.w_in.shape[1], HIDDEN_CHUNK):
         hidden = hidden_units(activation, *before_activation(x, expert, units))
-        hidden, w_out = hidden.astype(x.dtype), expert.w_out[units, :]
+        hidden, left = hidden.astype(x.dtype), None
         if units_left is not None:
             left = units_left - units.start
-            hidden, w_out = keep(hidden, left, axis=1), keep(w_out, left, axis=0)
-        total += dot(hidden, w_out)
+            hidden = keep(hidden, left, axis=1)
+        total += product(hidden, expert.w_out, units, slice(None), hidden_size, begin, left)
     return total

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 def check_shape(name: str, x: Any, shape: Sequence[int | str]) -> None:
     """ValueError unless x has this shape; a str stands for any size and is how it is written."""
-    actual = jnp.shape(x)
+    actual = tuple(x.shape) if hasattr(x, "shape") else jnp.shape(x)
     if len(actual) != len(shape) or any(
         not isinstance(want, str) and want != have for want, have in zip(shape, actual, strict=True)
     ):

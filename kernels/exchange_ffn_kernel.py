@@ -156,7 +156,7 @@ def kernel(
     def one(expert: jax.Array) -> None:
         slot = jax.lax.rem(expert, 2)
         w_in, w_gate, w_out = (None if b is None else b.at[slot] for b in scratch.weights)
-        held: Any = Experts(w_in, w_out, w_gate)  # type: ignore[arg-type]
+        held: Any = Experts(w_in, w_out, w_gate)
 
         def through(at: Any) -> None:
             x = unpack(scratch.rows[at, :, 0, :], dtype)

@@ -28,6 +28,7 @@ from taskmoe.kernels.checks import (
 )
 from taskmoe.kernels.ffn_backward_kernel import expert_ffn_backward_mosaic
 from taskmoe.kernels.ffn_kernel import expert_ffn_mosaic
+from taskmoe.kernels.frozen_experts import frozen_ffn
 from taskmoe.kernels.grouped_matmul import gmm_reference
 from taskmoe.kernels.groups import Groups, check_groups
 from taskmoe.kernels.options import (
@@ -39,6 +40,7 @@ from taskmoe.kernels.options import (
     hidden_units,
 )
 from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
+from taskmoe.kernels.quantized import Quantized, as_weights, quantises_rows
 from taskmoe.kernels.tiled_ffn import (
     expert_ffn_backward_xla,
     expert_ffn_keeping_xla,
@@ -59,7 +61,7 @@ def expert_ffn_reference(
     """The definition of `expert_ffn`."""
     acc = accumulator(x.dtype)
 
-    def times(rows: jax.Array, matrices: jax.Array, bias: jax.Array | None) -> jax.Array:
+    def times(rows: jax.Array, matrices: Any, bias: jax.Array | None) -> jax.Array:
         product = ProductOptions(acc, matrices.shape[0], options.shifted, None)
         out = gmm_reference(product, rows, matrices, groups)
         if bias is None:
@@ -91,6 +93,7 @@ def _products(experts: Experts) -> int:
 
 EXPERT_FFN = Op(
     "expert_ffn",
+    reference=expert_ffn_reference,
     xla=expert_ffn_xla,
     mosaic=expert_ffn_mosaic,
     ragged_dot=lambda *args: ragged_products.expert_ffn(*args)[0],
@@ -142,12 +145,12 @@ _expert_ffn.defvjp(_expert_ffn_forward, _expert_ffn_backward)
 
 def expert_ffn(
     x: jax.Array,
-    w_in: jax.Array,
-    w_out: jax.Array,
+    w_in: jax.Array | Quantized,
+    w_out: jax.Array | Quantized,
     group_sizes: jax.Array,
     *,
     activation: Activation = "relu",
-    w_gate: jax.Array | None = None,
+    w_gate: jax.Array | Quantized | None = None,
     b_in: jax.Array | None = None,
     b_out: jax.Array | None = None,
     b_gate: jax.Array | None = None,
@@ -162,7 +165,8 @@ def expert_ffn(
     with biases added to the products, where they are given.
 
     x: [M, D] bf16|f32, rows sorted by expert.
-    w_in: [E, D, F], same dtype.
+    w_in: [E, D, F], same dtype; or every matrix is a `Quantized`, which gets no gradient: x and
+      biases get theirs as from what the matrices stand for.
     w_out: [E, F, D], same dtype.
     group_sizes: [G] i32, rows of each expert; negative counts as 0, rows past M are cut off.
     activation: "relu", "gelu" (tanh form) or "silu", taken in f32; with w_gate also "gpt_oss" and
@@ -186,13 +190,15 @@ def expert_ffn(
     """
     x = as_floats("x", x)
     check_shape("x", x, ("M", "D"))
-    w_in = as_floats("w_in", w_in, ("x", x))
+    if len({isinstance(w, Quantized) for w in (w_in, w_out, w_gate) if w is not None}) > 1:
+        raise TypeError("w_in, w_out and w_gate must all be Quantized, or none of them")
+    w_in = as_weights("w_in", w_in, ("x", x))
     check_shape("w_in", w_in, ("E", x.shape[1], "F"))
     num_groups, _, hidden = w_in.shape
-    w_out = as_floats("w_out", w_out, ("x", x))
+    w_out = as_weights("w_out", w_out, ("x", x))
     check_shape("w_out", w_out, (num_groups, hidden, x.shape[1]))
     if w_gate is not None:
-        w_gate = as_floats("w_gate", w_gate, ("x", x))
+        w_gate = as_weights("w_gate", w_gate, ("x", x))
         check_shape("w_gate", w_gate, w_in.shape)
     check_activation(activation, w_gate is not None)
     if b_gate is not None and w_gate is None:
@@ -202,6 +208,8 @@ def expert_ffn(
     for name, bias in given.items():
         check_shape(name, bias, (num_groups, biases[name][1]))
     groups = check_groups(group_sizes, group_offset, num_groups, "w_in.shape[0]")
+    if tiling is not None and quantises_rows(w_in, w_out, w_gate):
+        raise ValueError("tiling must be None where matrices quantise rows: each product has one")
     check_tiling(tiling, x.shape[1], hidden, x.dtype.itemsize)
     if tiling is not None and tiling.k != x.shape[1]:
         raise ValueError(f"tiling.k must be D={x.shape[1]} in expert_ffn, got {tiling.k}")
@@ -211,6 +219,8 @@ def expert_ffn(
     operands = jax.tree.unflatten(tree, match_varying(*leaves))
     if 0 in (*x.shape, *w_in.shape):
         return zeros_like_all(x.shape, x.dtype, *leaves)
+    if isinstance(w_in, Quantized):
+        return frozen_ffn(*operands, options, EXPERT_FFN)
     if implementation == "reference":
         return expert_ffn_reference(options, *operands)
     return _expert_ffn(*operands, options)

@@ -5,6 +5,8 @@ a chunk at a time. Where a whole expert fits (two buffers of its matrices), its 
 once and only if it has rows: the least bytes that there are. Where it does not, the hidden
 dimension is cut, and matrices are read once a visit.
 
+Experts may be `Quantized`: 8 bits are what is copied; a chunk of them at a time is converted.
+
 VMEM: two buffers each of x [m, D], W_in [D, f], W_gate [D, f], W_out [f, D] and out [m, D]; the
 sum [m, D] in f32; a chunk's hidden activations.
 """
@@ -26,13 +28,27 @@ from taskmoe.kernels.group_visits import Visit, Visits, visit_blocks
 from taskmoe.kernels.groups import Groups, group_bounds
 from taskmoe.kernels.options import Activation, Experts, FFNOptions
 from taskmoe.kernels.platforms import chip
+from taskmoe.kernels.quantized import Quantized, nbytes, with_scales
+from taskmoe.kernels.quantized import itemsize as itemsize_of
 
 
-def cost(m: int, d: int, f: int, e: int, matrices: int, itemsize: int) -> pl.CostEstimate:
-    """FLOPs and least bytes when every expert has rows; matrices is 2, or 3 if gated."""
+def cost(
+    m: int,
+    d: int,
+    f: int,
+    e: int,
+    matrices: int,
+    itemsize: int,
+    weight_bytes: int | None = None,
+) -> pl.CostEstimate:
+    """FLOPs and least bytes when every expert has rows; matrices is 2, or 3 if gated.
+
+    weight_bytes: of all experts, where they are not of the rows' dtype.
+    """
+    weights = e * matrices * d * f * itemsize if weight_bytes is None else weight_bytes
     return pl.CostEstimate(
         flops=2 * matrices * m * d * f,
-        bytes_accessed=(2 * m * d + e * matrices * d * f) * itemsize,
+        bytes_accessed=2 * m * d * itemsize + weights,
         transcendentals=m * f,
     )
 
@@ -62,6 +78,16 @@ def out_block(visit: Any, hidden: Any, walk: Visits) -> tuple[Any, ...]:
     return walk.group[visit], hidden, 0
 
 
+def in_scales_block(visit: Any, hidden: Any, walk: Visits) -> tuple[Any, ...]:
+    """Scales of W_in or W_gate of the visit's expert."""
+    return walk.group[visit], 0, 0, hidden
+
+
+def out_scales_block(visit: Any, hidden: Any, walk: Visits) -> tuple[Any, ...]:
+    """Scales of W_out of the visit's expert, of all its blocks."""
+    return walk.group[visit], 0, 0, 0
+
+
 def kernel(
     walk: Visits,
     x_ref: Any,
@@ -79,7 +105,9 @@ def kernel(
 
     def work(start: Any, size: int, masked: bool) -> None:
         part = pl.ds(start, size)
-        value = through_expert(x_ref[part, :], expert, activation, left)
+        value = through_expert(
+            x_ref[part, :], expert, activation, left, step * block_hidden, hidden_size
+        )
 
         @pl.when((step > 0) & (step < steps - 1))
         def _accumulate() -> None:
@@ -119,6 +147,26 @@ def with_rows(experts: Experts) -> Experts:
     return experts._replace(b_in=b_in, b_out=b_out, b_gate=b_gate)
 
 
+def expert_blocks(experts: Experts, d: int, hidden: int) -> Experts:
+    """How an expert's matrices and biases travel, `hidden` units at a time."""
+    blocks = where_held(
+        experts,
+        pl.BlockSpec((None, d, hidden), in_block),
+        pl.BlockSpec((None, hidden, d), out_block),
+        pl.BlockSpec((None, 1, hidden), in_bias_block),
+        pl.BlockSpec((None, 1, d), out_bias_block),
+    )
+    for name, (width, index) in {
+        "w_in": (hidden, in_scales_block),
+        "w_gate": (hidden, in_scales_block),
+        "w_out": (d, out_scales_block),
+    }.items():
+        if isinstance(w := getattr(experts, name), Quantized):
+            scales = pl.BlockSpec((None, w.blocks, 1, width), index)
+            blocks = blocks._replace(**{name: with_scales(w, getattr(blocks, name), scales)})
+    return blocks
+
+
 def expert_ffn_mosaic(
     options: FFNOptions,
     x: jax.Array,
@@ -128,22 +176,13 @@ def expert_ffn_mosaic(
     """The kernel call; arguments as in `expert_ffn`, validated."""
     (m, d), (e, _, f) = x.shape, experts.w_in.shape
     itemsize, matrices = x.dtype.itemsize, 2 if experts.w_gate is None else 3
-    t = options.tiling or tilings.ffn_tiling(m, d, f, e, matrices, itemsize, chip())
+    weight = itemsize_of(experts.w_in)
+    t = options.tiling or tilings.ffn_tiling(m, d, f, e, matrices, itemsize, chip(), weight)
     walk = visit_blocks(group_bounds(groups, e, m), m, t.m)
-    into = pl.BlockSpec((None, d, t.n), in_block)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(walk.num[0], pl.cdiv(f, t.n)),
-        in_specs=[
-            pl.BlockSpec((t.m, d), rows_block),
-            where_held(
-                experts,
-                into,
-                pl.BlockSpec((None, t.n, d), out_block),
-                pl.BlockSpec((None, 1, t.n), in_bias_block),
-                pl.BlockSpec((None, 1, d), out_bias_block),
-            ),
-        ],
+        in_specs=[pl.BlockSpec((t.m, d), rows_block), expert_blocks(experts, d, t.n)],
         out_specs=pl.BlockSpec((t.m, d), rows_block),
         scratch_shapes=[pltpu.VMEM((t.m, d), jnp.float32)],
     )
@@ -152,9 +191,9 @@ def expert_ffn_mosaic(
         grid_spec=grid_spec,
         out_shape=result_like(x, (m, d), x.dtype),
         compiler_params=tilings.compiler_params(
-            ("arbitrary", "arbitrary"), tilings.ffn_vmem_bytes(t, matrices, itemsize)
+            ("arbitrary", "arbitrary"), tilings.ffn_vmem_bytes(t, matrices, itemsize, weight)
         ),
-        cost_estimate=cost(m, d, f, e, matrices, itemsize),
+        cost_estimate=cost(m, d, f, e, matrices, itemsize, nbytes(experts[:3])),
         name="taskmoe_expert_ffn",
     )
     return call(walk, x, with_rows(experts))

@@ -7,6 +7,11 @@ in VMEM until its last group has written its rows.
 Products are written out in pieces of the MXU's size, two vector registers wide: the compiler then
 keeps each piece's sum in registers, where the product of whole blocks spills.
 
+Matrices may be `Quantized`: 8 bits are what is copied, a piece of them at a time is converted to
+the rows' dtype, and scales multiply the piece's product; with transpose_rhs they lie along depth
+and multiply the rows. `QuantizedRows` meet them as int8 where the chip multiplies that, else as
+bfloat16, which holds every int8.
+
 VMEM: two buffers each of lhs [m, k], rhs [k, n] and out [m, n], the product in f32, and the sum
 [m, n] in f32 where depth is cut.
 """
@@ -23,20 +28,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.block_products import dot, keep, pieces
+from taskmoe.kernels.block_products import dot, keep, pieces, scale_index, within_scales
 from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.group_visits import Visit, Visits, visit_blocks
 from taskmoe.kernels.groups import Groups, group_bounds
 from taskmoe.kernels.options import ProductOptions
 from taskmoe.kernels.platforms import chip
+from taskmoe.kernels.quantized import Quantized, QuantizedRows, nbytes, with_scales
+from taskmoe.kernels.quantized import itemsize as itemsize_of
 
 #: Columns of one piece of a product.
 PIECE_COLUMNS = 256
 
 
-def cost(m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int) -> pl.CostEstimate:
-    """FLOPs and least bytes of gmm when every group has rows."""
-    moved = (m * k + e * k * n) * itemsize + m * n * out_itemsize
+def cost(
+    m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int, rhs_bytes: int | None = None
+) -> pl.CostEstimate:
+    """FLOPs and least bytes of gmm when every group has rows; rhs_bytes: if not of rows' dtype."""
+    rhs = e * k * n * itemsize if rhs_bytes is None else rhs_bytes
+    moved = m * k * itemsize + rhs + m * n * out_itemsize
     return pl.CostEstimate(flops=2 * m * k * n, bytes_accessed=moved, transcendentals=0)
 
 
@@ -55,6 +65,21 @@ def rhs_block_transposed(width: Any, visit: Any, depth: Any, walk: Visits) -> tu
     return walk.group[visit], width, depth
 
 
+def lhs_scales_block(width: Any, visit: Any, depth: Any, walk: Visits) -> tuple[Any, ...]:
+    """Scales of the rows of the visit's block, at all depths."""
+    return walk.block[visit], 0
+
+
+def scales_block(width: Any, visit: Any, depth: Any, walk: Visits) -> tuple[Any, ...]:
+    """Scales of the group's matrix [K, N], of all its blocks."""
+    return walk.group[visit], 0, 0, width
+
+
+def scales_block_transposed(width: Any, visit: Any, depth: Any, walk: Visits) -> tuple[Any, ...]:
+    """Scales of the group's matrix [N, K], of all its blocks."""
+    return walk.group[visit], 0, 0, depth
+
+
 def out_block(width: Any, visit: Any, depth: Any, walk: Visits) -> tuple[Any, ...]:
     """Rows of the visit's block; the same for all visits of the block and all depths."""
     return walk.block[visit], width
@@ -69,29 +94,56 @@ def kernel(
     depth_size: int,
     transpose_rhs: bool,
     mxu_size: int,
+    scaled_size: int,
+    dtype: Any,
 ) -> None:
-    """One visit at one depth. acc_ref is there when depth is cut."""
+    """One visit at one depth. acc_ref is there when depth is cut.
+
+    scaled_size: rows of `Quantized` matrices, which their blocks of scales divide. dtype: what is
+    multiplied.
+    """
     rows, block_depth = lhs_ref.shape
     visit, depth = Visit(walk, pl.program_id(1), rows), pl.program_id(2)
     depths = pl.cdiv(depth_size, block_depth)
+    is_quantized = isinstance(rhs_ref, Quantized)
+    values_ref = rhs_ref.values if is_quantized else rhs_ref
+    rows_ref = lhs_ref.values if isinstance(lhs_ref, QuantizedRows) else lhs_ref
+    block = scaled_size // rhs_ref.blocks if is_quantized else scaled_size
+    width = pl.program_id(0) * out_ref.shape[1]
+    if transpose_rhs:
+        depth_pieces = pieces(block_depth, mxu_size)
+        column_pieces = within_scales(rhs_ref, out_ref.shape[1], block, PIECE_COLUMNS)
+    else:
+        depth_pieces = within_scales(rhs_ref, block_depth, block, mxu_size)
+        column_pieces = pieces(out_ref.shape[1], PIECE_COLUMNS)
 
     def product(part: Any, columns: Any) -> jax.Array:
         total: Any = 0
-        for units in pieces(block_depth, mxu_size):
-            lhs = lhs_ref[part, units]
-            rhs = rhs_ref[columns, units] if transpose_rhs else rhs_ref[units, columns]
+        for units in depth_pieces:
+            lhs = rows_ref[part, units].astype(dtype)
+            rhs = values_ref[columns, units] if transpose_rhs else values_ref[units, columns]
+            rhs = rhs.astype(dtype)
+            if is_quantized and transpose_rhs:
+                index = scale_index(rhs_ref, width + columns.start, block)
+                lhs = (lhs.astype(jnp.float32) * rhs_ref.scales[index, :, units]).astype(dtype)
             if depth_size % block_depth:  # the last block of depth overhangs: both may hold NaN
                 left = depth_size - depth * block_depth - units.start
                 lhs = keep(lhs, left, axis=1)
                 rhs = keep(rhs, left, axis=1 if transpose_rhs else 0)
-            total += dot(lhs, rhs, 1, 1 if transpose_rhs else 0)
+            sums = dot(lhs, rhs, 1, 1 if transpose_rhs else 0)
+            if is_quantized and not transpose_rhs:
+                index = scale_index(rhs_ref, depth * block_depth + units.start, block)
+                sums = sums.astype(jnp.float32) * rhs_ref.scales[index, :, columns]
+                if isinstance(lhs_ref, QuantizedRows):
+                    sums *= column(lhs_ref.scales[part, :], index)
+            total += sums
         return total
 
     def work(start: Any, size: int, masked: bool) -> None:
         def each_piece(act: Callable[[Any, Any, Any], None]) -> None:
             for inside in pieces(size, mxu_size):
                 first = start + inside.start
-                for columns in pieces(out_ref.shape[1], PIECE_COLUMNS):
+                for columns in column_pieces:
                     act(first, pl.ds(first, inside.size), columns)
 
         def store(first: Any, part: Any, columns: Any) -> None:
@@ -123,39 +175,61 @@ def kernel(
     visit.work(work)
 
 
-def gmm_mosaic(
-    options: ProductOptions, lhs: jax.Array, rhs: jax.Array, groups: Groups
-) -> jax.Array:
+def column(x: jax.Array, index: Any) -> jax.Array:
+    """One column [m, 1] of x [m, n]; index may be known at run time only."""
+    if x.shape[1] == 1:
+        return x
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.sum(jnp.where(lane == index, x, 0), axis=1, keepdims=True)
+
+
+def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> jax.Array:
     """The kernel call; arguments as in `gmm`, validated."""
     m, k = lhs.shape
     e, n = rhs.shape[0], rhs.shape[1 if options.transpose_rhs else 2]
-    itemsize, out_itemsize = lhs.dtype.itemsize, jnp.dtype(options.out_dtype).itemsize
-    t = options.tiling or tilings.gmm_tiling(m, k, n, e, itemsize, out_itemsize, chip())
+    itemsize, out_itemsize = itemsize_of(lhs), jnp.dtype(options.out_dtype).itemsize
+    held, dtype = itemsize_of(rhs), jnp.dtype(jnp.int8)
+    if not isinstance(lhs, QuantizedRows):
+        dtype = lhs.dtype
+    elif not chip().int8_ops_per_second:
+        dtype = jnp.dtype(jnp.bfloat16 if chip().generation > 3 else jnp.float32)
+    t = options.tiling or tilings.gmm_tiling(m, k, n, e, itemsize, out_itemsize, chip(), held)
     walk = visit_blocks(group_bounds(groups, e, m), m, t.m)
-    rhs_spec = (
-        pl.BlockSpec((None, t.n, t.k), rhs_block_transposed)
-        if options.transpose_rhs
-        else pl.BlockSpec((None, t.k, t.n), rhs_block)
-    )
+    blocks = rhs.blocks if isinstance(rhs, Quantized) else 0
+    if options.transpose_rhs:
+        matrix = pl.BlockSpec((None, t.n, t.k), rhs_block_transposed)
+        scales = pl.BlockSpec((None, blocks, 1, t.k), scales_block_transposed)
+    else:
+        matrix = pl.BlockSpec((None, t.k, t.n), rhs_block)
+        scales = pl.BlockSpec((None, blocks, 1, t.n), scales_block)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(pl.cdiv(n, t.n), walk.num[0], pl.cdiv(k, t.k)),
-        in_specs=[pl.BlockSpec((t.m, t.k), lhs_block), rhs_spec],
+        in_specs=[
+            with_scales(
+                lhs,
+                pl.BlockSpec((t.m, t.k), lhs_block),
+                pl.BlockSpec((t.m, blocks), lhs_scales_block),
+            ),
+            with_scales(rhs, matrix, scales),
+        ],
         out_specs=pl.BlockSpec((t.m, t.n), out_block),
         scratch_shapes=[pltpu.VMEM((t.m, t.n), jnp.float32)] if t.k < k else [],
     )
-    vmem = tilings.gmm_vmem_bytes(t, k, itemsize, out_itemsize)
+    vmem = tilings.gmm_vmem_bytes(t, k, itemsize, out_itemsize, held)
     call = pl.pallas_call(
         functools.partial(
             kernel,
             depth_size=k,
             transpose_rhs=options.transpose_rhs,
             mxu_size=chip().mxu_column_size,
+            scaled_size=rhs.shape[1],
+            dtype=dtype,
         ),
         grid_spec=grid_spec,
-        out_shape=result_like(lhs, (m, n), options.out_dtype),
+        out_shape=result_like(groups.sizes, (m, n), options.out_dtype),
         compiler_params=tilings.compiler_params(("parallel", "arbitrary", "arbitrary"), vmem),
-        cost_estimate=cost(m, k, n, e, itemsize, out_itemsize),
+        cost_estimate=cost(m, k, n, e, itemsize, out_itemsize, nbytes(rhs)),
         name="taskmoe_gmm",
     )
     return call(walk, lhs, rhs)

@@ -31,16 +31,22 @@ from taskmoe.kernels.gmm_kernel import gmm_mosaic
 from taskmoe.kernels.groups import Groups, check_groups, group_bounds
 from taskmoe.kernels.options import ProductOptions
 from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
+from taskmoe.kernels.quantized import (
+    Quantized,
+    as_weights,
+    both_dense,
+    quantises_rows,
+    rows_to_meet,
+)
 from taskmoe.kernels.tgmm_kernel import tgmm_mosaic
 from taskmoe.kernels.tiled_products import gmm_xla, tgmm_xla
 from taskmoe.kernels.tiling import Tiling, check_tiling
 
 
 @with_plain_settings
-def gmm_reference(
-    options: ProductOptions, lhs: jax.Array, rhs: jax.Array, groups: Groups
-) -> jax.Array:
+def gmm_reference(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> jax.Array:
     """The definition of `gmm`."""
+    lhs, rhs = both_dense(lhs, rhs)
     own = _membership(groups, options.num_groups, lhs.shape[0])
     rows = jnp.where(own[:, :, None], lhs, 0)  # [E, M, K]
     acc = accumulator(lhs.dtype)
@@ -74,6 +80,7 @@ def _membership(groups: Groups, num_groups: int, num_rows: Any) -> jax.Array:
 
 GMM = Op(
     "gmm",
+    reference=gmm_reference,
     xla=gmm_xla,
     mosaic=gmm_mosaic,
     ragged_dot=ragged_products.gmm,
@@ -91,16 +98,18 @@ TGMM = Op(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _gmm(lhs: jax.Array, rhs: jax.Array, groups: Groups, options: ProductOptions) -> jax.Array:
+def grouped_product(lhs: jax.Array, rhs: Any, groups: Groups, options: ProductOptions) -> jax.Array:
+    """`gmm` of what was validated."""
     width = rhs.shape[1 if options.transpose_rhs else 2]
     result = jax.ShapeDtypeStruct((lhs.shape[0], width), options.out_dtype)
-    return GMM(options, options.implementation, result, lhs, rhs, groups)
+    rows = lhs if options.transpose_rhs else rows_to_meet(rhs, lhs)
+    return GMM(options, options.implementation, result, rows, rhs, groups)
 
 
 def _gmm_forward(
-    lhs: jax.Array, rhs: jax.Array, groups: Groups, options: ProductOptions
+    lhs: jax.Array, rhs: Any, groups: Groups, options: ProductOptions
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    return _gmm(lhs, rhs, groups, options), (lhs, rhs, groups)
+    return grouped_product(lhs, rhs, groups, options), (lhs, rhs, groups)
 
 
 def _gmm_backward(
@@ -110,11 +119,14 @@ def _gmm_backward(
     grad = grad.astype(lhs.dtype)
     plain = dataclasses.replace(options, out_dtype=lhs.dtype, tiling=None)
     back = dataclasses.replace(plain, transpose_rhs=not options.transpose_rhs)
+    d_lhs = grouped_product(grad, rhs, groups, back)
+    if isinstance(rhs, Quantized):
+        return d_lhs, None, None
     left, right = (grad, lhs) if options.transpose_rhs else (lhs, grad)
-    return _gmm(grad, rhs, groups, back), _tgmm(left, right, groups, plain), None
+    return d_lhs, _tgmm(left, right, groups, plain), None
 
 
-_gmm.defvjp(_gmm_forward, _gmm_backward)
+grouped_product.defvjp(_gmm_forward, _gmm_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -137,7 +149,8 @@ def _tgmm_backward(
     d_out = d_out.astype(lhs.dtype)
     plain = dataclasses.replace(options, out_dtype=lhs.dtype, tiling=None, transpose_rhs=False)
     back = dataclasses.replace(plain, transpose_rhs=True)
-    return _gmm(grad, d_out, groups, back), _gmm(lhs, d_out, groups, plain), None
+    d_lhs = grouped_product(grad, d_out, groups, back)
+    return d_lhs, grouped_product(lhs, d_out, groups, plain), None
 
 
 _tgmm.defvjp(_tgmm_forward, _tgmm_backward)
@@ -145,7 +158,7 @@ _tgmm.defvjp(_tgmm_forward, _tgmm_backward)
 
 def gmm(
     lhs: jax.Array,
-    rhs: jax.Array,
+    rhs: jax.Array | Quantized,
     group_sizes: jax.Array,
     *,
     transpose_rhs: bool = False,
@@ -159,7 +172,9 @@ def gmm(
         out[i] = lhs[i] @ rhs[g(i) - group_offset],  rows of group g follow those of group g-1
 
     lhs: [M, K] bf16|f32, rows sorted by group.
-    rhs: [E, K, N], same dtype; [E, N, K] with transpose_rhs, without a transposed copy.
+    rhs: [E, K, N], same dtype; [E, N, K] with transpose_rhs, without a transposed copy. Or a
+      `Quantized` of that shape, which gets no gradient: lhs gets its own as from what rhs stands
+      for. One that quantises rows too is not transposed.
     group_sizes: [G] i32, rows of each group; negative counts as 0, rows past M are cut off.
     group_offset: scalar i32, the group that rhs[0] belongs to, for a shard that holds E of the G
       groups; None means 0 and wants E == G.
@@ -177,11 +192,16 @@ def gmm(
     lhs = as_floats("lhs", lhs)
     check_shape("lhs", lhs, ("M", "K"))
     depth = lhs.shape[1]
-    rhs = as_floats("rhs", rhs, ("lhs", lhs))
+    rhs = as_weights("rhs", rhs, ("lhs", lhs))
     check_shape("rhs", rhs, ("E", "N", depth) if transpose_rhs else ("E", depth, "N"))
     groups = check_groups(group_sizes, group_offset, rhs.shape[0], "rhs.shape[0]")
     width = rhs.shape[1 if transpose_rhs else 2]
-    check_tiling(tiling, depth, width, lhs.dtype.itemsize)
+    if transpose_rhs and quantises_rows(rhs):
+        raise ValueError(
+            "rhs.activations must be None with transpose_rhs, got 'int8': scales that lie along "
+            "depth multiply the rows"
+        )
+    check_tiling(tiling, depth, width, 1 if quantises_rows(rhs) else lhs.dtype.itemsize)
     check_implementation(implementation)
     options = ProductOptions(
         out_dtype=_out_dtype(preferred_element_type, lhs),
@@ -191,12 +211,14 @@ def gmm(
         transpose_rhs=bool(transpose_rhs),
         tiling=tiling,
     )
-    lhs, rhs, *pair = match_varying(lhs, rhs, *groups)
+    arrays, tree = jax.tree.flatten((lhs, rhs, groups))
+    leaves = match_varying(*arrays)
     if 0 in (*lhs.shape, *rhs.shape):
-        return zeros_like_all((lhs.shape[0], width), options.out_dtype, lhs, rhs)
-    if implementation == "reference":
-        return gmm_reference(options, lhs, rhs, Groups(*pair))
-    return _gmm(lhs, rhs, Groups(*pair), options)
+        return zeros_like_all((lhs.shape[0], width), options.out_dtype, *leaves)
+    lhs, rhs, groups = jax.tree.unflatten(tree, leaves)
+    if implementation == "reference" and not isinstance(rhs, Quantized):
+        return gmm_reference(options, lhs, rhs, groups)
+    return grouped_product(lhs, rhs, groups, options)
 
 
 def tgmm(

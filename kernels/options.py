@@ -63,17 +63,18 @@ def hidden_units(activation: Activation, up: jax.Array, gate: jax.Array | None =
 class Experts(NamedTuple):
     """E experts: w_in [E, D, F], w_out [E, F, D], and w_gate [E, D, F] where they are gated.
 
+    All matrices are arrays, or all `Quantized`.
     b_in [E, F], b_out [E, D], b_gate [E, F]: what is added to their products, where they have it.
     """
 
-    w_in: jax.Array
-    w_out: jax.Array
-    w_gate: jax.Array | None = None
+    w_in: Any
+    w_out: Any
+    w_gate: Any = None
     b_in: jax.Array | None = None
     b_out: jax.Array | None = None
     b_gate: jax.Array | None = None
 
-    def into(self) -> list[tuple[jax.Array, jax.Array | None]]:
+    def into(self) -> list[tuple[Any, jax.Array | None]]:
         """Matrices and biases before the activation."""
         first = [(self.w_in, self.b_in)]
         return first if self.w_gate is None else [*first, (self.w_gate, self.b_gate)]

@@ -29,12 +29,14 @@ from taskmoe.kernels import hopper_products
 from taskmoe.kernels.checks import accumulator
 from taskmoe.kernels.groups import Groups, group_bounds, of_each_row, sum_of_each_group
 from taskmoe.kernels.options import Experts, FFNOptions, ProductOptions, hidden_units
+from taskmoe.kernels.quantized import both_dense
 from taskmoe.kernels.row_tiles import SYMBOLIC_ROWS, Tiles
 from taskmoe.kernels.tiled_products import tgmm_in_tiles
 
 
-def gmm(options: ProductOptions, lhs: jax.Array, rhs: jax.Array, groups: Groups) -> jax.Array:
-    """`gmm`: [M, N]."""
+def gmm(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> jax.Array:
+    """`gmm`: [M, N]. `Quantized` matrices are converted first: these products take none."""
+    lhs, rhs = both_dense(lhs, rhs)
     num_rows = lhs.shape[0]
     starts, ends = group_bounds(groups, options.num_groups, num_rows)
     if options.shifted:  # the products' first group begins with the first row
@@ -123,7 +125,7 @@ def expert_ffn(
     """`expert_ffn` [M, D], and what comes before the activation: x W_in and x W_gate [M, F]."""
 
     def times(rows: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
-        out = gmm(_product(options, w), rows, w, groups)
+        out = gmm(_product(options, w, rows.dtype), rows, w, groups)
         return out if bias is None else out + of_each_row(bias, groups, x.shape[0])
 
     kept = [times(x, *into) for into in experts.into()]
@@ -142,10 +144,10 @@ def expert_ffn_backward(
     acc, w_out = accumulator(x.dtype), experts.w_out
 
     def back(rows: jax.Array, w: jax.Array) -> jax.Array:
-        return gmm(_product(options, w, transpose_rhs=True), rows, w, groups)
+        return gmm(_product(options, w, rows.dtype, transpose_rhs=True), rows, w, groups)
 
     def total(rows: jax.Array, rows_grad: jax.Array, w: jax.Array) -> jax.Array:
-        return tgmm(_product(options, w), rows, rows_grad, groups)
+        return tgmm(_product(options, w, rows.dtype), rows, rows_grad, groups)
 
     hidden, pull = jax.vjp(lambda *kept: _activate(options, *kept), *kept)
     d_kept = pull(back(grad, w_out))
@@ -166,6 +168,8 @@ def _activate(options: FFNOptions, up: jax.Array, gate: jax.Array | None = None)
     return hidden_units(options.activation, *wide).astype(up.dtype)
 
 
-def _product(options: FFNOptions, w: jax.Array, transpose_rhs: bool = False) -> ProductOptions:
-    of = (w.dtype, w.shape[0], options.shifted, options.implementation, transpose_rhs)
+def _product(
+    options: FFNOptions, w: Any, dtype: Any, transpose_rhs: bool = False
+) -> ProductOptions:
+    of = (dtype, w.shape[0], options.shifted, options.implementation, transpose_rhs)
     return ProductOptions(*of)

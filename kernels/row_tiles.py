@@ -154,9 +154,9 @@ def put(x: jax.Array, tile: Tile, values: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(x, values, tile.start, 0)
 
 
-def pick(x: jax.Array, group: jax.Array) -> jax.Array:
-    """The group's matrix of x [E, K, N]."""
-    return jax.lax.dynamic_index_in_dim(x, group, keepdims=False)
+def pick(x: Any, group: jax.Array) -> Any:
+    """The group's matrix of x [E, K, N], an array or a `Quantized`."""
+    return jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, group, keepdims=False), x)
 
 
 def put_group(x: jax.Array, group: jax.Array, values: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from taskmoe.kernels import row_tiles
 from taskmoe.kernels.checks import accumulator
 from taskmoe.kernels.groups import Groups, group_bounds
 from taskmoe.kernels.options import Experts, FFNOptions, hidden_units
+from taskmoe.kernels.quantized import dense
 from taskmoe.kernels.row_tiles import Tile, choose_tiles
 
 
@@ -68,12 +69,15 @@ def _forward(
     into = experts.into()
     x = row_tiles.padded(x)
 
+    def matrix(w: Any, group: jax.Array) -> jax.Array:
+        return dense(row_tiles.pick(w, group), x.dtype)
+
     def per_tile(group: jax.Array, tile: Tile, state: Any) -> tuple[Any, Any]:
         out, kept = state
         xs = row_tiles.take(x, tile)
-        up, *gates = (_biased(_dot(xs, row_tiles.pick(w, group)), bias, group) for w, bias in into)
+        up, *gates = (_biased(_dot(xs, matrix(w, group)), bias, group) for w, bias in into)
         hidden = hidden_units(options.activation, up, *gates)
-        product = _dot(hidden.astype(x.dtype), row_tiles.pick(w_out, group))
+        product = _dot(hidden.astype(x.dtype), matrix(w_out, group))
         product = _biased(product, experts.b_out, group)
         values = zip(kept, [up, *gates], strict=False)  # kept may be empty
         kept = [row_tiles.put(buffer, tile, value) for buffer, value in values]

@@ -11,11 +11,13 @@ from taskmoe.kernels import row_tiles
 from taskmoe.kernels.checks import accumulator
 from taskmoe.kernels.groups import Groups, group_bounds
 from taskmoe.kernels.options import ProductOptions
+from taskmoe.kernels.quantized import both_dense, dense
 from taskmoe.kernels.row_tiles import Tile, Tiles, choose_tiles
 
 
-def gmm_xla(options: ProductOptions, lhs: jax.Array, rhs: jax.Array, groups: Groups) -> jax.Array:
-    """`gmm`: [M, N]."""
+def gmm_xla(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> jax.Array:
+    """`gmm`: [M, N]. A `Quantized` matrix is converted where a tile of rows meets it."""
+    lhs, _ = both_dense(lhs, None)
     num_rows, depth = lhs.shape
     width = rhs.shape[1 if options.transpose_rhs else 2]
     contract: Any = (((1,), (1 if options.transpose_rhs else 0,)), ((), ()))
@@ -26,7 +28,7 @@ def gmm_xla(options: ProductOptions, lhs: jax.Array, rhs: jax.Array, groups: Gro
     def per_tile(group: jax.Array, tile: Tile, out: jax.Array) -> tuple[jax.Array, Any]:
         product = jax.lax.dot_general(
             row_tiles.take(lhs, tile),
-            row_tiles.pick(rhs, group),
+            dense(row_tiles.pick(rhs, group), lhs.dtype),
             contract,
             preferred_element_type=accumulator(lhs.dtype),
         )

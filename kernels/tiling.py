@@ -90,30 +90,43 @@ def best(
     return min(fits, key=cost, default=otherwise)
 
 
-def gmm_vmem_bytes(t: Tiling, k: int, itemsize: int, out_itemsize: int) -> int:
+def gmm_vmem_bytes(
+    t: Tiling, k: int, itemsize: int, out_itemsize: int, rhs_itemsize: int | None = None
+) -> int:
     """VMEM that gmm takes with these blocks: three streams twice, the product, the sum if split."""
-    streams = t.m * t.k * itemsize + t.k * t.n * itemsize + t.m * t.n * out_itemsize
+    rhs = t.k * t.n * (rhs_itemsize or itemsize)
+    streams = t.m * t.k * itemsize + rhs + t.m * t.n * out_itemsize
     return 2 * streams + t.m * t.n * 4 * (1 if t.k >= k else 2)
 
 
-def gmm_bytes(t: Tiling, m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int) -> int:
+def gmm_bytes(
+    t: Tiling, m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int, rhs_itemsize: int
+) -> int:
     """HBM bytes that gmm moves: rows once a column block, matrices once a group unless k is cut."""
     visits = -(-m // t.m) + e - 1
     rhs_reads = e if t.k >= k else visits
     lhs_reads = -(-n // t.n) * (1 if t.k >= k else visits * t.m / m)
-    return int(lhs_reads * m * k * itemsize + rhs_reads * k * n * itemsize + m * n * out_itemsize)
+    rhs = rhs_reads * k * n * rhs_itemsize
+    return int(lhs_reads * m * k * itemsize + rhs + m * n * out_itemsize)
 
 
 @functools.cache
 def gmm_tiling(
-    m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int, info: pltpu.TpuInfo
+    m: int,
+    k: int,
+    n: int,
+    e: int,
+    itemsize: int,
+    out_itemsize: int,
+    info: pltpu.TpuInfo,
+    rhs_itemsize: int | None = None,
 ) -> Tiling:
-    """Block sizes for gmm of [m, k] x [e, k, n]."""
-    rows = block_rows(m, e, itemsize)
+    """Block sizes for gmm of [m, k] x [e, k, n]; rhs_itemsize: of matrices, if not the rows'."""
+    rows, rhs = block_rows(m, e, itemsize), rhs_itemsize or itemsize
     return best(
         (Tiling(rows, bk, bn) for bn in shared_splits(n, info) for bk in splits(k)),
-        lambda t: gmm_vmem_bytes(t, k, itemsize, out_itemsize),
-        lambda t: gmm_bytes(t, m, k, n, e, itemsize, out_itemsize),
+        lambda t: gmm_vmem_bytes(t, k, itemsize, out_itemsize, rhs),
+        lambda t: gmm_bytes(t, m, k, n, e, itemsize, out_itemsize, rhs),
         info,
         Tiling(rows, min(k, LANES), min(n, LANES)),
     )
@@ -146,28 +159,43 @@ def tgmm_tiling(
     )
 
 
-def ffn_vmem_bytes(t: Tiling, matrices: int, itemsize: int) -> int:
+def ffn_vmem_bytes(
+    t: Tiling, matrices: int, itemsize: int, weight_itemsize: int | None = None
+) -> int:
     """VMEM of expert_ffn: rows, matrices and result twice, the sum, and a hidden block's values."""
-    streams = 2 * t.m * t.k * itemsize + matrices * t.k * t.n * itemsize
+    weights = matrices * t.k * t.n * (weight_itemsize or itemsize)
+    streams = 2 * t.m * t.k * itemsize + weights
     return 2 * streams + t.m * t.k * 4 + t.m * min(t.n, HIDDEN_CHUNK) * (4 * (matrices - 1) + 4)
 
 
-def ffn_bytes(t: Tiling, m: int, f: int, e: int, matrices: int, itemsize: int) -> int:
+def ffn_bytes(
+    t: Tiling, m: int, f: int, e: int, matrices: int, itemsize: int, weight_itemsize: int
+) -> int:
     """HBM bytes of expert_ffn: rows in and out once, matrices once an expert unless F is cut."""
     reads = e if t.n >= f else -(-m // t.m) + e - 1
-    return (2 * m * t.k + reads * matrices * t.k * f) * itemsize
+    return 2 * m * t.k * itemsize + reads * matrices * t.k * f * weight_itemsize
 
 
 @functools.cache
 def ffn_tiling(
-    m: int, d: int, f: int, e: int, matrices: int, itemsize: int, info: pltpu.TpuInfo
+    m: int,
+    d: int,
+    f: int,
+    e: int,
+    matrices: int,
+    itemsize: int,
+    info: pltpu.TpuInfo,
+    weight_itemsize: int | None = None,
 ) -> Tiling:
-    """Block sizes for expert_ffn of [m, d] through e experts of `matrices` [d, f]."""
-    base = block_rows(m, e, itemsize)
+    """Block sizes for expert_ffn of [m, d] through e experts of `matrices` [d, f].
+
+    weight_itemsize: of the matrices, if not the rows'.
+    """
+    base, weight = block_rows(m, e, itemsize), weight_itemsize or itemsize
     return best(
         (Tiling(rows, d, bf) for rows in (base, 2 * base, 4 * base) for bf in splits(f)),
-        lambda t: ffn_vmem_bytes(t, matrices, itemsize),
-        lambda t: (ffn_bytes(t, m, f, e, matrices, itemsize), t.m, -t.n),
+        lambda t: ffn_vmem_bytes(t, matrices, itemsize, weight),
+        lambda t: (ffn_bytes(t, m, f, e, matrices, itemsize, weight), t.m, -t.n),
         info,
         Tiling(base, d, min(f, LANES)),
     )
