@@ -2,7 +2,7 @@
 
 Pure functions on pytrees: `init` makes a layer's parameters, `apply` runs it, `extract` cuts one
 task's sub-network out, and `ffn` runs that; `extract_tasks` and `prune` make smaller layers.
-`balance_bias` balances experts without a loss, and
+`balance_bias` balances experts without a loss, `quantize` freezes experts in 8 bits, and
 `taskmoe.moe.convert` reads and writes checkpoints of models.
 """
 
@@ -13,6 +13,7 @@ from taskmoe.moe.extraction import FFNParams, extract, extract_tasks, ffn, prune
 from taskmoe.moe.gates import Chosen
 from taskmoe.moe.layer import apply, init
 from taskmoe.moe.mesh import MeshAxes, param_specs
+from taskmoe.moe.quantization import quantize
 from taskmoe.moe.routers import sparse_mixer
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "init",
     "param_specs",
     "prune",
+    "quantize",
     "sparse_mixer",
 ]

@@ -19,7 +19,7 @@ and B rows of room for what comes to a device: min(k, E/n) n U, or f k U with a 
 
 Where tokens are routed and two experts fit in VMEM, "mosaic" runs the experts in the same kernel,
 block by block as rows arrive, while other rows and results are on the wire; gradients travel before
-and after their matmuls.
+and after their matmuls. Experts that are quantised or have biases run in a kernel of their own.
 
 "auto" takes of the first three the one with the fewest rows sent and held; "mosaic" is for the
 caller to choose.
@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from taskmoe.kernels import combine, dispatch, expert_ffn
+from taskmoe.kernels import Quantized, combine, dispatch, expert_ffn
 from taskmoe.kernels.exchange_ffn_kernel import can_fuse, exchange_ffn, room_for
 from taskmoe.kernels.exchange_kernel import exchange_rows
 from taskmoe.kernels.exchange_plan import neighbours, segments_there
@@ -285,6 +285,7 @@ def _mosaic(job: Job) -> tuple[jax.Array, jax.Array]:
         job.implementation in (None, "mosaic")
         and job.x.shape[1] == job.config.d_model
         and not job.config.biases
+        and not isinstance(w_in, Quantized)
         and can_fuse(packed, counts, w_in, w_gate, room)
     )
     if fuse:

@@ -112,13 +112,9 @@ def apply_one_task(
         local = experts - jax.lax.axis_index(layout.expert) * own
         mine = (local >= 0) & (local < own)
         held = {name: params[name] for name in EXPERT_PARAMS if name in params}
-        picked = {
-            name: jax.lax.psum(
-                jnp.where(mine.reshape(-1, *[1] * (w.ndim - 1)), w[jnp.clip(local, 0, own - 1)], 0),
-                layout.expert,
-            )
-            for name, w in held.items()
-        }
+        picked = jax.tree.map(
+            lambda w: _from_owners(w[jnp.clip(local, 0, own - 1)], mine, layout.expert), held
+        )
         params, experts = params | picked, jnp.arange(config.top_k)
     y = dense_ffn(fold(params, config, experts, weights), batch.x, jnp.float32)
     y = _whole(y, layout).astype(batch.x.dtype)
@@ -128,6 +124,14 @@ def apply_one_task(
     chosen = Chosen(*(jnp.broadcast_to(a, each) for a in (gating.experts, gating.weights)))
     report = _over_devices(config, counted, num_valid, config.top_k * num_valid, None, axes)
     return y, report, chosen
+
+
+def _from_owners(w: jax.Array, mine: jax.Array, axis: str | None) -> jax.Array:
+    """Parameters [k, ...] of experts, each from the one device of the axis that has it."""
+    if w.dtype == jnp.float8_e4m3fn:  # which nobody adds up
+        raw = _from_owners(jax.lax.bitcast_convert_type(w, jnp.int8), mine, axis)
+        return jax.lax.bitcast_convert_type(raw, w.dtype)
+    return jax.lax.psum(jnp.where(mine.reshape(-1, *[1] * (w.ndim - 1)), w, 0), axis)
 
 
 def _biased_once(params: Params, layout: Layout | None) -> Params:

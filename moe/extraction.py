@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from taskmoe.kernels import Router
 from taskmoe.kernels.options import Activation, hidden_units
 from taskmoe.kernels.platforms import with_plain_settings
+from taskmoe.kernels.quantized import Quantized, both_dense, dense, quantises_rows, rows_to_meet
 from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.gates import Params, gate, task_logits, unscaled_gate
 from taskmoe.moe.mesh import EXPERT_PARAMS, SHARED_PARAMS
@@ -36,8 +37,8 @@ from taskmoe.moe.mesh import EXPERT_PARAMS, SHARED_PARAMS
 class FFNParams:
     """A dense feed-forward layer that carries its activation.
 
-    w_in: [D, F] bf16|f32
-    w_out: [F, D], same dtype
+    w_in: [D, F] bf16|f32, or `taskmoe.kernels.Quantized`
+    w_out: [F, D], same dtype, or Quantized
     w_gate: [D, F] or None; with it the layer is `(act(x w_gate) * (x w_in)) w_out`
     b_in, b_out, b_gate: [F], [D], [F] or None, added to the products
     shared_gate: [D, 1] or None; sigmoid(x shared_gate) multiplies the last `shared` hidden units
@@ -45,9 +46,9 @@ class FFNParams:
     activation: as of the layer (static)
     """
 
-    w_in: jax.Array
-    w_out: jax.Array
-    w_gate: jax.Array | None = None
+    w_in: jax.Array | Quantized
+    w_out: jax.Array | Quantized
+    w_gate: jax.Array | Quantized | None = None
     b_in: jax.Array | None = None
     b_out: jax.Array | None = None
     b_gate: jax.Array | None = None
@@ -70,8 +71,8 @@ def ffn(params: FFNParams, x: jax.Array) -> jax.Array:
 def dense_ffn(params: FFNParams, x: jax.Array, out_dtype: Any) -> jax.Array:
     """`ffn` with a result of this dtype."""
 
-    def times(rows: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
-        product = _matmul(rows, w)
+    def times(rows: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
+        product = _frozen_matmul(rows, w) if isinstance(w, Quantized) else _matmul(rows, w)
         return product if bias is None else product + bias.astype(jnp.float32)
 
     gate = None if params.w_gate is None else times(x, params.w_gate, params.b_gate)
@@ -170,7 +171,8 @@ def prune(
 def _keep_experts(params: Params, kept: np.ndarray) -> Params:
     """Parameters with these experts only; a gate keeps their columns, task embeddings go."""
     own = (*EXPERT_PARAMS, "expert_scale")
-    small: Params = {name: params[name][kept] for name in own if name in params}
+    held = {name: params[name] for name in own if name in params}
+    small: Params = jax.tree.map(lambda w: w[kept], held)  # both parts of what is quantised
     small |= {name: params[name] for name in SHARED_PARAMS if name in params}
     if "task_embedding" not in params and "gate" in params:
         small["gate"] = params["gate"][:, kept]
@@ -193,28 +195,32 @@ def _check_task(config: MoEConfig, task: ArrayLike) -> None:
 def fold(params: Params, config: MoEConfig, experts: jax.Array, weights: jax.Array) -> FFNParams:
     """Join the experts [k] i32 with gate weights [k] f32 into one dense FFN of width k*F.
 
-    A shared expert's hidden units come last.
+    A shared expert's hidden units come last. Quantised experts stay so where there is none.
     """
-    of_input = None
+    of_input, params = None, {name: _frozen(w) for name, w in params.items()}
     if config.chosen_by.weighs == "input":  # of one expert, which is linear before its activation
         of_input, weights = weights[0], jnp.ones_like(weights)
 
-    def side_by_side(name: str) -> jax.Array:  # [E, D, F] -> [D, k*F]
-        w = params[name]
-        joined = jnp.moveaxis(w[experts], 0, 1).reshape(w.shape[1], -1)
-        return joined if of_input is None else joined * of_input.astype(w.dtype)
+    def side_by_side(name: str) -> Any:  # [E, D, F] -> [D, k*F]
+        def join(w: jax.Array) -> jax.Array:  # so with scales, [E, D/block, 1, F]
+            return jnp.moveaxis(w[experts], 0, -2).reshape(*w.shape[1:-1], -1)
+
+        joined = jax.tree.map(join, params[name])
+        return joined if of_input is None else _times(joined, of_input)
 
     def flat(name: str) -> jax.Array | None:  # [E, F] -> [k*F]
         return params[name][experts].reshape(-1) if name in params else None
 
-    def weighted(w: jax.Array) -> jax.Array:
+    def weighted(w: jax.Array) -> jax.Array:  # [E, D]
         each = weights.reshape(-1, *[1] * (w.ndim - 1))
         return w[experts].astype(jnp.float32) * each
 
-    w_out, b_out = params["w_out"], params.get("b_out")
+    b_out = params.get("b_out")
+    chosen = jax.tree.map(lambda w: w[experts], params["w_out"])
+    w_out = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), _times(chosen, weights))
     routed = FFNParams(
         w_in=side_by_side("w_in"),
-        w_out=weighted(w_out).astype(w_out.dtype).reshape(-1, w_out.shape[2]),
+        w_out=w_out,
         w_gate=side_by_side("w_gate") if config.gated else None,
         b_in=flat("b_in"),
         b_out=None if b_out is None else weighted(b_out).sum(0).astype(b_out.dtype),
@@ -237,22 +243,62 @@ def shared_ffn(params: Params, config: MoEConfig) -> FFNParams:
 
 
 def _joined(routed: FFNParams, shared: FFNParams) -> FFNParams:
-    """Both as one FFN, the shared expert's hidden units last."""
+    """Both as one FFN, the shared expert's hidden units last.
 
-    def beside(a: jax.Array | None, b: jax.Array | None, axis: int) -> jax.Array | None:
+    Routed experts that are quantised become arrays of the shared one's dtype.
+    """
+    if quantises_rows(routed.w_in):
+        raise ValueError(
+            "params must be quantised without activations to join their experts with a shared one, "
+            "whose rows are not quantised"
+        )
+    names = ("w_in", "w_out", "w_gate")
+    matrices = {name: dense(getattr(routed, name), shared.w_in.dtype) for name in names}
+    routed = dataclasses.replace(routed, **matrices)
+
+    def beside(a: Any, b: Any, axis: int) -> jax.Array | None:
         return None if a is None or b is None else jnp.concatenate([a, b], axis=axis)
 
     none = jnp.zeros(shared.w_in.shape[1:], shared.w_in.dtype)  # its biases
     return dataclasses.replace(
         routed,
-        w_in=jnp.concatenate([routed.w_in, shared.w_in], axis=1),
-        w_out=jnp.concatenate([routed.w_out, shared.w_out]),
+        w_in=beside(routed.w_in, shared.w_in, 1),
+        w_out=beside(routed.w_out, shared.w_out, 0),
         w_gate=beside(routed.w_gate, shared.w_gate, 1),
         b_in=beside(routed.b_in, none, 0),
         b_gate=beside(routed.b_gate, none, 0),
         shared_gate=shared.shared_gate,
         shared=shared.w_in.shape[1],
     )
+
+
+def _frozen(w: Any) -> Any:
+    return jax.tree.map(jax.lax.stop_gradient, w) if isinstance(w, Quantized) else w
+
+
+def _times(w: Any, weights: jax.Array) -> Any:
+    """Matrices [k, ...] times their weights [k], or a matrix times one; in f32, then as they were.
+
+    Weights go into the scales of what is quantised, whose values stay.
+    """
+    if isinstance(w, Quantized):
+        return dataclasses.replace(w, scales=_times(w.scales, weights))
+    each = weights.reshape(-1, *[1] * (w.ndim - 1)) if weights.ndim else weights
+    return (w.astype(jnp.float32) * each).astype(w.dtype)
+
+
+def _frozen_matmul(x: jax.Array, w: Quantized) -> jax.Array:
+    """Rows times a matrix whose values are frozen; scales, into which gates may be folded, are not.
+
+    What rounds the rows, if it does, has slope 1.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    w = dataclasses.replace(w, values=jax.lax.stop_gradient(w.values))
+    rows, held = both_dense(rows_to_meet(w, flat), w)
+    if quantises_rows(w):
+        exact = flat.astype(rows.dtype)
+        rows = exact + jax.lax.stop_gradient(rows - exact)
+    return _matmul(rows, held).reshape(*x.shape[:-1], -1)
 
 
 def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -21,7 +21,9 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
+from taskmoe.kernels import Quantized
 from taskmoe.kernels.platforms import CHIPS
+from taskmoe.kernels.quantized import with_scales
 from taskmoe.moe.config import MoEConfig
 
 #: The experts' axis unless another is named.
@@ -97,7 +99,7 @@ class Layout:
         """How an array that begins with the batch is cut."""
         return PartitionSpec(self._still(self.batch) or None)
 
-    def of_params(self, params: Any) -> dict[str, PartitionSpec]:
+    def of_params(self, params: Any) -> dict[str, Any]:
         """How the parameters are cut."""
         expert = self._still(() if self.expert is None else (self.expert,)) or None
         return _param_specs(params, expert, self._still(self.hidden) or None)
@@ -115,13 +117,16 @@ def has_ragged(platform: str, kind: str, devices: int) -> bool:
     return platform != "cpu" and not (kind == CHIPS["v5e"] and devices > 16)
 
 
-def param_specs(params: Any, axes: MeshAxes | None = None) -> dict[str, PartitionSpec]:
-    """How parameters lie on a mesh: experts over their axis, hidden units over theirs."""
+def param_specs(params: Any, axes: MeshAxes | None = None) -> dict[str, Any]:
+    """How parameters lie on a mesh: experts over their axis, hidden units over theirs.
+
+    Returns a `PartitionSpec` for each, or a `Quantized` of two.
+    """
     axes = axes or MeshAxes()
     return _param_specs(params, axes.expert, _names(axes.hidden) or None)
 
 
-def _param_specs(params: Any, expert: Any, hidden: Any) -> dict[str, PartitionSpec]:
+def _param_specs(params: Any, expert: Any, hidden: Any) -> dict[str, Any]:
     into, out = PartitionSpec(expert, None, hidden), PartitionSpec(expert, hidden)
     if hidden is None:
         into = out = PartitionSpec(expert)
@@ -131,7 +136,20 @@ def _param_specs(params: Any, expert: Any, hidden: Any) -> dict[str, PartitionSp
     if hidden is not None:  # every device has the shared expert
         into, out = PartitionSpec(None, hidden), PartitionSpec(hidden)
         cut |= {"shared_in": into, "shared_gate_in": into, "shared_out": out}
-    return {name: cut.get(name, PartitionSpec()) for name in params}
+    specs = {name: cut.get(name, PartitionSpec()) for name in params}
+    return {name: _with_scales(params[name], name, spec, hidden) for name, spec in specs.items()}
+
+
+def _with_scales(w: Any, name: str, spec: PartitionSpec, hidden: Any) -> Any:
+    """How a matrix is cut; its scales [E, K/block, 1, N] beside it, where it is quantised."""
+    if not isinstance(w, Quantized):
+        return spec
+    scales = spec
+    if hidden is not None and name != "w_out":
+        scales = PartitionSpec(spec[0], None, None, hidden)
+    elif hidden is not None and w.blocks == 1:  # the hidden units of a column share one
+        scales = PartitionSpec(spec[0])
+    return with_scales(w, spec, scales)
 
 
 def find_layout(
@@ -163,6 +181,7 @@ def find_layout(
         return None  # inside the caller's own shard_map, and every device has all experts
     _check(mesh, wanted, config)
     hidden = _names(wanted.hidden)
+    _check_scales(params["w_out"], math.prod(mesh.shape[name] for name in hidden if name in free))
     batch = _names(wanted.batch)
     if wanted.batch is None:
         batch = tuple(name for name in free if name not in hidden)
@@ -192,6 +211,16 @@ def _check(mesh: Any, axes: MeshAxes, config: MoEConfig) -> None:
         if size % parts:
             wrong = " and ".join(map(repr, names))
             raise ValueError(f"mesh axis {wrong} must divide {field}={size}, got size {parts}")
+
+
+def _check_scales(w_out: Any, parts: int) -> None:
+    if not isinstance(w_out, Quantized) or w_out.blocks % parts == 0:
+        return
+    if w_out.blocks > 1 or w_out.activations is not None:
+        raise ValueError(
+            f"axes.hidden cuts hidden units into {parts} parts, which must divide the "
+            f"{w_out.blocks} blocks of scales that w_out has: quantize with a smaller block"
+        )
 
 
 def _manual(mesh: Any) -> frozenset[str]:
