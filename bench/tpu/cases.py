@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from taskmoe.kernels import combine, dispatch, expert_ffn, gmm, tgmm, top_k_gating
+from taskmoe.kernels import Quantized, combine, dispatch, expert_ffn, gmm, tgmm, top_k_gating
 from taskmoe.kernels.tiling import Tiling
 
 #: Chip -> topology that the compiler knows and the version that Pallas knows its limits by.
@@ -33,8 +33,8 @@ CHIPS = {
 }
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 DIRECTIONS = ("forward", "backward")
-OPS = ("top_k_gating", "dispatch", "combine", "gmm", "tgmm", "expert_ffn", "expert_ffn_gated")
-TILED = ("gmm", "tgmm", "expert_ffn", "expert_ffn_gated")
+TILED = ("gmm", "tgmm", "expert_ffn", "expert_ffn_gated", "expert_ffn_int8")
+OPS = ("top_k_gating", "dispatch", "combine", *TILED)
 #: Who else has which op.
 OTHERS = {"megablox": ("gmm", "tgmm"), "tokamax": ("gmm",)}
 MEGABLOX = "jax.experimental.pallas.ops.tpu.megablox.gmm"
@@ -81,13 +81,16 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function, its arguments' shapes, and how many of them, the first ones, carry gradients."""
+    """A function, its arguments' shapes, and how many of them, the first ones, carry gradients.
+
+    An argument is a `jax.ShapeDtypeStruct`, or a `Quantized` of two.
+    """
 
     function: Callable[..., Any]
-    arguments: list[jax.ShapeDtypeStruct]
+    arguments: list[Any]
     gradients: int
 
-    def directed(self, direction: str) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
+    def directed(self, direction: str) -> tuple[Callable[..., Any], list[Any]]:
         """What to compile: the function, or its gradients given those of its result, last.
 
         A function without gradients is what to compile, whatever the direction.
@@ -103,7 +106,7 @@ class Program:
         return gradients, [*self.arguments, result_shapes(self.function, self.arguments)]
 
 
-def result_shapes(function: Callable[..., Any], arguments: list[jax.ShapeDtypeStruct]) -> Any:
+def result_shapes(function: Callable[..., Any], arguments: list[Any]) -> Any:
     """Shapes of the function's results, on any machine: Pallas kernels are not lowered for it."""
     with pltpu.force_tpu_interpret_mode():
         return jax.eval_shape(function, *arguments)
@@ -173,6 +176,11 @@ def program(case: Case) -> Program:
     def gated(x: Any, w_in: Any, w_out: Any, w_gate: Any, sizes: Any) -> Any:
         return expert_ffn(x, w_in, w_out, sizes, activation="silu", w_gate=w_gate, **tiled)
 
+    def frozen(w: jax.ShapeDtypeStruct) -> Quantized:
+        scales: Any = array((e, 1, 1, w.shape[2]), jnp.float32)
+        values: Any = array(w.shape, jnp.int8)
+        return Quantized(values, scales)
+
     programs: dict[str, tuple[Any, list[Any], int]] = {
         "top_k_gating": (gating, [array((t, e), dtype)], 1),
         "dispatch": (lambda x, r: dispatch(x, r, m, **mosaic), [tokens, rows], 1),
@@ -185,6 +193,7 @@ def program(case: Case) -> Program:
         "tgmm": (functools.partial(tgmm, **tiled), [x, wide, sizes], 2),
         "expert_ffn": (ffn, [x, up, down, sizes], 3),
         "expert_ffn_gated": (gated, [x, up, down, up, sizes], 4),
+        "expert_ffn_int8": (ffn, [x, frozen(up), frozen(down), sizes], 1),
     }
     return Program(*programs[case.op])
 

@@ -108,7 +108,7 @@ def _figures(r: Row) -> tuple[str, ...]:
 def _bytes_table(result: Kernels) -> Table:
     return Table(
         f"HBM bytes of {expert_bytes.EXPERTS} experts, d_model {expert_bytes.D_MODEL}, d_ff "
-        f"{expert_bytes.D_FF}, bf16, random top-{expert_bytes.TOP_K} (modelled)",
+        f"{expert_bytes.D_FF}, rows in bf16, random top-{expert_bytes.TOP_K} (modelled)",
         ("chip", "rows", "way", "modelled MB", "floor MB", "over floor"),
         [
             (

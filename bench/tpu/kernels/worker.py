@@ -126,7 +126,7 @@ def walk(case: Case) -> tuple[list[KernelCall], int]:
         else:
             function(*values)
     read = [
-        s.size * s.dtype.itemsize * (touched if s.ndim == 3 else 1)
+        s.size * s.dtype.itemsize * (touched if s.ndim >= 3 else 1)
         for s in jax.tree.leaves(arguments)
     ]
     results = jax.tree.leaves(kernel_cases.result_shapes(function, arguments))

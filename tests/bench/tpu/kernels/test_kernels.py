@@ -61,6 +61,10 @@ def test_expert_ffn_moves_hardly_more_than_the_floor_and_a_fault_shows() -> None
     for row in expert_bytes.table("v5e"):
         if row.way == "taskmoe expert_ffn":
             assert 1 <= row.ratio <= 1.15
+        if row.way in expert_bytes.QUANTISED:
+            assert 1 <= row.ratio <= 1.05
+            bf16 = 2 * 2 * 512 * 2048
+            assert row.floor_bytes <= 32 * (bf16 // 2 + 4 * (512 + 2048)) + 4 * 512 * row.rows
     x, sizes = jnp.zeros((64, 512), jnp.bfloat16), jnp.full(32, 2, jnp.int32)
     w_in, w_out = jnp.zeros((32, 512, 512), x.dtype), jnp.zeros((32, 512, 512), x.dtype)
 
