@@ -27,12 +27,23 @@ def check_shape(name: str, x: Any, shape: Sequence[int | str]) -> None:
 
 
 def as_floats(name: str, x: Any, like: tuple[str, jax.Array] | None = None) -> jax.Array:
-    """X as an array; TypeError unless bf16, f32 or f64, with the dtype of `like` (name, array)."""
+    """X as an array; TypeError unless bf16, f32 or f64, with the dtype of `like` (name, array).
+
+    No op promotes dtypes: rows and matrices are large, and a copy of them is the caller's to make.
+    The message says which cast would fit.
+    """
     x = jnp.asarray(x)
     if x.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
-        raise TypeError(f"{name} must be bfloat16 or float32, got {x.dtype}")
+        message = f"{name} must be bfloat16 or float32, got {x.dtype}"
+        if x.dtype == jnp.float16:  # no TPU multiplies it, and its range is too small for logits
+            message += f": cast it, {name}.astype(jax.numpy.bfloat16)"
+        raise TypeError(message)
     if like is not None and x.dtype != like[1].dtype:
-        raise TypeError(f"{name} must have the dtype of {like[0]}, {like[1].dtype}, got {x.dtype}")
+        wanted = f"{name}.astype({like[0]}.dtype)"
+        raise TypeError(
+            f"{name} must have the dtype of {like[0]}, {like[1].dtype}, got {x.dtype}: cast one of "
+            f"them, such as {wanted}"
+        )
     return x
 
 

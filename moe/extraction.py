@@ -24,6 +24,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from taskmoe.kernels import Router
+from taskmoe.kernels.checks import as_floats
 from taskmoe.kernels.options import Activation, hidden_units
 from taskmoe.kernels.platforms import with_plain_settings
 from taskmoe.kernels.quantized import Quantized, both_dense, dense, quantises_rows, rows_to_meet
@@ -63,7 +64,10 @@ def ffn(params: FFNParams, x: jax.Array) -> jax.Array:
 
     x: [..., D] bf16|f32. Returns [..., D] in x's dtype. Products accumulate in float32.
     """
-    x = jnp.asarray(x)
+    x = as_floats("x", x)
+    for name in ("w_in", "w_out", "w_gate"):
+        if (w := getattr(params, name)) is not None and not isinstance(w, Quantized):
+            as_floats(f"params.{name}", w, ("x", x))
     return dense_ffn(params, x, x.dtype)
 
 

@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from taskmoe.kernels.checks import as_floats
 from taskmoe.kernels.platforms import check_implementation, with_plain_settings
+from taskmoe.kernels.quantized import as_weights
 from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.exchange import STRATEGIES
 from taskmoe.moe.expert_parallel import Batch, apply_here, apply_on_mesh, apply_one_task
 from taskmoe.moe.gates import Params, Told
-from taskmoe.moe.mesh import MeshAxes, find_layout
+from taskmoe.moe.mesh import EXPERT_PARAMS, MeshAxes, find_layout
 from taskmoe.moe.routing import draw_noise
 
 
@@ -101,7 +103,8 @@ def apply(
 ) -> Any:
     """Apply the layer to a batch of sequences.
 
-    x: [B, S, D] bf16|f32.
+    x: [B, S, D] bf16|f32, the dtype of the experts' matrices or any where they are quantised; the
+      gate and task embeddings may have another.
     valid: [B, S] bool, False at padding; None means all valid. Padding is routed nowhere, its
       output is 0, and it counts in no queue, loss or statistic.
     task: [B] i32, the task of each sequence, or a scalar for a batch of one task, which costs what
@@ -136,7 +139,7 @@ def apply(
     contribute 0: they pass by the residual.
     Raises ValueError or TypeError that names the argument where one does not fit.
     """
-    x = jnp.asarray(x)
+    x = as_floats("x", x)
     valid = jnp.ones(x.shape[:2], bool) if valid is None else jnp.asarray(valid)
     task = None if task is None else jnp.asarray(task)
     sentence = None if sentence is None else jnp.asarray(sentence)
@@ -172,6 +175,9 @@ class Options(NamedTuple):
 def _apply(params: Params, batch: Batch, key: jax.Array | None, options: Options) -> Any:
     """`apply`, validated; jitted, so that calls at a prompt compile once."""
     config, implementation = options.config, options.implementation
+    for name in (*EXPERT_PARAMS, "shared_in", "shared_gate_in", "shared_out"):
+        if name in params:
+            as_weights(f"params[{name!r}]", params[name], ("x", batch.x))
     x = jnp.where(batch.valid[..., None], batch.x, 0)  # sequences travel whole; zeros give zeros
     task = None if batch.task is None else jnp.clip(batch.task, 0, config.tasks - 1)
     noise = draw_noise(config, key, *x.shape[:2])

@@ -16,10 +16,25 @@ from taskmoe.tests.kernels import support
 
 def test_public_names() -> None:
     assert sorted(taskmoe.kernels.__all__) == [
-        "Gating", "ROUTERS", "Router", "RowPlan", "combine", "dispatch", "expert_ffn", "for_chip",
-        "given_gating", "gmm", "row_plan", "tgmm", "top_k_gating",
+        "Gating", "Quantized", "ROUTERS", "Router", "RowPlan", "combine", "dequantize", "dispatch",
+        "expert_ffn", "for_chip", "given_gating", "gmm", "quantize", "row_plan", "tgmm",
+        "top_k_gating",
     ]  # fmt: skip
     assert all(getattr(taskmoe.kernels, name).__doc__ for name in taskmoe.kernels.__all__)
+
+
+def test_errors_of_dtypes_say_which_cast_fits() -> None:
+    x, w, sizes = jnp.ones((4, 6)), jnp.ones((2, 6, 3)), jnp.array([2, 2])
+    gmm = taskmoe.kernels.gmm
+    with pytest.raises(TypeError, match=r"float16: cast it, lhs\.astype\(jax\.numpy\.bfloat16\)"):
+        gmm(x.astype(jnp.float16), w, sizes)
+    with pytest.raises(
+        TypeError, match=r"bfloat16: cast one of them, such as rhs\.astype\(lhs\.dty"
+    ):
+        gmm(x, w.astype(jnp.bfloat16), sizes)
+    assert gmm(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), sizes).dtype == jnp.bfloat16
+    with pytest.raises(TypeError, match=r"logits must be bfloat16 or float32, got float16: cast"):
+        taskmoe.kernels.top_k_gating(x.astype(jnp.float16))
 
 
 def test_interpret_mode_is_noticed() -> None:

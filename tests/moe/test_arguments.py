@@ -97,3 +97,23 @@ def test_parameters_have_the_documented_shapes_and_scale() -> None:
     for name, fan_in in (("w_in", 64), ("w_out", 128), ("w_gate", 64)):
         assert abs(float(jnp.std(params[name])) * fan_in**0.5 - 1) < 0.05
     assert moe.init(jax.random.key(0), config, jnp.bfloat16)["w_in"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("routing", ["token", "task"])
+def test_experts_have_the_dtype_of_x_and_gates_any(routing: Any) -> None:
+    config = support.make(routing=routing)
+    params, task = support.params(config), 1 if routing == "task" else None
+    half = {name: w.astype(jnp.bfloat16) if w.ndim == 3 else w for name, w in params.items()}
+    x = X.astype(jnp.bfloat16)
+    assert half["gate"].dtype == jnp.float32
+    y, _ = moe.apply(half, config, x, task=task)
+    want, _ = moe.apply(params, config, X, task=task)
+    assert y.dtype == jnp.bfloat16
+    support.check(y, np.asarray(want), 0.05)
+    message = r"params\['w_in'\] must have the dtype of x.*params\['w_in'\]\.astype\(x\.dtype\)"
+    with pytest.raises(TypeError, match=message):
+        moe.apply(params, config, x, task=task)
+    with pytest.raises(TypeError, match="x must be bfloat16 or float32, got float16: cast it"):
+        moe.apply(params, config, X.astype(jnp.float16), task=task)
+    quantised = moe.quantize(params)
+    assert moe.apply(quantised, config, x, task=task)[0].dtype == jnp.bfloat16
