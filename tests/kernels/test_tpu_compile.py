@@ -21,7 +21,9 @@ from jax.sharding import PartitionSpec as P
 
 from taskmoe.kernels import (
     ROUTERS,
+    Quantized,
     combine,
+    dequantize,
     dispatch,
     expert_ffn,
     gmm,
@@ -172,6 +174,55 @@ def test_routers_and_activations_of_models_compile() -> None:
         ),
     }
     assert each_failure("v5e", programs) == []
+
+
+def frozen(
+    shape: tuple[int, int, int], kind: Any, block: int | None, activations: str | None
+) -> Quantized:
+    (e, k, n), array = shape, jax.ShapeDtypeStruct
+    values: Any = array(shape, kind)
+    scales: Any = array((e, k // (block or k), 1, n), jnp.float32)
+    return Quantized(values, scales, activations)
+
+
+#: (T, D, F, E, k), block, dtype of the rows.
+QUANTISED = [
+    (AWKWARD, None, jnp.float32),
+    ((32, 256, 512, 4, 2), 128, jnp.bfloat16),
+    (DECODING, None, jnp.bfloat16),
+]
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "tpu7x"])
+@pytest.mark.parametrize(("size", "block", "dtype"), QUANTISED)
+def test_quantised_experts_compile_and_are_never_made_larger(
+    chip: str, size: tuple[int, ...], block: int | None, dtype: Any
+) -> None:
+    t, d, f, e, k = size
+    array = jax.ShapeDtypeStruct
+    rows, sizes = array((t * k, d), dtype), array((e,), jnp.int32)
+    kinds = [(jnp.int8, None), (jnp.int8, "int8"), (jnp.float8_e4m3fn, None)]
+    if size == DECODING:
+        kinds = kinds[:1]  # the others' code is the same at any size
+
+    def networks(of: Any) -> Any:
+        def run(x: Any, up: Any, down: Any, sizes: Any) -> Any:
+            return expert_ffn(x, of(up), of(down), sizes, activation="silu", w_gate=of(up))
+
+        return run
+
+    whole = f"{'f32' if dtype == jnp.float32 else 'bf16'}[{e},{d},{f}]"
+    for kind, activations in kinds:
+        up, down = (frozen(s, kind, block, activations) for s in ((e, d, f), (e, f, d)))
+        args = rows, up, down, sizes
+        run, args = forward_and_backward(networks(lambda w: w), args, 1)
+        text = compiled(chip, run, *args)
+        assert ("taskmoe_expert_ffn" in text) == (activations is None)
+        assert "taskmoe_gmm" in text
+        assert whole not in text
+    if size == DECODING:  # what the same program has where matrices are made larger first
+        run, args = forward_and_backward(networks(lambda w: dequantize(w, dtype)), args[1:], 1)
+        assert whole in compiled(chip, run, *args)
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
