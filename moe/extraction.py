@@ -256,23 +256,21 @@ def _joined(routed: FFNParams, shared: FFNParams) -> FFNParams:
             "params must be quantised without activations to join their experts with a shared one, "
             "whose rows are not quantised"
         )
-    names = ("w_in", "w_out", "w_gate")
-    matrices = {name: dense(getattr(routed, name), shared.w_in.dtype) for name in names}
-    routed = dataclasses.replace(routed, **matrices)
+    its_in: Any = shared.w_in
+    none = jnp.zeros(its_in.shape[1:], its_in.dtype)  # its biases
 
-    def beside(a: Any, b: Any, axis: int) -> jax.Array | None:
-        return None if a is None or b is None else jnp.concatenate([a, b], axis=axis)
+    def beside(a: Any, b: Any, axis: int) -> Any:
+        return None if a is None else jnp.concatenate([dense(a, its_in.dtype), b], axis=axis)
 
-    none = jnp.zeros(shared.w_in.shape[1:], shared.w_in.dtype)  # its biases
     return dataclasses.replace(
         routed,
-        w_in=beside(routed.w_in, shared.w_in, 1),
+        w_in=beside(routed.w_in, its_in, 1),
         w_out=beside(routed.w_out, shared.w_out, 0),
         w_gate=beside(routed.w_gate, shared.w_gate, 1),
         b_in=beside(routed.b_in, none, 0),
         b_gate=beside(routed.b_gate, none, 0),
         shared_gate=shared.shared_gate,
-        shared=shared.w_in.shape[1],
+        shared=its_in.shape[1],
     )
 
 

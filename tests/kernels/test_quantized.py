@@ -182,10 +182,10 @@ def test_values_are_the_nearest_and_scales_use_all_of_them() -> None:
 
 
 @functools.cache
-def rounded_rows(implementation: str, activations: str | None) -> Any:
+def rounded_rows(implementation: str, activations: str | None, tiling: Any = None) -> Any:
     def f(lhs: Any, rhs: Any, grad: Any, sizes: Any) -> Any:
         held = Quantized(rhs.values, rhs.scales, activations)
-        return products(implementation)(lhs, held, grad, sizes)
+        return products(implementation, False, tiling)(lhs, held, grad, sizes)
 
     return f
 
@@ -203,9 +203,19 @@ def rounded(x: np.ndarray, blocks: int) -> np.ndarray:
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_are_quantised_on_the_way(implementation: str, shape: Any) -> None:
+    check_rounded_rows(implementation, shape)
+
+
+@pytest.mark.parametrize(("depth", "block"), [(300, None), (384, 128), (384, None)])
+def test_rows_are_quantised_where_the_kernel_cuts_them(depth: int, block: int | None) -> None:
+    shape = (50, depth, 200, block, [20, 0, 25])
+    check_rounded_rows("mosaic", shape, Tiling(32, 256, 128))
+
+
+def check_rounded_rows(implementation: str, shape: Any, tiling: Tiling | None = None) -> None:
     lhs, rhs, (grad, sizes) = product_arguments(shape, "int8", jnp.float32)
     lhs = lhs.at[3].set(0).at[11, : lhs.shape[1] // 2].set(0)  # zeros: scale 0, and no NaN
-    f = rounded_rows(implementation, "int8")
+    f = rounded_rows(implementation, "int8", tiling)
     tail = int(np.sum(sizes))
     ours = support.call(implementation, f, support.poison_tail(lhs, tail), rhs, grad, sizes)
     want, at = np.zeros(ours["out"].shape), 0

@@ -10,6 +10,7 @@ import pytest
 
 from taskmoe import moe
 from taskmoe.kernels import Quantized, dequantize
+from taskmoe.tests.kernels.support import running
 from taskmoe.tests.moe import support
 
 TASK = np.array([0, 1, 2, 0, 0, 2, 1, 1], np.int32)
@@ -73,6 +74,20 @@ def test_many_devices_equal_one(strategy: str, dtype: str) -> None:
     support.check(have, run(config, weights))
 
 
+def test_rows_that_travel_by_remote_dma_meet_experts_in_a_kernel_of_their_own() -> None:
+    config = support.make(d_model=128, d_ff=128, gated=True, activation="silu")
+    weights, x = small(config), support.normal(1, 2, 5, 128)
+    mesh = jax.make_mesh((2,), ("expert",), devices=jax.devices()[:2])
+    options: Any = {"mesh": mesh, "strategy": "mosaic", "implementation": "mosaic"}
+    with running("mosaic"):
+        layer = jax.jit(lambda w, x: moe.apply(w, config, x, **options)[0])
+        kernels = str(jax.make_jaxpr(layer)(weights, x))
+        have = np.asarray(layer(weights, x))
+    assert "taskmoe_exchange_ffn" not in kernels
+    assert "taskmoe_expert_ffn" in kernels
+    support.check(have, np.asarray(moe.apply(weights, config, x)[0]))
+
+
 def test_hidden_units_may_be_spread() -> None:
     config = config_of("token", d_ff=8)
     mesh = jax.make_mesh((2, 4), ("expert", "tensor"))
@@ -116,6 +131,20 @@ def test_extraction_keeps_the_values(fields: Any, activations: str | None) -> No
         object.__setattr__(wrong, "w_out", Quantized(ffn.w_out.values, 1.01 * ffn.w_out.scales))
         with pytest.raises(AssertionError, match="relative error"):
             support.check(support.run_ffn(wrong, X), np.asarray(y))
+
+
+def test_a_shared_expert_stays_as_it_is() -> None:
+    config = config_of("task", shared=4, shared_gate=True)
+    weights = small(config)
+    assert not is_quantized(weights["shared_in"])
+    want = run(config, restored(weights), TASK)
+    support.check(run(config, weights, TASK), want)
+    ffn = support.extract(weights, config, 1)  # whose hidden units are of both
+    assert not is_quantized(ffn.w_in)
+    y, _ = moe.apply(weights, config, X, task=np.full(8, 1, np.int32))
+    support.check(support.run_ffn(ffn, X), np.asarray(y))
+    with pytest.raises(ValueError, match="quantised without activations to join"):
+        support.extract(small(config, activations="int8"), config, 1)
 
 
 def test_smaller_layers_keep_the_values() -> None:

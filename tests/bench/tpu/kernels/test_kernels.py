@@ -17,7 +17,7 @@ from taskmoe.bench.tpu import grid_walk
 from taskmoe.bench.tpu.compiler import death_note
 from taskmoe.bench.tpu.kernels import expert_bytes
 from taskmoe.cli.errors import InputError
-from taskmoe.kernels import expert_ffn, gmm
+from taskmoe.kernels import expert_ffn, gmm, quantize, quantized
 from taskmoe.kernels.tiling import Tiling
 
 V5E = "v5e"
@@ -66,7 +66,8 @@ def test_expert_ffn_moves_hardly_more_than_the_floor_and_a_fault_shows() -> None
             bf16 = 2 * 2 * 512 * 2048
             assert row.floor_bytes <= 32 * (bf16 // 2 + 4 * (512 + 2048)) + 4 * 512 * row.rows
     x, sizes = jnp.zeros((64, 512), jnp.bfloat16), jnp.full(32, 2, jnp.int32)
-    w_in, w_out = jnp.zeros((32, 512, 512), x.dtype), jnp.zeros((32, 512, 512), x.dtype)
+    w_in: Any = jnp.zeros((32, 512, 512), x.dtype)
+    w_out: Any = jnp.zeros((32, 512, 512), x.dtype)
 
     def moved(rows: int, hidden: int) -> int:
         tiling = Tiling(rows, 512, hidden)
@@ -77,6 +78,10 @@ def test_expert_ffn_moves_hardly_more_than_the_floor_and_a_fault_shows() -> None
     least = 2 * w_in.nbytes + 2 * x.nbytes
     assert moved(16, 512) == least
     sizes = jnp.full(32, 2, jnp.int32).at[0].set(1).at[31].set(3)  # every block straddles
+    assert moved(16, 128) > 1.05 * least
+    w_in, w_out = quantize(w_in), quantize(w_out)
+    least = quantized.nbytes(w_in, w_out) + 2 * x.nbytes
+    assert moved(16, 512) <= 1.05 * least
     assert moved(16, 128) > 1.05 * least
 
 
