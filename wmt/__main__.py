@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import sys
 
 import jax
@@ -61,7 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     except Stopped as stopped:
-        print(f"{stopped}; the same command goes on", file=sys.stderr)
+        print(f"{stopped}; the same command goes on", file=sys.stderr, flush=True)
+        if stopped.alone:  # a tidy end would wait for processes that wait for this one
+            sys.stdout.flush()
+            os._exit(stopped.code)
         return stopped.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -120,22 +120,32 @@ def test_a_signal_at_any_moment_keeps_the_step_and_the_run_goes_on_bit_for_bit(
     assert trained(stopped) == trained(whole)
 
 
-def test_two_processes_stop_after_the_same_step_whichever_was_told(tmp_path: Path) -> None:
+def test_two_processes_stop_together_whichever_was_told_and_go_on_bit_for_bit(
+    tmp_path: Path,
+) -> None:
     data = support.write_folder(tmp_path / "data")
-    workdir, shared = tmp_path / "w", ["--expert-parallel", "2", *SELDOM]
-    reference = start(data, tmp_path / "whole", 40, *SELDOM)
-    for told in (0, 1):
-        ids = together()
-        pair = [start(data, workdir, 60, *shared, *ids, str(i)) for i in range(2)]
-        wait_for(pair[0], "step 2" if told == 0 else "step 4")
-        pair[told].send_signal(signal.SIGTERM)
-        first, second = (ends(process, 143) for process in pair)
+
+    def pair(workdir: Path) -> list[subprocess.Popen[str]]:
+        shared = ["--expert-parallel", "2", *SELDOM, *together()]
+        return [start(data, workdir, 200, *shared, str(i)) for i in range(2)]
+
+    finish(*pair(tmp_path / "whole"))
+    workdir = tmp_path / "stopped"
+    for told, moment in ((1, "step 20"), (0, "step 60")):
+        processes = pair(workdir)
+        wait_for(processes[0], moment)
+        processes[told].send_signal(signal.SIGTERM)
+        first, second = (ends(process, 143) for process in processes)
         assert first == second
-        assert re.match(r"SIGTERM: step [2-4]\d of 60 is kept in ", first)
-    finish(reference)
-    ids = together()
-    finish(*(start(data, workdir, 60, *shared, *ids, str(i)) for i in range(2)))
-    assert losses(workdir)[60] < losses(tmp_path / "whole")[40]
+        assert re.match(r"SIGTERM: step \d+ of 200 is kept in ", first)
+    processes = pair(workdir)
+    wait_for(processes[0], str(data))  # before it takes a step
+    processes[1].send_signal(signal.SIGTERM)
+    assert ends(processes[1], 143).startswith("SIGTERM: ")
+    processes[0].communicate(timeout=100)
+    assert processes[0].returncode in (1, 143)
+    finish(*pair(workdir))
+    assert trained(workdir) == trained(tmp_path / "whole")
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:

@@ -51,26 +51,30 @@ def run(a: argparse.Namespace) -> None:
     by_hand = (a.coordinator, a.num_processes, a.process_id)
     if a.distributed or any(part is not None for part in by_hand):
         parallel.join(*by_hand)
-    with ending_at_once("no step was taken"):
-        out.quiet = not parallel.is_writer()
-        with parallel.failing_together():  # all input is read before anything is written
-            mesh = parallel.make_mesh(a.data_parallel, a.expert_parallel)
-            begin_from = None if a.init is None else load(a.init)
-            model_fields, train_fields = configure(a, begin_from)
-            train_config = build(TrainConfig, train_fields)
-            source = training_text(a, train_config)
-            model_config = build(ModelConfig, {"pairs": source.pairs, **model_fields})
-            validation = _validation(a, source)
-            parallel.check_mesh(mesh, model_config, train_config)
-            begun = check_workdir(a.workdir, model_config, train_config, source.identity, a.allow)
-        parallel.agree_on(_settings(a, model_config, train_config, source, mesh, validation))
-        tokenizer, data = _encoded(a, model_config, train_config, source, begun, begin_from)
-        params = None
-        if begin_from is not None and not begun:
-            whole = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
-            params = initial_params(begin_from, whole, tokenizer, dict(a.init_task))
-            if new := new_parts(begin_from, whole):
-                out.print(f"new beside {a.init}: {', '.join(new)}")
+    with ending_at_once("what was done is kept"):
+        _run(a)
+
+
+def _run(a: argparse.Namespace) -> None:
+    out.quiet = not parallel.is_writer()
+    with parallel.failing_together():  # all input is read before anything is written
+        mesh = parallel.make_mesh(a.data_parallel, a.expert_parallel)
+        begin_from = None if a.init is None else load(a.init)
+        model_fields, train_fields = configure(a, begin_from)
+        train_config = build(TrainConfig, train_fields)
+        source = training_text(a, train_config)
+        model_config = build(ModelConfig, {"pairs": source.pairs, **model_fields})
+        validation = _validation(a, source)
+        parallel.check_mesh(mesh, model_config, train_config)
+        begun = check_workdir(a.workdir, model_config, train_config, source.identity, a.allow)
+    parallel.agree_on(_settings(a, model_config, train_config, source, mesh, validation))
+    tokenizer, data = _encoded(a, model_config, train_config, source, begun, begin_from)
+    params = None
+    if begin_from is not None and not begun:
+        whole = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
+        params = initial_params(begin_from, whole, tokenizer, dict(a.init_task))
+        if new := new_parts(begin_from, whole):
+            out.print(f"new beside {a.init}: {', '.join(new)}")
     out.print(account_table(source.title, source.accounts, {"no bucket": data.too_long}))
     if mesh is not None:
         out.print(

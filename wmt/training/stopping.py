@@ -28,9 +28,13 @@ _LAG = 2  # steps until an answer is read: it is there by then, and nobody waits
 
 
 class Stopped(BaseException):
-    """The run was told to stop; the message says what is safe. code: of the process's exit."""
+    """The run was told to stop; the message says what is safe.
 
-    def __init__(self, number: int, done: str) -> None:
+    code: of the process's exit. alone: other processes of the run may not know of it.
+    """
+
+    def __init__(self, number: int, done: str, *, alone: bool = False) -> None:
+        self.alone = alone
         name = "interrupted" if number == signal.SIGINT else f"{signal.Signals(number).name}"
         self.code = 128 + number
         super().__init__(f"{name}: {done}")
@@ -61,7 +65,7 @@ def ending_at_once(goes_on: str) -> Iterator[None]:
     """For a block that takes no steps: a signal raises Stopped in it. goes_on: what is safe."""
 
     def end(number: int, _: FrameType | None) -> None:
-        raise Stopped(number, goes_on)
+        raise Stopped(number, goes_on, alone=jax.process_count() > 1)
 
     with _handled(end):
         yield
