@@ -1,5 +1,6 @@
 """Routers of models and of callers in the layer: on one device, on meshes, extracted."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from taskmoe import moe
 from taskmoe.kernels import ROUTERS, Router, top_k_gating
-from taskmoe.tests.kernels.support import normal
+from taskmoe.tests.kernels.support import normal, running
 
 D, F, E, B, S = 16, 24, 16, 8, 3
 MODELS = [
@@ -161,6 +162,24 @@ def test_a_router_of_the_callers_own(strategy: str | None, capacity: float | Non
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # noqa: E731
         jax.tree.map(close, slopes, by)
         assert np.abs(slopes[2]).max() > 1e-3
+
+
+def test_a_router_of_the_callers_own_by_remote_dma() -> None:
+    params, config = layer(routing="given", top_k=3)
+    x, own = normal(1, (B, 1, D)), normal(3, (D, E))
+
+    def ours(params: Any, x: Any, own: Any, **options: Any) -> Any:
+        experts, weights = mine(x, own)
+        y = moe.apply(params, config, x, experts=experts, weights=weights, **options)[0]
+        return jnp.sum(jnp.sin(y))
+
+    run = jax.value_and_grad(ours, (0, 1, 2))
+    want = jax.jit(run)(params, x, own)
+    with running("mosaic"):
+        on = functools.partial(run, mesh=mesh(), strategy="mosaic")
+        have = jax.jit(on)(params, x, own)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # noqa: E731
+    jax.tree.map(close, have, want)
 
 
 class _Pair:
