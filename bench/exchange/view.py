@@ -76,8 +76,8 @@ def _answer(results: Sequence[Exchanged]) -> str:
     if not said:
         return "Nothing was timed."
     return (
-        "A task's sub-network exchanges nothing. Beside the fastest way that exchanges it takes "
-        f"this share of the time: {', '.join(said)}."
+        "A task's sub-network exchanges nothing. It takes this share of the time of the fastest "
+        f"system that does: {', '.join(said)}."
     )
 
 

@@ -46,8 +46,8 @@ def _answer(rows: Sequence[Row]) -> str:
     bleu = {r.system: float(np.mean(r.test)) for r in rows}
     best = max(bleu, key=lambda name: bleu[name])
     return (
-        f"Best is {SYSTEMS[best]} with {bleu[best]:.2f} BLEU; routing by target language gains "
-        f"{bleu['target'] - bleu['dense']:+.2f} over dense, routing by token "
+        f"The best system is {SYSTEMS[best]}, with {bleu[best]:.2f} BLEU. Routing by target gains "
+        f"{bleu['target'] - bleu['dense']:+.2f} over dense, routing by token gains "
         f"{bleu['token'] - bleu['dense']:+.2f}."
     )
 

@@ -88,10 +88,11 @@ def _answer(result: Models) -> str:
     if not ratio:
         return f"{first.chip}: not every system fits, so nothing was compared."
     return (
-        f"At equal batches a core sub-networks decode {ratio[EQUAL]:.2f} times as fast on "
-        f"{first.chip}, at the largest that fit {ratio[LARGEST]:.2f} times, and {ratio[BLOG]:.2f} "
-        "times at the blog's batches (modelled): most of the gain is that more sequences share one "
-        "reading of the weights, less of it is time on the wire."
+        f"With equal batches on each core, sub-networks decode {ratio[EQUAL]:.2f} times as fast as "
+        f"token-MoE on {first.chip}; with the largest batches that fit {ratio[LARGEST]:.2f} times; "
+        f"with those of the paper's blog post {ratio[BLOG]:.2f} times (modelled). Most of the gain "
+        "comes from more sequences that share one reading of the weights, less from time on "
+        "the wire."
     )
 
 
