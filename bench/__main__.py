@@ -1,7 +1,7 @@
 """Command line: `python -m taskmoe.bench NAME`, each NAME with a question of its own.
 
-demo, ops, exchange, decode, beam, task, study, tpu, check, report; each takes --json FILE and
---help.
+demo, ops, exchange, decode, beam, task, training, study, tpu, check, report; each takes --json FILE
+and --help.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ COMMANDS = {
     "decode": "taskmoe.bench.serving.decode",
     "beam": "taskmoe.bench.serving.beam",
     "task": "taskmoe.bench.serving.task",
+    "training": "taskmoe.bench.training",
     "study": "taskmoe.bench.story.study",
     "tpu": "taskmoe.bench.tpu",
     "check": "taskmoe.bench.gate",

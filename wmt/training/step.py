@@ -96,23 +96,17 @@ def init_state(
     return state
 
 
-@functools.cache  # runs of one configuration in one process compile once
-def make_train_step(
+def make_objective(
     model_config: ModelConfig,
     config: TrainConfig,
     mesh: Mesh | None = None,
     strategy: str = "auto",
-) -> Callable[[State, Batch], tuple[State, Sums]]:
-    """A compiled step: (state, batch) -> (new state, sums); the old state is given up.
+) -> Callable[[Params, Any, jax.Array, jax.Array], tuple[jax.Array, Sums]]:
+    """What a step takes the gradient of: (params, batch, target tokens, key) -> (loss, sums).
 
-    mesh, strategy: as in `moe.apply`.
-
-    sums: loss, in nats, over so many target tokens, both 0 where the step was left out; positions,
-      source and target tokens; dropped, busiest and entropy [] f32, see `Progress`; load
-      [layers, E] f32; skipped and skipped_in_row [] i32, steps left out so far.
+    mesh, strategy: as in `moe.apply`. sums: as of `make_train_step`, but for the steps left out.
     """
     tables = [model_config.task_table(side) for side in ("encoder", "decoder")]
-    optimizer = make_optimizer(config)
 
     def objective(
         params: Params, batch: Any, total: jax.Array, key: jax.Array
@@ -142,6 +136,26 @@ def make_train_step(
             **_router(first + second),
         }
 
+    return objective
+
+
+@functools.cache  # runs of one configuration in one process compile once
+def make_train_step(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+    strategy: str = "auto",
+) -> Callable[[State, Batch], tuple[State, Sums]]:
+    """A compiled step: (state, batch) -> (new state, sums); the old state is given up.
+
+    mesh, strategy: as in `moe.apply`.
+
+    sums: loss, in nats, over so many target tokens, both 0 where the step was left out; positions,
+      source and target tokens; dropped, busiest and entropy [] f32, see `Progress`; load
+      [layers, E] f32; skipped and skipped_in_row [] i32, steps left out so far.
+    """
+    optimizer = make_optimizer(config)
+    objective = make_objective(model_config, config, mesh, strategy)
     gradients = jax.value_and_grad(objective, has_aux=True)
 
     def step(state: State, batch: Any) -> tuple[State, Sums]:

@@ -1,0 +1,52 @@
+"""Where a training step's time goes, in a table and sentences."""
+
+from __future__ import annotations
+
+from taskmoe.bench.harness.view import Table, View
+from taskmoe.bench.training.measure import TORCH, Trained
+
+HEADINGS = (
+    *("size", "system", "tokens/s", "forward ms", "backward ms", "optimiser ms"),
+    *("step ms (p10 to p90)", "time over dense", "parameters"),
+)
+
+
+def view(result: Trained) -> View:
+    """A row a system and size, and how the systems compare."""
+    rows = [
+        (
+            r.size,
+            r.system,
+            f"{r.tokens_per_s:,.0f}",
+            f"{r.forward:.1f}",
+            f"{r.backward:.1f}",
+            f"{r.optimiser:.1f}",
+            r.step.words(".1f"),
+            r.ratio.words(".2f"),
+            f"{r.parameters:,}",
+        )
+        for r in result.rows
+    ]
+    table = Table("A training step (measured)", HEADINGS, rows)
+    by = {(r.size, r.system): r.ratio.median for r in result.rows}
+    sizes = list(dict.fromkeys(r.size for r in result.rows))
+    said = []
+    theirs = [f"{by[size, TORCH]:.2f} at {size}" for size in sizes if (size, TORCH) in by]
+    if theirs:
+        said.append(f"The dense model trains this much faster than PyTorch's: {', '.join(theirs)}.")
+    for system in ("token-routed", "task-routed"):
+        times = [f"{by[size, system]:.2f} at {size}" for size in sizes if (size, system) in by]
+        if times:
+            said.append(
+                f"A {system} step takes this much of the dense one's time: {', '.join(times)}."
+            )
+    torch = result.machine.get("torch")
+    notes = [] if torch else ["PyTorch is not installed, so nothing was compared with it."]
+    about = (
+        f"float32, AdamW, clipping, label smoothing, {result.rounds} rounds in turns"
+        + (f", PyTorch {torch}, eager" if torch else "")
+        + ". Backward is the time of a gradient less that of the forward pass, and the optimiser "
+        "what a step takes beyond its gradient."
+    )
+    short = table.only(("size", "system", "tokens/s", "step ms (p10 to p90)", "time over dense"))
+    return View(" ".join(said), about, [table], findings=notes, short=short)
