@@ -108,7 +108,7 @@ def _measure_size(size: str, rounds: int) -> list[Row]:
         if name == "dense" and pytorch.is_present():
             theirs = pytorch.Training(state.params, config, train, batch)
             ours = float(systems[name]["forward"]()[0])
-            losses[TORCH], counts[TORCH] = float(theirs.loss()), counts[name]
+            losses[TORCH], counts[TORCH] = float(theirs.loss().detach()), counts[name]
             if abs(losses[TORCH] - ours) > TOLERANCE * abs(ours):
                 raise InputError(f"{size}: PyTorch's loss is {losses[TORCH]:.6g}, ours {ours:.6g}")
             systems[TORCH] = theirs.parts()

@@ -38,7 +38,7 @@ def view(result: Trained) -> View:
         times = [f"{by[size, system]:.2f} at {size}" for size in sizes if (size, system) in by]
         if times:
             said.append(
-                f"A {system} step takes this much of the dense one's time: {', '.join(times)}."
+                f"A {system} step takes this share of a dense one's time: {', '.join(times)}."
             )
     torch = result.machine.get("torch")
     notes = [] if torch else ["PyTorch is not installed, so nothing was compared with it."]

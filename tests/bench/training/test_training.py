@@ -1,0 +1,58 @@
+"""`bench training`: parts add up to a step, systems are compared, and wrong sizes are named."""
+
+import dataclasses
+
+import pytest
+
+from taskmoe.bench.harness.results import from_json
+from taskmoe.bench.training import measure, pytorch, spec
+from taskmoe.bench.training.measure import TORCH, Trained
+from taskmoe.bench.training.view import view
+from taskmoe.cli.errors import InputError
+from taskmoe.wmt.training.step import make_objective
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(spec.SIZES, "demo", (4, 16))
+
+
+def test_a_step_in_parts(small: None) -> None:
+    result = measure.measure(spec.Spec(["demo"], 2))
+    systems = [TORCH] * pytorch.is_present()
+    assert [r.system for r in result.rows] == ["dense", *systems, "token-routed", "task-routed"]
+    for row in result.rows:
+        total = row.forward + row.backward + row.optimiser
+        assert total == pytest.approx(row.step.median, rel=1e-6)
+        assert row.forward > 0
+        assert row.tokens_per_s == pytest.approx(128e3 / row.step.median, rel=1e-6)
+    dense, routed = result.rows[0], result.rows[-1]
+    assert dense.ratio.median == 1
+    assert routed.parameters > 2 * dense.parameters
+    assert from_json(Trained, result.to_json()) == result
+    told = view(result)
+    assert "A task-routed step takes this share of a dense one's time: " in told.answer
+    assert ("PyTorch is not installed" in " ".join(told.findings)) != pytorch.is_present()
+    faster = dataclasses.replace(dense, system=TORCH, ratio=measure.Spread(1.5, 1.4, 1.6))
+    beside = dataclasses.replace(result, rows=[dense, faster])
+    assert "trains this much faster than PyTorch's: 1.50 at demo" in view(beside).answer
+
+
+def test_another_loss_than_pytorchs_is_an_error(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    assert torch is not None
+
+    def planted(*args: object, **options: object) -> object:
+        inner = make_objective(*args, **options)  # type: ignore[arg-type]
+
+        def objective(*inputs: object) -> object:
+            loss, sums = inner(*inputs)  # type: ignore[arg-type]
+            return loss * 1.001, sums
+
+        return objective
+
+    monkeypatch.setattr(measure, "make_objective", planted)
+    with pytest.raises(InputError, match="demo: PyTorch's loss is "):
+        measure.measure(spec.Spec(["demo"], 1))
