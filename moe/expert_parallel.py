@@ -19,12 +19,13 @@ from taskmoe.kernels.exchange_kernel import check_can_run
 from taskmoe.kernels.platforms import interpret_mode
 from taskmoe.moe.balance import metrics, sequence_balance
 from taskmoe.moe.config import Metrics, MoEConfig
-from taskmoe.moe.exchange import STRATEGIES, Job, Peers, choose, run_here
+from taskmoe.moe.exchange import STRATEGIES, choose
 from taskmoe.moe.extraction import dense_ffn, fold, shared_ffn
 from taskmoe.moe.gates import Chosen, Params, Told, gate, task_logits
 from taskmoe.moe.mesh import EXPERT_PARAMS, Layout
 from taskmoe.moe.nested import nested_shard_map
 from taskmoe.moe.routing import Noise, assign, unit_logits, weigh_input
+from taskmoe.moe.travel import Job, Peers, run_here
 
 
 class Batch(NamedTuple):
@@ -58,21 +59,16 @@ def apply_here(
     logits, unit_valid = unit_logits(params, config, *batch)
     units = unit_valid.shape[0]
     x = batch.x.reshape(units, -1)
-    if layout is None or layout.expert is None:
-        assigned = assign(config, logits, unit_valid, batch.noise, implementation, params=params)
-        first = assigned.gating
-        x, assigned = weigh_input(config, x, assigned)
-        here = Peers(1, ragged=False)
-        y, lost = run_here(Job(params, config, x, assigned, here, implementation)), jnp.int32(0)
-    else:
+    peers, travel = Peers(1, ragged=False), None
+    if layout is not None and layout.expert is not None:
         peers = Peers(layout.peers, layout.ragged, layout.expert)
-        name = choose(strategy, config, units, peers)
-        padded = units if STRATEGIES[name].padded else None
-        assigned = assign(config, logits, unit_valid, batch.noise, implementation, padded, params)
-        first = assigned.gating
-        x, assigned = weigh_input(config, x, assigned)
-        job = Job(params, config, x, assigned, peers, implementation)
-        y, lost = STRATEGIES[name].run(job)
+        travel = STRATEGIES[choose(strategy, config, units, peers)]
+    padded = units if travel is not None and travel.padded else None
+    assigned = assign(config, logits, unit_valid, batch.noise, implementation, padded, params)
+    first = assigned.gating
+    x, assigned = weigh_input(config, x, assigned)
+    job = Job(params, config, x, assigned, peers, implementation)
+    y, lost = (run_here(job), jnp.int32(0)) if travel is None else travel.run(job)
     gating, plan, balance = assigned
     if config.balance == "sequence":
         of_gate = logits.logits if isinstance(logits, Told) else logits

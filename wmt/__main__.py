@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 import sys
 
 import jax
@@ -43,10 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with lost_peers.left_at_once():
             modules[arguments.command].run(arguments)
+    except Stopped as stopped:
+        return _ended(f"{stopped}; the same command goes on", stopped.code)
+    except KeyboardInterrupt:
+        return _ended("interrupted", 130)
     except (InputError, FloatingPointError, OSError) as error:
         line = " ".join(str(error).split())
-        print(f"{parser.prog} {arguments.command}: error: {line}", file=sys.stderr)
-        return 2
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         words = " ".join(str(error).split())
         if isinstance(error, jax.errors.JaxRuntimeError) and "memory" not in words.lower():
@@ -56,21 +57,15 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.command in ("train", "distill")
             else "a smaller --batch, --beam or --max-source needs less"
         )
-        print(
-            f"{parser.prog} {arguments.command}: error: out of memory ({words}); {hint}",
-            file=sys.stderr,
-        )
-        return 2
-    except Stopped as stopped:
-        print(f"{stopped}; the same command goes on", file=sys.stderr, flush=True)
-        if stopped.alone:  # a tidy end would wait for processes that wait for this one
-            sys.stdout.flush()
-            os._exit(stopped.code)
-        return stopped.code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        line = f"out of memory ({words}); {hint}"
+    else:
+        return 0
+    return _ended(f"{parser.prog} {arguments.command}: error: {line}", 2)
+
+
+def _ended(line: str, code: int) -> int:
+    print(line, file=sys.stderr, flush=True)
+    return lost_peers.end_soon(code)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ from taskmoe.bench.harness.results import from_json
 from taskmoe.bench.harness.timing import alternate
 from taskmoe.bench.harness.worker import serve
 from taskmoe.bench.serving.systems import place
-from taskmoe.moe.exchange import STRATEGIES, Peers
+from taskmoe.moe.exchange import bytes_sent
 from taskmoe.moe.mesh import EXPERT_AXIS
+from taskmoe.moe.travel import Peers
 
 #: Begins the name of a layer's exchange that runs by itself.
 ALONE = "alone: "
@@ -102,8 +103,9 @@ def measure_layer(mesh: Mesh, tokens: int, experts: int, d_model: int, rounds: i
         if strategy != "kept":
             error = _difference(compiled(*inputs), np.asarray(jax.jit(one_device)(params, x)))
         units = tokens // mesh.size
-        sent = STRATEGIES[strategy].sent(config, units, Peers(mesh.size, ragged=False))
-        rows.append(_row(name, compiled, error, sent * d_model * 4))
+        peers = Peers(mesh.size, ragged=False)
+        _, sent = bytes_sent(strategy, config, units, peers, 4, d_model)
+        rows.append(_row(name, compiled, error, sent))
         runs[name] = functools.partial(compiled, *inputs)
         if strategy == "all_to_all":
             alone[name] = exchange_alone(mesh, config, tokens)

@@ -7,7 +7,8 @@ import functools
 
 import jax.numpy as jnp
 
-from taskmoe.moe.exchange import STRATEGIES, all_to_all
+from taskmoe.moe.exchange import STRATEGIES
+from taskmoe.moe.travel import all_to_all
 
 
 def register() -> None:

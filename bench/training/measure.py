@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -72,7 +73,7 @@ def measure(spec: Spec) -> Trained:
     use_present_devices()
     about = machine.describe()
     if pytorch.is_present():
-        torch: Any = __import__("torch")
+        torch: Any = importlib.import_module("torch")
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         about["torch"] = str(torch.__version__)
     rows: list[Row] = []

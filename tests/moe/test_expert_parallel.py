@@ -14,7 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
-from taskmoe.moe.exchange import STRATEGIES, Peers, choose
+from taskmoe.moe.exchange import STRATEGIES, choose
+from taskmoe.moe.travel import Peers
 from taskmoe.tests.kernels.support import running
 from taskmoe.tests.moe import support
 

@@ -176,7 +176,9 @@ def test_fields_are_listed_and_near_ones_are_named(
     assert "--set buckets must be tuple" in one_line(capfd)
     assert main(train(tmp_path, "w", 0, "--set", "buckets=8, 16")) == 0
     assert '"buckets": [\n' in (tmp_path / "w" / "config.json").read_text()
-    assert main(["translate", "--model", str(tmp_path / "w"), "--beam", "0"]) == 2
+    asked = ["translate", "--model", str(tmp_path / "w"), "--pair", "en-de", "--beam", "0"]
+    assert main(asked) == 2
+    assert "--beam must be at least 1, got 0" in capfd.readouterr().err
     with pytest.raises(SystemExit):
         main(["translate", "--help"])
     assert "(default" in capfd.readouterr().out

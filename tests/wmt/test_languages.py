@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from taskmoe.cli.errors import InputError
-from taskmoe.wmt.text.languages import code, direction, primary
+from taskmoe.wmt.text.languages import code, direction, primary, spelled
 from taskmoe.wmt.text.sources import open_source
 
 
@@ -54,6 +54,12 @@ def test_directions(written: str, kept: str) -> None:
 def test_what_is_no_direction(written: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         direction(written)
+
+
+def test_a_name_is_found_in_either_spelling() -> None:
+    names = {"pt_BR", "en-pt_BR", "my_code", "de"}
+    found = [spelled(x, names) for x in ("pt-BR", "en-pt-BR", "my_code", "de", "fr", "en-fr")]
+    assert found == ["pt_BR", "en-pt_BR", "my_code", "de", "fr", "en-fr"]
 
 
 def test_a_named_code_is_taken_as_it_stands() -> None:

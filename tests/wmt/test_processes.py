@@ -22,9 +22,10 @@ TRAINING = ["batch_tokens=512", "buckets=[16]", "learning_rate=0.01", "checkpoin
 def start(data: Path, workdir: Path, steps: int | str, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "taskmoe.wmt", "train", "--data", str(data)]
     command += ["--workdir", str(workdir), "--steps", str(steps), "--encoder", "token"]
-    command += ["--cache", str(data / "cache"), *more]
+    command += ["--cache", str(data / "cache")]
     for item in SIZES + TRAINING:
         command += ["--set", item]
+    command += more
     env = os.environ | {"PYTHONPATH": str(support.ROOT / ".types"), "JAX_PLATFORMS": "cpu"}
     # A device for each process, as a process without the tests' settings has.
     env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
@@ -106,7 +107,7 @@ def test_a_signal_at_any_moment_keeps_the_step_and_the_run_goes_on_bit_for_bit(
     for moment, told, code in (
         ("vocabulary", signal.SIGTERM, 143),
         ("step 20", signal.SIGTERM, 143),
-        ("step 40", signal.SIGINT, 130),
+        ("step 4", signal.SIGINT, 130),
     ):
         process = start(data, stopped, 60, *SELDOM)
         wait_for(process, moment)
@@ -131,7 +132,7 @@ def test_two_processes_stop_together_whichever_was_told_and_go_on_bit_for_bit(
 
     finish(*pair(tmp_path / "whole"))
     workdir = tmp_path / "stopped"
-    for told, moment in ((1, "step 20"), (0, "step 60")):
+    for told, moment in ((1, "step 20"), (0, "step 6")):
         processes = pair(workdir)
         wait_for(processes[0], moment)
         processes[told].send_signal(signal.SIGTERM)
@@ -168,7 +169,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
-        (["--set", "clip_norm=0.5"], "clip_norm is 1.0 in process 0 and 0.5 in process 1"),
+        (["--set", "learning_rate=0.02"], "learning_rate is 0.01 in process 0 and 0.02 in"),
         (["--steps", "9"], "steps is 8 in process 0 and 9 in process 1"),
         (["--data", "{more}"], "text of de-en is '"),
         (["--expert-parallel", "2"], "mesh is [2, 1] in process 0 and [1, 2] in process 1"),
@@ -189,6 +190,14 @@ def test_processes_that_were_given_different_things_end_before_they_train(
     for process in pair:
         assert message in ends(process, 2)
     assert not workdir.exists()
+
+
+def test_what_process_0_alone_finds_ends_both(tmp_path: Path) -> None:
+    data = support.write_folder(tmp_path / "data")
+    small = ["--set", "vocab_size=20", *together()]
+    for process in [start(data, tmp_path / "w", 8, *small, str(i)) for i in range(2)]:
+        assert "vocab_size=20 does not fit this text" in ends(process, 2)
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("killed", [0, 1])

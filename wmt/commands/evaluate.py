@@ -166,7 +166,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         type=int,
         default=1_000_000,
         metavar="N",
-        help="directions trained on so many sentence pairs are high-resource (default 1000000)",
+        help="directions trained on so many sentence pairs are high-resource",
     )
     p.add_argument(
         "--reference",

@@ -36,16 +36,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     p.add_argument("--model", type=Path, required=True, help="model folder or work directory")
     p.add_argument("--out", type=Path, required=True, help="new folder")
-    p.add_argument("--beam", type=int, default=4, help="hypotheses; 1 is greedy (default 4)")
-    p.add_argument("--alpha", type=float, default=0.6, help="length penalty (default 0.6)")
-    p.add_argument("--batch", type=int, default=16, help="sentences at once (default 16)")
-    p.add_argument("--length", type=int, default=64, help="source tokens (default 64)")
+    p.add_argument("--beam", type=int, default=4, help="hypotheses; 1 is greedy")
+    p.add_argument("--alpha", type=float, default=0.6, help="length penalty")
+    p.add_argument("--batch", type=int, default=16, help="sentences at once")
+    p.add_argument("--length", type=int, default=64, help="source tokens")
     p.add_argument(
         "--max-length",
         type=int,
         metavar="N",
         help="target tokens (default: of each sentence as many as translate takes)",
     )
-    p.add_argument(
-        "--platforms", default="cpu", help="of cpu, tpu, cuda, rocm, with commas (default cpu)"
-    )
+    p.add_argument("--platforms", default="cpu", help="of cpu, tpu, cuda, rocm, with commas")

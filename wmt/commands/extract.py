@@ -10,11 +10,15 @@ from taskmoe.wmt.commands.shared import load, out, sizes_file
 from taskmoe.wmt.model.saved import check_new, save_model
 from taskmoe.wmt.model.subnetwork import extract
 from taskmoe.wmt.model.transformer import param_count
+from taskmoe.wmt.text.languages import spelled
 
 
 def run(a: argparse.Namespace) -> None:
     """Cut tasks' sub-networks out of a model, each into a model folder of its own."""
     model = load(a.model)
+    sides = ("encoder", "decoder")
+    names = {*model.config.pairs, *(task for side in sides for task in model.config.tasks(side))}
+    a.task = [spelled(task, names) for task in a.task]
     if len(set(a.task)) != len(a.task):
         raise InputError(f"--task names a task twice: {', '.join(a.task)}")
     # All are cut before any is written: a wrong name or folder leaves nothing behind.

@@ -51,7 +51,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         type=int,
         default=1000,
         metavar="N",
-        help="first sentences of each direction that are looked at (default 1000)",
+        help="first sentences of each direction that are looked at",
     )
     p.add_argument("--keep", type=int, required=True, metavar="N", help="experts of each mixture")
     p.add_argument("--out", type=Path, required=True, help="new model folder")

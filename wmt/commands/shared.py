@@ -34,15 +34,15 @@ err = Console(soft_wrap=True, highlight=False, markup=False, stderr=True)
 
 def add_decoding(p: argparse.ArgumentParser) -> None:
     """Arguments of beam search."""
-    p.add_argument("--beam", type=int, default=4, help="hypotheses; 1 is greedy (default 4)")
-    p.add_argument("--alpha", type=float, default=0.6, help="length penalty (default 0.6)")
-    p.add_argument("--batch", type=int, default=64, help="sentences at once (default 64)")
+    p.add_argument("--beam", type=int, default=4, help="hypotheses; 1 is greedy")
+    p.add_argument("--alpha", type=float, default=0.6, help="length penalty")
+    p.add_argument("--batch", type=int, default=64, help="sentences at once")
     p.add_argument(
         "--max-source",
         type=int,
         default=512,
         metavar="N",
-        help="source tokens; what a sentence has beyond is cut off, and said (default 512)",
+        help="source tokens; what a sentence has beyond is cut off, and said",
     )
 
 
@@ -63,13 +63,13 @@ def add_expert_parallel(p: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="devices that share the experts of a mixture (default 1)",
+        help="devices that share the experts of a mixture",
     )
     p.add_argument(
         "--exchange",
         choices=("auto", *STRATEGIES),
         default="auto",
-        help="how rows travel to their experts; auto sends and holds the fewest (default)",
+        help="how rows travel to their experts; auto sends and holds the fewest",
     )
 
 

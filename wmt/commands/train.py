@@ -87,7 +87,7 @@ def _run(a: argparse.Namespace) -> None:
         }
         print_exchange(model_config, mesh, a.exchange, batches)
 
-    with report_to("training", train_config.steps) as (report, say), stopping(mesh) as stop:
+    with report_to("training", train_config.steps) as (report, say), stopping() as stop:
         model = train(
             a.workdir,
             model_config,
@@ -145,13 +145,15 @@ def _encoded(
 ) -> tuple[Tokenizer, TrainingData]:
     """The run's vocabulary, which process 0 makes and writes where it has not begun; the text."""
     vocabulary = a.workdir / "spm.model"
-    if not begun and parallel.is_writer():
-        if begin_from is not None:
-            tokenizer = initial_vocabulary(begin_from, source.pairs)
-        else:
-            size = model_config.vocab_size
-            tokenizer = make_vocabulary(source.text, size, train_config, a.cache, train_config.seed)
-        data = TrainingData(source.text, tokenizer, train_config)
+    with parallel.failing_together():
+        if not begun and parallel.is_writer():  # all input fits before anything is written
+            if begin_from is not None:
+                tokenizer = initial_vocabulary(begin_from, source.pairs)
+            else:
+                size, seed = model_config.vocab_size, train_config.seed
+                tokenizer = make_vocabulary(source.text, size, train_config, a.cache, seed)
+            data = TrainingData(source.text, tokenizer, train_config)
+    parallel.agree_on({})
     if not begun:
         with alone_in(a.workdir):
             if parallel.is_writer():
@@ -291,7 +293,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         type=int,
         default=100,
         metavar="N",
-        help="first sentences of each direction that are scored (default 100)",
+        help="first sentences of each direction that are scored",
     )
     p.add_argument(
         "--patience", type=int, metavar="N", help="end after N scores in a row without a new best"

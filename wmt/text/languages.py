@@ -83,6 +83,15 @@ def direction(written: str, named: Collection[str] = ()) -> str:
     return found[0]
 
 
+def spelled(word: str, names: Collection[str]) -> str:
+    """A language or direction as one of the names has it, `pt-BR` as `pt_BR`; else the word."""
+    if word in names:
+        return word
+    codes = {code for name in names for code in name.split("-")}
+    both = ["-".join(known(side, codes) or "" for side in pair) for pair in sides(word, codes)]
+    return next((name for name in (code(word), *both) if name and name in names), word)
+
+
 def codes_of(pairs: Iterable[str]) -> frozenset[str]:
     """The codes of both sides of directions."""
     return frozenset(side for pair in pairs for side in split_pair(pair))

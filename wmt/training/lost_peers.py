@@ -11,6 +11,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -19,6 +20,8 @@ SAID = (
     "another process of this run ended, so this one ends too; look there for the reason. "
     "Checkpoints are whole: the same commands go on from the newest"
 )
+#: Seconds that a process with an error waits for the others before it ends without them.
+PATIENCE_S = 5.0
 #: How the report begins: glog's line of an error or a crash, in one of these files.
 _REPORT = (
     r"[WEF]\d{4} .*(coordination_service|distributed_runtime|client\.h:|preemption_sync_\S+ Failed)"
@@ -66,3 +69,17 @@ def left_at_once() -> Iterator[None]:
             print(SAID, file=sys.stderr, flush=True)
             os._exit(1)
         raise
+
+
+def end_soon(code: int) -> int:
+    """The exit code, which the process ends with soon where others keep it from a tidy end.
+
+    JAX ends processes together: one whose error the others do not share would wait for them, and
+    they for it.
+    """
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        ending = threading.Timer(PATIENCE_S, os._exit, (code,))
+        ending.daemon = True
+        ending.start()
+    return code

@@ -19,8 +19,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from taskmoe.cli.errors import InputError
-from taskmoe.moe.exchange import Peers, bytes_sent
+from taskmoe.moe.exchange import bytes_sent
 from taskmoe.moe.mesh import EXPERT_PARAMS, has_ragged
+from taskmoe.moe.travel import Peers
 from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.text.data import Batch
 from taskmoe.wmt.training.lost_peers import report_in_one_line
@@ -216,10 +217,10 @@ def agree_on(settings: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Where a block before `agree_on` raises InputError on one process, the others learn of it."""
+    """Where a block before `agree_on` fails on one process, the others learn of it."""
     try:
         yield
-    except InputError as error:
+    except (InputError, OSError) as error:
         agree_on({FAILED: str(error)})
         raise AssertionError("agree_on has raised") from error
 

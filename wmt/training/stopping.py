@@ -28,20 +28,16 @@ _LAG = 2  # steps until an answer is read: it is there by then, and nobody waits
 
 
 class Stopped(BaseException):
-    """The run was told to stop; the message says what is safe.
+    """The run was told to stop; the message says what is safe. code: of the process's exit."""
 
-    code: of the process's exit. alone: other processes of the run may not know of it.
-    """
-
-    def __init__(self, number: int, done: str, *, alone: bool = False) -> None:
-        self.alone = alone
+    def __init__(self, number: int, done: str) -> None:
         name = "interrupted" if number == signal.SIGINT else f"{signal.Signals(number).name}"
         self.code = 128 + number
         super().__init__(f"{name}: {done}")
 
 
 @contextlib.contextmanager
-def stopping(mesh: Mesh | None = None) -> Iterator[Stop]:
+def stopping() -> Iterator[Stop]:
     """What says whether to stop, for the block that takes the steps; all processes must ask.
 
     All of them get the same answer after the same step, whichever of them was told to stop. Outside
@@ -57,7 +53,7 @@ def stopping(mesh: Mesh | None = None) -> Iterator[Stop]:
         return told
 
     with _handled(note):
-        yield here if jax.process_count() == 1 else _agreed(here, mesh)
+        yield here if jax.process_count() == 1 else _agreed(here)
 
 
 @contextlib.contextmanager
@@ -65,22 +61,20 @@ def ending_at_once(goes_on: str) -> Iterator[None]:
     """For a block that takes no steps: a signal raises Stopped in it. goes_on: what is safe."""
 
     def end(number: int, _: FrameType | None) -> None:
-        raise Stopped(number, goes_on, alone=jax.process_count() > 1)
+        raise Stopped(number, goes_on)
 
     with _handled(end):
         yield
 
 
-def _agreed(here: Stop, mesh: Mesh | None) -> Stop:
+def _agreed(here: Stop) -> Stop:
     """The largest signal of any process, as it was a few steps ago."""
-    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
-    rows = NamedSharding(Mesh(np.array(devices), ("all",)), P("all"))
+    rows = NamedSharding(Mesh(np.array(jax.devices()), ("all",)), P("all"))
     most = jax.jit(lambda told: told.max(), out_shardings=NamedSharding(rows.mesh, P()))
-    local = sum(device.process_index == jax.process_index() for device in devices)
     asked: collections.deque[Any] = collections.deque()
 
     def ask() -> int:
-        mine = np.full(local, here(), np.int32)
+        mine = np.full(jax.local_device_count(), here(), np.int32)
         asked.append(most(jax.make_array_from_process_local_data(rows, mine)))
         return int(asked.popleft()) if len(asked) > _LAG else 0
 

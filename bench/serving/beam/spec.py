@@ -27,7 +27,7 @@ class Spec:
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """What the command takes."""
     p.add_argument("--config", choices=list(PRESETS), default="base", help="size of the model")
-    p.add_argument("--beam", type=int, default=4, help="hypotheses (default 4)")
+    p.add_argument("--beam", type=int, default=4, help="hypotheses")
     p.add_argument("--batches", help=f"sentences at once: {','.join(map(str, BATCHES))}")
     p.add_argument("--rounds", type=int, default=7, help="times that each is measured")
     p.add_argument("--quick", action="store_true", help="one sentence, three rounds")

@@ -21,7 +21,8 @@ from taskmoe.bench.tpu.model.step import (
     longest_way,
 )
 from taskmoe.cli.errors import InputError
-from taskmoe.moe.exchange import STRATEGIES, Peers
+from taskmoe.moe.exchange import STRATEGIES
+from taskmoe.moe.travel import Peers
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
