@@ -180,3 +180,15 @@ def test_a_direction_without_valid_text_is_named_and_the_others_are_scored(
 
 def _refuse(*_: Any, **__: Any) -> Any:
     raise ConnectionError("no network")
+
+
+def test_text_in_no_language_is_named_with_what_to_do(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train.src", "train.tgt"):
+        (tmp_path / name).write_text("one\ntwo\n")
+    arguments = ["prepare", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    line = fails(capfd, *arguments)
+    assert "has no train text of any pair" in line
+    assert "left aside, in no language: train.src, train.tgt; --pairs takes any two words" in line
+    assert main([*arguments, "--pairs", "src-tgt"]) == 0

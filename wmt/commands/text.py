@@ -85,7 +85,8 @@ def training_text(a: argparse.Namespace, config: TrainConfig) -> TrainingText:
         held_out: dict[str, set[str]] = {}
         if config.drop_held_out:
             held_out = read_held_out(sources, set(codes_of(pairs)))
-    _say_left_aside(sources, "train")
+    for line in _left_aside(sources, "train"):
+        out.print(line)
     cleaned, accounts = clean(text, config, held_out)
     identity = " + ".join(source.identity for source in sources)
     return TrainingText(pairs, cleaned, accounts, names_of(sources), identity, sources)
@@ -98,7 +99,8 @@ def text_to_score(a: argparse.Namespace, split: str, model: Model | None) -> tup
     with _sources(a, None, codes | codes_of(wanted)) as sources:
         pairs = wanted or choose_pairs(sources, split, model)
         text = read_split(sources, split, pairs)
-    _say_left_aside(sources, split)
+    for line in _left_aside(sources, split):
+        out.print(line)
     return text, names_of(sources)
 
 
@@ -111,18 +113,23 @@ def wanted_pairs(given: list[str] | None, named: Collection[str] = ()) -> tuple[
     return pairs
 
 
-def _say_left_aside(sources: list[Source], split: str) -> None:
+def _left_aside(sources: list[Source], split: str) -> list[str]:
+    """What looks like text of a split but is in no language, a line a source."""
+    lines = []
     for source in sources:
         if names := source.left_aside(split):
             which = ", ".join(names[:5]) + (f" and {len(names) - 5} more" * (len(names) > 5))
-            out.print(f"{source.name}: left aside, in no language: {which}")
+            lines.append(f"{source.name}: left aside, in no language: {which}")
+    return lines
 
 
 def choose_pairs(sources: list[Source], split: str, model: Model | None) -> tuple[str, ...]:
     """The directions of the model that there are, else all there are."""
     known = all_pairs(sources, split)
     if not known:
-        raise InputError(f"{names_of(sources)} has no {split} text of any pair")
+        aside = "; ".join(_left_aside(sources, split))
+        hint = f" ({aside}; --pairs takes any two words for languages)" if aside else ""
+        raise InputError(f"{names_of(sources)} has no {split} text of any pair{hint}")
     if model is None:
         return tuple(known)
     return tuple(p for p in model.config.pairs if p in known) or model.config.pairs

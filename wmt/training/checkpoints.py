@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
@@ -163,10 +164,11 @@ class Checkpoints:
         self._crc(step).unlink(missing_ok=True)
 
 
-def intact_steps(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints in a folder, oldest first; nothing in it is changed."""
-    steps = _steps(folder) if folder.is_dir() else []
-    return [step for step in steps if _problem(folder / str(step)) is None]
+def intact_steps(folder: Path, most: int) -> list[int]:
+    """Steps of the newest whole checkpoints, at most so many, oldest first; nothing is changed."""
+    steps = reversed(_steps(folder) if folder.is_dir() else [])
+    whole = (step for step in steps if _problem(folder / str(step)) is None)
+    return list(itertools.islice(whole, most))[::-1]
 
 
 def read_arrays(folder: Path, step: int, prefix: str) -> dict[str, np.ndarray]:

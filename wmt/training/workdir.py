@@ -136,11 +136,10 @@ def averaged_model(workdir: Path, last: int) -> tuple[list[int], Model]:
     damaged.
     """
     folder = workdir / "checkpoints"
-    steps = intact_steps(folder)
+    steps = intact_steps(folder, last)
     if len(steps) < last:
         there = f"only {len(steps)} whole checkpoints" if steps else "no whole checkpoint"
         raise InputError(f"{folder} has {there}")
-    steps = steps[-last:]
     total = read_arrays(folder, steps[0], _PARAMS)
     for step in steps[1:]:
         for name, array in read_arrays(folder, step, _PARAMS).items():
