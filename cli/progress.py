@@ -36,14 +36,21 @@ class Bar:
     def __init__(self, progress: Progress, title: str, total: int | None) -> None:
         self._progress = progress
         self._task = progress.add_task(title, total=total, text="")
-        self._moved = False
+        self._title, self._moved = title, False
 
-    def __call__(self, done: int, total: int, text: str = "") -> None:
+    def __call__(self, done: int, total: int | None, text: str = "") -> None:
         """Move to `done` of `total`; text: in place of the rate."""
         if not self._moved:  # where work that was stopped goes on is no speed
             self._progress.tasks[0].completed = done
             self._moved = True
         self._progress.update(self._task, completed=done, total=total, text=text)
+
+    def stage(self, title: str, done: int, total: int | None) -> None:
+        """Move as by a call, in work of several stages, each of which begins anew."""
+        if title != self._title:
+            self._title, self._moved = title, False
+            self._progress.reset(self._task, description=title)
+        self(done, total)
 
     def print(self, line: str) -> None:
         """Print a line to stdout; where that is the terminal that the bar is on, above the bar."""

@@ -77,7 +77,7 @@ def data(**fields: object) -> TrainingData:
     text = support.text()
     source, target = text["en-fr"]
     text["en-fr"] = (source[:10], target[:10])  # 200, 200 and 10 sentences
-    return TrainingData(text, support.tokenizer(), support.train_config(**fields))
+    return TrainingData.encoded(text, support.tokenizer(), support.train_config(**fields))
 
 
 def shares(training: TrainingData, steps: int = 300) -> np.ndarray:
@@ -277,15 +277,15 @@ def shared_data() -> TrainingData:
 def test_a_state_of_another_text_is_refused() -> None:
     text = support.text()
     text["en-de"][1][0] += " eins"
-    other = TrainingData(text, support.tokenizer(), support.train_config())
-    same = TrainingData(support.text(), support.tokenizer(), support.train_config())
+    other = TrainingData.encoded(text, support.tokenizer(), support.train_config())
+    same = TrainingData.encoded(support.text(), support.tokenizer(), support.train_config())
     with same.iterator(3) as iterator, other.iterator() as refusing:
         state = iterator.get_state()
         with pytest.raises(InputError, match="the training text is another than when"):
             refusing.set_state(state)
         iterator.set_state(state)
     swapped = {pair: support.text()[pair] for pair in reversed(support.PAIRS)}
-    turned = TrainingData(swapped, support.tokenizer(), support.train_config())
+    turned = TrainingData.encoded(swapped, support.tokenizer(), support.train_config())
     assert len({same.fingerprint, other.fingerprint, turned.fingerprint}) == 3
 
 
@@ -328,19 +328,21 @@ def test_no_sentence_short_enough_is_an_error() -> None:
     # One direction of several, too: a model would else be said to know it.
     text = support.text() | {"de-fr": (["eins " * 40], ["un"])}
     with pytest.raises(InputError, match="pair de-fr: every sentence is longer"):
-        TrainingData(text, support.tokenizer(), support.train_config())
+        TrainingData.encoded(text, support.tokenizer(), support.train_config())
 
 
 def test_batches_far_beyond_the_text_are_an_error() -> None:
     text = support.text(2, ("en-de",))
     few = len(text["en-de"][0])
     most = support.train_config(batch_tokens=32 * 1000 * few)
-    assert TrainingData(text, support.tokenizer(), most).batch(0).pair.shape == (1000 * few,)
+    assert TrainingData.encoded(text, support.tokenizer(), most).batch(0).pair.shape == (
+        1000 * few,
+    )
     over = support.train_config(batch_tokens=32 * (1000 * few + 1))
     with pytest.raises(
         InputError, match=r"batches of 2,001 sentences, .* only 2 .*; at most 64,00"
     ):
-        TrainingData(text, support.tokenizer(), over)
+        TrainingData.encoded(text, support.tokenizer(), over)
 
 
 @pytest.mark.skipif(not support.REAL.is_dir(), reason="no ../shared/data beside the project")

@@ -96,7 +96,9 @@ def test_which_split_a_single_file_serves(tmp_path: Path) -> None:
     assert open_source(str(corpus)).pairs("train") == ["de-en", "en-de"]
     assert open_source(f"{corpus}@valid").pairs("train") == []
     assert open_source(f"{corpus}@valid").pairs("valid") == ["de-en", "en-de"]
-    with pytest.raises(InputError, match=r"only a \.tsv file or sacrebleu: test set takes @valid"):
+    with pytest.raises(
+        InputError, match=r"only a \.tsv file, Moses files or sacrebleu: test set take @valid"
+    ):
         open_source(f"{tmp_path}@valid")
 
 
@@ -131,7 +133,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data file .*gone\.tsv is not there"):
         open_source(str(tmp_path / "gone.tsv"))
     path = put(tmp_path / "a.en-de.tsv", "a\tx\n")
-    with pytest.raises(InputError, match="no train columns of pair en-fr"):
+    with pytest.raises(InputError, match="no train text of pair en-fr"):
         open_source(str(path)).read("train", "en-fr")
 
 
@@ -355,7 +357,7 @@ def test_any_bytes_are_text_or_one_clear_error(
         text, accounts = clean(text, config, read_held_out(sources, {"en", "de"}))
         assert all(account.kept == len(text[p][0]) for p, account in accounts.items())
         if text:
-            TrainingData(text, support.tokenizer(), config).batch(0)
+            TrainingData.encoded(text, support.tokenizer(), config).batch(0)
     except InputError as error:
         said = str(error)
     else:

@@ -21,7 +21,7 @@ CONFIG = support.train_config(row_multiple=8)
 
 @functools.cache
 def data() -> TrainingData:
-    return TrainingData(support.text(), support.tokenizer(), CONFIG)
+    return TrainingData.encoded(support.text(), support.tokenizer(), CONFIG)
 
 
 def run(

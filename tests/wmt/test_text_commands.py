@@ -89,7 +89,7 @@ def test_prepare_writes_cleaned_text_that_reads_the_same(
 ) -> None:
     out, table = tmp_path / "out", tmp_path / "sizes.json"
     data = ["--data", kinds["folder"], "--data", kinds["tsv"]]
-    limits = ["--set", "max_characters=20", "--json", str(table)]
+    limits = ["--text", "--set", "max_characters=20", "--json", str(table)]
     assert main(["prepare", *data, "--out", str(out), *limits]) == 0
     printed = capfd.readouterr().out
     sizes = json.loads(table.read_text(encoding="utf-8"))
@@ -107,7 +107,7 @@ def test_prepare_writes_cleaned_text_that_reads_the_same(
     assert Folder(out).read("valid", "fr-de") == valid
     assert not (out / "train.fr-en.fr").exists()  # train.en-fr serves both directions
 
-    again = ["prepare", *data, "--out", str(out)]
+    again = ["prepare", *data, "--text", "--out", str(out)]
     assert "already holds something" in fails(capfd, *again)
     assert "no field 'width' of TrainConfig" in fails(capfd, *again, "--set", "width=3")
     assert "give one" in fails(capfd, "prepare", "--out", str(tmp_path / "x"), "--pairs", "en-de")

@@ -35,7 +35,7 @@ def run(
     workdir: Path, config: TrainConfig = CONFIG, model: ModelConfig = MODEL, **options: Any
 ) -> Any:
     drawn = options.pop("drawn", config)
-    data = TrainingData(support.text(), support.tokenizer(), drawn)
+    data = TrainingData.encoded(support.text(), support.tokenizer(), drawn)
     return train(workdir, model, config, data, support.tokenizer(), source="numbers", **options)
 
 

@@ -78,7 +78,7 @@ def run(a: argparse.Namespace) -> None:
         f"student: {param_count(params):,} parameters, {taken:,} of them from the teacher's "
         f"{param_count(teacher.params):,}"
     )
-    data = TrainingData(text, teacher.tokenizer, train_config)
+    data = TrainingData.encoded(text, teacher.tokenizer, train_config)
     write_text(a.workdir / SIZES, json.dumps(data.sizes, indent=2) + "\n")
     with report_to("training", train_config.steps) as (report, say), stopping() as stop:
         student = train(

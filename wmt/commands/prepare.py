@@ -1,14 +1,17 @@
-"""`prepare`: cleaned text of any sources, or the embedded corpus, as a folder of files."""
+"""`prepare`: a training set or cleaned text of any sources, or the embedded corpus, in a folder."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -16,70 +19,156 @@ from taskmoe.cli.command_line import write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.settings import add_set, read_set, settable
-from taskmoe.wmt.commands.shared import build, out, own_words
-from taskmoe.wmt.commands.text import add_data, training_text
-from taskmoe.wmt.config import TrainConfig, split_pair
+from taskmoe.wmt.commands.shared import build, load, out, own_words
+from taskmoe.wmt.commands.text import add_data, named_text, training_text
+from taskmoe.wmt.config import PRESETS, TrainConfig
 from taskmoe.wmt.text import cldr
-from taskmoe.wmt.text.cleaning import account_table
-from taskmoe.wmt.text.folders import Pairs
-from taskmoe.wmt.text.sources import all_pairs, read_all
+from taskmoe.wmt.text.cleaning import Account, account_table, look
+from taskmoe.wmt.text.folders import Pairs, write_splits
+from taskmoe.wmt.text.languages import codes_of
+from taskmoe.wmt.text.preparing import BLOCK, Plan, prepare
+from taskmoe.wmt.text.sources import Source, all_pairs, names_of, read_all, read_held_out
+from taskmoe.wmt.text.tokenizer import Tokenizer
+
+_SAMPLES = 3
 
 
 def run(a: argparse.Namespace) -> None:
-    """Write cleaned text of all sources, or else the embedded corpus, into a folder."""
+    """Write a training set or cleaned text of all sources, or else the embedded corpus."""
     if a.data is None:
         _embedded(a)
+        return
+    known = [*settable(TrainConfig), "vocab_size"]
+    given = read_set(a.set, known, "TrainConfig, and vocab_size, to set")
+    size = given.pop("vocab_size", PRESETS[a.config][0]["vocab_size"])
+    config = build(TrainConfig, {**PRESETS[a.config][1], "seed": a.seed, **given})
+    if a.dry_run:
+        _look_only(a, config)
+    elif a.text:
+        _cleaned(a, config)
     else:
-        _cleaned(a)
+        _set(a, config, size)
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     p.add_argument("--out", type=Path, required=True, help="folder to write")
     add_data(p, required=False)
-    add_set(p, "TrainConfig that is about cleaning")
+    p.add_argument(
+        "--config",
+        choices=list(PRESETS),
+        default="tiny",
+        help="whose vocabulary's size and longest bucket are taken",
+    )
+    add_set(p, "TrainConfig that is about text, or vocab_size")
+    p.add_argument(
+        "--vocabulary", type=Path, metavar="MODEL", help="take a trained model's vocabulary"
+    )
+    p.add_argument("--text", action="store_true", help="write cleaned text, not a training set")
+    p.add_argument(
+        "--dry-run", action="store_true", help="write nothing: count, and show first sentences"
+    )
+    p.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that look at text and encode it (default: one a core)",
+    )
     p.add_argument("--json", type=Path, help="write the table of sizes here too")
-    p.add_argument("--seed", type=int, default=0, help="of the embedded corpus")
+    p.add_argument(
+        "--seed", type=int, default=0, help="of the vocabulary's sample, or the embedded corpus"
+    )
 
 
-def _cleaned(a: argparse.Namespace) -> None:
-    fields = read_set(a.set, settable(TrainConfig), "TrainConfig")
-    if a.out.exists() and (not a.out.is_dir() or any(a.out.iterdir())):
-        raise InputError(f"{a.out} already holds something; name a new folder")
-    source = training_text(a, build(TrainConfig, fields))
-    splits = {"train": source.text}
-    for split in ("valid", "test"):  # text to score stays as it is
-        there = set(all_pairs(source.sources, split))
-        pairs = [pair for pair in source.pairs if pair in there]
-        splits[split] = read_all(source.sources, split, pairs)
+def _set(a: argparse.Namespace, config: TrainConfig, size: int) -> None:
+    count = len(os.sched_getaffinity(0)) if a.workers is None else a.workers
+    if count < 1:
+        raise InputError(f"--workers must be at least 1, got {count}")
+    vocabulary: Tokenizer | int = size
+    if a.vocabulary is not None:
+        vocabulary = load(a.vocabulary).tokenizer
+    with named_text(a, config) as (sources, pairs):
+        held = read_held_out(sources, set(codes_of(pairs))) if config.drop_held_out else {}
+        to_score = _to_score(sources, pairs)
+    identity = " + ".join(source.identity for source in sources)
+    plan = Plan(sources, pairs, held, to_score, config, vocabulary, names_of(sources), identity)
+    with bar("preparing", "sentences", enabled=sys.stderr.isatty()) as progress:
+        made = prepare(a.out, plan, count, progress.stage).manifest
+    accounts = {pair: one.account for pair, one in made.directions.items()}
+    longer = {pair: one.beyond for pair, one in made.directions.items()}
+    out.print(account_table(f"{made.title} in {a.out}", accounts, {"longer": longer}))
+    sizes = {s: {p: len(lines[0]) for p, lines in t.items()} for s, t in plan.splits.items()}
+    _write_json(a, sources, accounts, {"longer": longer, **sizes})
+
+
+def _cleaned(a: argparse.Namespace, config: TrainConfig) -> None:
+    _check_new(a.out)
+    source = training_text(a, config)
+    splits = {"train": source.text, **_to_score(source.sources, source.pairs)}
     _write(a.out, splits)
     sizes = {s: {p: len(text[p][0]) if p in text else 0 for p in source.pairs}
              for s, text in splits.items() if s != "train"}  # fmt: skip
     out.print(account_table(f"{source.title} in {a.out}", source.accounts, sizes))
+    _write_json(a, source.sources, source.accounts, sizes)
+
+
+def _look_only(a: argparse.Namespace, config: TrainConfig) -> None:
+    with named_text(a, config) as (sources, pairs):
+        pass
+    table = Table("direction", "read", "empty", "long", "same", "first sentences", box=box.SIMPLE)
+    with bar("counting", "sentences", enabled=sys.stderr.isatty()) as progress:
+        for pair in pairs:
+            counts = dict.fromkeys(("read", "empty", "long", "copied"), 0)
+            samples: list[tuple[str, str]] = []
+            for source in sources:
+                if pair not in source.pairs("train"):
+                    continue
+                lines = itertools.islice(source.stream("train", pair), config.max_sentences)
+                while block := list(itertools.islice(lines, BLOCK)):
+                    looked = look(block, config, [None, None])
+                    samples.extend(looked.lines[: _SAMPLES - len(samples)])
+                    counts = {name: counts[name] + looked.counts[name] for name in counts}
+                    progress(counts["read"], None)
+            shown = "\n".join(f"{x[:60]} | {y[:60]}" for x, y in samples)
+            table.add_row(pair, *(f"{n:,}" for n in counts.values()), Text(shown))
+    out.print(table)
+
+
+def _to_score(sources: list[Source], pairs: tuple[str, ...]) -> dict[str, Pairs]:
+    """Validation and test text, which stays as it is."""
+    splits = {}
+    for split in ("valid", "test"):
+        there = set(all_pairs(sources, split))
+        splits[split] = read_all(sources, split, [pair for pair in pairs if pair in there])
+    return splits
+
+
+def _write_json(
+    a: argparse.Namespace,
+    sources: list[Source],
+    accounts: dict[str, Account],
+    columns: dict[str, dict[str, int]],
+) -> None:
     if a.json is not None:
         table = {
-            "sources": [s.name for s in source.sources],
-            "train": {pair: account.to_dict() for pair, account in source.accounts.items()},
-            **sizes,
+            "sources": [s.name for s in sources],
+            "train": {pair: account.to_dict() for pair, account in accounts.items()},
+            **columns,
         }
         write_text(a.json, json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
 
+def _check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} already holds something; name a new folder")
+
+
 def _write(folder: Path, splits: dict[str, Pairs]) -> None:
-    """Write `SPLIT.en-de.en` and `SPLIT.en-de.de` of all directions; the folder appears whole."""
+    """Write all splits; the folder appears whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        for split, text in splits.items():
-            for pair, columns in text.items():
-                source, target = split_pair(pair)
-                turned = f"{target}-{source}"
-                written = (beside / f"{split}.{turned}.{source}").exists()
-                if written and columns == text[turned][::-1]:
-                    continue  # these files serve both directions
-                for language, lines in zip((source, target), columns, strict=True):
-                    content = "".join(f"{line}\n" for line in lines)
-                    (beside / f"{split}.{pair}.{language}").write_bytes(content.encode())
+        write_splits(beside, splits)
         beside.chmod(0o755)
         if folder.exists():
             folder.rmdir()
@@ -90,8 +179,9 @@ def _write(folder: Path, splits: dict[str, Pairs]) -> None:
 
 
 def _embedded(a: argparse.Namespace) -> None:
-    if a.pairs or a.set or a.json:
-        raise InputError("--pairs, --set and --json are about the sources of --data; give one")
+    about = ("pairs", "set", "json", "vocabulary", "text", "dry_run", "workers")
+    if given := [f"--{name.replace('_', '-')}" for name in about if getattr(a, name)]:
+        raise InputError(f"{', '.join(given)}: only for the sources of --data; give one")
     config = build(cldr.CldrConfig, {"seed": a.seed})
     with bar("writing the corpus", "sentences") as progress:
         own_words(cldr.write_corpus, a.out, config, progress=progress)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -22,12 +24,15 @@ from taskmoe.wmt.text.sources import (
     all_pairs,
     cache_folder,
     names_of,
+    no_text,
+    open_source,
     open_sources,
     read_all,
     read_held_out,
     read_split,
 )
 from taskmoe.wmt.text.tokenizer import Tokenizer
+from taskmoe.wmt.text.training_set import TrainingSet, is_training_set
 from taskmoe.wmt.text.vocabulary import cached_vocabulary
 
 
@@ -38,9 +43,10 @@ def add_data(p: argparse.ArgumentParser, *, required: bool = True) -> None:
         required=required,
         action="append",
         metavar="SOURCE",
-        help="a folder of parallel text, a .tsv file, hf:NAME/CONFIG (Hugging Face), "
-        "sacrebleu:NAME (a test set), or cldr (embedded); files may be gzipped, and @valid or "
-        "@test behind a .tsv file or test set says what it serves as; may be given again",
+        help="a training set or a folder of parallel text, a .tsv file, Moses files NAME.de-en, "
+        "hf:NAME/CONFIG (Hugging Face), sacrebleu:NAME (a test set), or cldr (embedded); files may "
+        "be gzipped, a pattern like 'corpus/*.tsv' names several, and @valid or @test behind files "
+        "or a test set says what they serve as; may be given again",
     )
     p.add_argument(
         "--pairs",
@@ -55,10 +61,18 @@ def add_data(p: argparse.ArgumentParser, *, required: bool = True) -> None:
     )
 
 
+class Named(NamedTuple):
+    """What the arguments of `add_data` name: sources, and the directions to train on."""
+
+    sources: list[Source]
+    pairs: tuple[str, ...]
+
+
 class TrainingText(NamedTuple):
     """Text of a training run: cleaned, with an account of each direction.
 
-    title: the sources' names. identity: the sources, the same from any working directory.
+    title: the sources' names. identity: the sources, the same from any working directory. text:
+    empty where a training set holds it. made: the training set.
     """
 
     pairs: tuple[str, ...]
@@ -67,26 +81,83 @@ class TrainingText(NamedTuple):
     title: str
     identity: str
     sources: list[Source]
+    made: TrainingSet | None = None
+
+    def digests(self) -> dict[str, str]:
+        """Direction -> a hash of its text, hexadecimal."""
+        if self.made is not None:
+            there = self.made.manifest.directions
+            return {pair: there[pair].sha256 for pair in self.pairs}
+        return {
+            pair: hashlib.sha256(json.dumps(sides).encode()).hexdigest()
+            for pair, sides in self.text.items()
+        }
+
+
+def training_set(a: argparse.Namespace) -> TrainingSet | None:
+    """The training set that --data names; None where it names other sources.
+
+    Raises InputError where it names both.
+    """
+    sets = [word for word in a.data if is_training_set(Path(word))]
+    if not sets:
+        return None
+    if len(a.data) > 1:
+        other = next(word for word in a.data if word != sets[0])
+        raise InputError(
+            f"--data {other}: a training set, {sets[0]}, is all the text of a run; prepare one of "
+            "both"
+        )
+    return TrainingSet(Path(sets[0]))
+
+
+def text_of_set(a: argparse.Namespace, opened: TrainingSet) -> TrainingText:
+    """What a training set has for a run in the directions of --pairs, by default in all."""
+    there = opened.manifest.directions
+    pairs = wanted_pairs(a.pairs, codes_of(there)) or tuple(there)
+    if missing := [pair for pair in pairs if pair not in there]:
+        raise InputError(
+            f"{opened.folder} has no training text of {missing[0]}; it has {', '.join(there)}"
+        )
+    accounts = {pair: there[pair].account for pair in pairs}
+    name, sources = str(opened.folder), [open_source(str(opened.folder), named=codes_of(pairs))]
+    return TrainingText(pairs, {}, accounts, name, opened.manifest.identity, sources, opened)
+
+
+@contextmanager
+def named_text(a: argparse.Namespace, config: TrainConfig) -> Iterator[Named]:
+    """The sources and directions of a training run, with a bar while they are read.
+
+    Raises InputError for text that is not there, and for a source that has text of none of the
+    directions.
+    """
+    wanted = wanted_pairs(a.pairs)
+    for word in a.data:
+        if is_training_set(Path(word)):
+            raise InputError(f"--data {word}: it is a training set, and text is wanted")
+    with _sources(a, config.max_sentences, codes_of(wanted)) as sources:
+        pairs = wanted or choose_pairs(sources, "train", None)
+        known = all_pairs(sources, "train")
+        if missing := [pair for pair in pairs if pair not in known]:
+            raise InputError(no_text(sources, "train", missing[0]))
+        for source in sources:
+            if not any(set(pairs).intersection(source.pairs(split)) for split in SPLITS):
+                raise InputError(f"{source.name} has no text of {', '.join(pairs)}")
+        for line in _left_aside(sources, "train"):
+            out.print(line)
+        yield Named(sources, pairs)
 
 
 def training_text(a: argparse.Namespace, config: TrainConfig) -> TrainingText:
     """Read and clean what the arguments of `add_data` name.
 
-    Raises InputError for text that is not there, wrong or nothing after cleaning, and for a source
-    that has text of none of the directions.
+    Raises InputError as `named_text` does, and for text that is wrong or nothing after cleaning.
     """
-    wanted = wanted_pairs(a.pairs)
-    with _sources(a, config.max_sentences, codes_of(wanted)) as sources:
-        pairs = wanted or choose_pairs(sources, "train", None)
+    with named_text(a, config) as (sources, pairs):
         text = read_all(sources, "train", pairs, config.max_sentences)
-        for source in sources:
-            if not any(set(pairs).intersection(source.pairs(split)) for split in SPLITS):
-                raise InputError(f"{source.name} has no text of {', '.join(pairs)}")
         held_out: dict[str, set[str]] = {}
         if config.drop_held_out:
             held_out = read_held_out(sources, set(codes_of(pairs)))
-    for line in _left_aside(sources, "train"):
-        out.print(line)
     cleaned, accounts = clean(text, config, held_out)
     identity = " + ".join(source.identity for source in sources)
     return TrainingText(pairs, cleaned, accounts, names_of(sources), identity, sources)

@@ -28,7 +28,14 @@ from taskmoe.wmt.commands.shared import (
     out,
     print_exchange,
 )
-from taskmoe.wmt.commands.text import TrainingText, add_data, make_vocabulary, training_text
+from taskmoe.wmt.commands.text import (
+    TrainingText,
+    add_data,
+    make_vocabulary,
+    text_of_set,
+    training_set,
+    training_text,
+)
 from taskmoe.wmt.config import PRESETS, ModelConfig, SideRouting, TrainConfig
 from taskmoe.wmt.model.saved import Model
 from taskmoe.wmt.model.transformer import param_count
@@ -38,6 +45,7 @@ from taskmoe.wmt.text.data import TrainingData
 from taskmoe.wmt.text.scoring import averages, check_tokenizer, score
 from taskmoe.wmt.text.sources import all_pairs, read_split
 from taskmoe.wmt.text.tokenizer import Tokenizer
+from taskmoe.wmt.text.training_set import TrainingSet
 from taskmoe.wmt.training import parallel
 from taskmoe.wmt.training.initial import initial_params, initial_vocabulary, new_parts
 from taskmoe.wmt.training.loop import Progress, train
@@ -61,8 +69,12 @@ def _run(a: argparse.Namespace) -> None:
         mesh = parallel.make_mesh(a.data_parallel, a.expert_parallel)
         begin_from = None if a.init is None else load(a.init)
         model_fields, train_fields = configure(a, begin_from)
+        opened = training_set(a)
+        if opened is not None:
+            given = read_set(a.set, settable(ModelConfig, TrainConfig), "")
+            _take_from_set(opened, given, model_fields, train_fields, begin_from is not None)
         train_config = build(TrainConfig, train_fields)
-        source = training_text(a, train_config)
+        source = training_text(a, train_config) if opened is None else text_of_set(a, opened)
         model_config = build(ModelConfig, {"pairs": source.pairs, **model_fields})
         validation = _validation(a, source)
         parallel.check_mesh(mesh, model_config, train_config)
@@ -117,10 +129,7 @@ def _settings(
     validation: Validation | None,
 ) -> dict[str, Any]:
     """What all processes of a run must have been given alike, by name."""
-    digests = {
-        f"text of {pair}": hashlib.sha256(json.dumps(sides).encode()).hexdigest()[:16]
-        for pair, sides in source.text.items()
-    }
+    digests = {f"text of {pair}": digest[:16] for pair, digest in source.digests().items()}
     fields = {**dataclasses.asdict(train_config), **dataclasses.asdict(model_config)}
     return {
         "taskmoe": __version__,
@@ -149,10 +158,12 @@ def _encoded(
         if not begun and parallel.is_writer():  # all input fits before anything is written
             if begin_from is not None:
                 tokenizer = initial_vocabulary(begin_from, source.pairs)
+            elif source.made is not None:
+                tokenizer = source.made.tokenizer
             else:
                 size, seed = model_config.vocab_size, train_config.seed
                 tokenizer = make_vocabulary(source.text, size, train_config, a.cache, seed)
-            data = TrainingData(source.text, tokenizer, train_config)
+            data = _data(source, tokenizer, train_config)
     parallel.agree_on({})
     if not begun:
         with alone_in(a.workdir):
@@ -162,8 +173,43 @@ def _encoded(
     parallel.wait_for_all("vocabulary is there")
     if begun or not parallel.is_writer():
         tokenizer = Tokenizer.load(vocabulary)
-        data = TrainingData(source.text, tokenizer, train_config)
+        data = _data(source, tokenizer, train_config)
     return tokenizer, data
+
+
+def _data(source: TrainingText, tokenizer: Tokenizer, config: TrainConfig) -> TrainingData:
+    if source.made is None:
+        return TrainingData.encoded(source.text, tokenizer, config)
+    if tokenizer.model != source.made.tokenizer.model:
+        raise InputError(
+            f"{source.made.folder} was encoded by another vocabulary than this run's; "
+            "prepare it anew with --vocabulary MODEL"
+        )
+    return source.made.data(source.pairs, config)
+
+
+def _take_from_set(
+    opened: TrainingSet,
+    given: Mapping[str, Any],
+    model_fields: dict[str, Any],
+    train_fields: dict[str, Any],
+    begun: bool,
+) -> None:
+    """What a training set has settled stands in the configuration; begun: from a trained model.
+
+    Raises InputError where --set says otherwise.
+    """
+    settled = dict(opened.manifest.cleaning)
+    if not begun:
+        settled["vocab_size"] = opened.manifest.vocab_size
+    for name, value in settled.items():
+        if given.get(name, value) != value:
+            raise InputError(
+                f"--set {name}={given[name]}: {opened.folder} was prepared with {value}; "
+                "prepare it anew to change it"
+            )
+    train_fields |= opened.manifest.cleaning
+    model_fields |= {x: value for x, value in settled.items() if x == "vocab_size"}
 
 
 @contextlib.contextmanager
@@ -183,7 +229,8 @@ def report_to(
             progress(p.step, p.steps, gist)
             router = f"  busiest expert {p.busiest:.2f}x" if p.busiest else ""
             router += f"  {p.skipped} steps left out" if p.skipped else ""
-            say(f"step {p.step}/{p.steps}  {gist}{router}")
+            text = f"  padding {p.padding:.0%}" + f"  waits {p.waits:.0%}" * (p.waits >= 0.005)
+            say(f"step {p.step}/{p.steps}  {gist}{text}{router}")
 
         yield report, say
 

@@ -7,8 +7,11 @@ score (validation, test) is never cleaned.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
@@ -17,9 +20,11 @@ from rich.text import Text
 
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import TrainConfig, split_pair
-from taskmoe.wmt.text.folders import Columns, Pairs
+from taskmoe.wmt.text.folders import Pairs, columns_of
 
 _SLACK = 15  # characters by which short sentences may differ whatever the ratio: "Yes." "Mais si !"
+_MOST_RATIOS = 4_000_000  # lines of a direction by which its typical ratio is known
+_SORTED_AT_ONCE = 8_000_000
 _ENDS = " .,;:!?…。！？।\"'«»“”„‚‘’()"
 
 
@@ -54,6 +59,21 @@ class Account:
 REASONS = tuple(field.name for field in dataclasses.fields(Account) if field.name != "read")
 
 
+class Looked(NamedTuple):
+    """What is known of a block of a direction's lines without the other blocks.
+
+    lines: those that are neither empty, long nor copied. characters: [n, 2] i64 of their sides.
+    key: [n] u64, the same for the same two sentences, and for others with a chance of 2^-64.
+    held_out: [n] bool. counts: read, empty, long, copied.
+    """
+
+    lines: list[tuple[str, str]]
+    characters: np.ndarray
+    key: np.ndarray
+    held_out: np.ndarray
+    counts: dict[str, int]
+
+
 def clean(
     text: Pairs, config: TrainConfig, held_out: Mapping[str, set[str]] | None = None
 ) -> tuple[Pairs, dict[str, Account]]:
@@ -65,31 +85,124 @@ def clean(
       a test sentence would else come back in another direction.
     Raises InputError for a direction of which nothing is left, with its account.
     """
-    held = {x: {sentence_key(line) for line in lines} for x, lines in (held_out or {}).items()}
+    held = held_keys(held_out or {})
     cleaned: Pairs = {}
     accounts: dict[str, Account] = {}
     for pair, columns in text.items():
-        languages = split_pair(pair)
-        known = [held.get(x, set()) if config.drop_held_out else set() for x in languages]
-        cleaned[pair], accounts[pair] = _clean_direction(columns, config, known)
-        if not accounts[pair].kept:
-            reasons = ", ".join(f"{k} {v}" for k, v in accounts[pair].to_dict().items() if v)
-            raise InputError(
-                f"pair {pair}: no sentence pair is left after cleaning ({reasons})"
-                if reasons
-                else f"pair {pair}: the training text holds no sentence pair"
-            )
+        lines = zip(*columns, strict=True)
+        looked = [look(lines, config, [held.get(x) for x in split_pair(pair)])]
+        [kept], accounts[pair] = judge(pair, looked.copy, config)
+        cleaned[pair] = columns_of(itertools.compress(looked[0].lines, kept.tolist()))
     return cleaned, accounts
 
 
-def length_ratio_fits(source: int, target: int, typical: float, most: float) -> bool:
+def held_keys(held_out: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Language -> the keys of its lines of validation and test text."""
+    return {x: {sentence_key(line) for line in lines} - {""} for x, lines in held_out.items()}
+
+
+def look(
+    lines: Iterable[tuple[str, str]], config: TrainConfig, held: Sequence[set[str] | None]
+) -> Looked:
+    """Look at a block of a direction's lines; held: as of `held_keys`, of source and target."""
+    counts = dict.fromkeys(("read", "empty", "long", "copied"), 0)
+    kept, characters, keys, among = [], [], bytearray(), []
+    for source, target in lines:
+        counts["read"] += 1
+        if not (source and target):
+            counts["empty"] += 1
+        elif max(len(source), len(target)) > config.max_characters:
+            counts["long"] += 1
+        elif config.drop_copied and _is_copied(source, target):
+            counts["copied"] += 1
+        else:
+            kept.append((source, target))
+            characters.append((len(source), len(target)))
+            keys += blake2b(f"{source}\0{target}".encode(), digest_size=8).digest()
+            among.append(
+                config.drop_held_out
+                and any(
+                    known is not None and sentence_key(line) in known
+                    for line, known in zip((source, target), held, strict=True)
+                )
+            )
+    return Looked(
+        kept,
+        np.array(characters, np.int64).reshape(-1, 2),
+        np.frombuffer(bytes(keys), np.uint64),
+        np.array(among, bool),
+        counts,
+    )
+
+
+def judge(
+    pair: str, blocks: Callable[[], Iterable[Looked]], config: TrainConfig
+) -> tuple[list[np.ndarray], Account]:
+    """Which of the lines in each block are kept, [n] bool, and the direction's account.
+
+    blocks: gives all of a direction, and may be called again; their `lines` are not looked at.
+    Raises InputError where nothing is left.
+    """
+    counts = dict.fromkeys(("read", "empty", "long", "copied"), 0)
+    for block in blocks():
+        counts = {name: counts[name] + block.counts[name] for name in counts}
+    step = 1 + counts["read"] // _MOST_RATIOS
+    ratios = [np.divide(*block.characters[::step, ::-1].T) for block in blocks()]
+    # The median, which a tenth of rubbish does not move.
+    typical = float(np.median(np.concatenate(ratios))) if sum(map(len, ratios)) else 1.0
+    kept: list[np.ndarray] = []
+    keys, held = [np.zeros(0, np.uint64)], [np.zeros(0, bool)]
+    for block in blocks():
+        source, target = block.characters.T
+        kept.append(np.asarray(length_ratio_fits(source, target, typical, config.max_ratio)))
+        keys.append(block.key[kept[-1]])
+        held.append(block.held_out[kept[-1]])
+    key, among = np.concatenate(keys), np.concatenate(held)
+    first = first_of_each(key) if config.deduplicate else np.ones(len(key), bool)
+    good = first & ~among
+    account = Account(
+        **counts,
+        ratio=sum(map(len, kept)) - len(key),
+        duplicate=int((~first).sum()),
+        held_out=int((first & among).sum()),
+    )
+    if not account.kept:
+        reasons = ", ".join(f"{k} {v}" for k, v in account.to_dict().items() if v)
+        raise InputError(
+            f"pair {pair}: no sentence pair is left after cleaning ({reasons})"
+            if reasons
+            else f"pair {pair}: the training text holds no sentence pair"
+        )
+    ends = np.cumsum([fits.sum() for fits in kept])
+    for fits, own in zip(kept, np.split(good, ends[:-1]), strict=True):
+        fits[fits] = own
+    return kept, account
+
+
+def first_of_each(key: np.ndarray) -> np.ndarray:
+    """[n] bool: whether no equal key comes before; key: [n] u64, spread evenly.
+
+    Parts of the keys' range are sorted one after the other, so that the sort's memory is bounded.
+    """
+    first = np.ones(len(key), bool)
+    bits = max(0, int(len(key) // _SORTED_AT_ONCE).bit_length())
+    for part in range(1 << bits):
+        where = np.flatnonzero(key >> np.uint64(64 - bits) == part) if bits else np.arange(len(key))
+        order = np.argsort(key[where], kind="stable")
+        found = key[where][order]
+        first[where[order[1:][found[1:] == found[:-1]]]] = False
+    return first
+
+
+def length_ratio_fits(source: Any, target: Any, typical: float, most: float) -> Any:
     """Whether lengths in characters go together: `longer <= most * shorter + 15`.
 
-    typical: the direction's median of target characters per source character, by which the source's
-    length is multiplied first; so Chinese, which needs a third of English's, is measured fairly.
+    source, target: numbers, or arrays of them. typical: the direction's median of target characters
+    per source character, by which the source's length is multiplied first; so Chinese, which needs
+    a third of English's, is measured fairly.
     """
-    shorter, longer = sorted((source * typical, float(target)))
-    return longer <= most * shorter + _SLACK
+    scaled = source * typical
+    return np.maximum(scaled, target) <= most * np.minimum(scaled, target) + _SLACK
 
 
 def sentence_key(line: str) -> str:
@@ -98,44 +211,9 @@ def sentence_key(line: str) -> str:
     return " ".join(whole.casefold().split()).strip(_ENDS)
 
 
-def _clean_direction(
-    columns: Columns, config: TrainConfig, held: list[set[str]]
-) -> tuple[Columns, Account]:
-    out = dict.fromkeys(REASONS, 0)
-    present = [(s, t) for s, t in zip(*columns, strict=True) if s and t]
-    out["empty"] = len(columns[0]) - len(present)
-
-    short = [p for p in present if max(map(len, p)) <= config.max_characters]
-    out["long"] = len(present) - len(short)
-
-    own = [p for p in short if not (config.drop_copied and _is_copied(*p))]
-    out["copied"] = len(short) - len(own)
-
-    # The median, which a tenth of rubbish does not move.
-    typical = float(np.median([len(t) / len(s) for s, t in own])) if own else 1.0
-    fitting = [p for p in own if length_ratio_fits(len(p[0]), len(p[1]), typical, config.max_ratio)]
-    out["ratio"] = len(own) - len(fitting)
-
-    unique = list(dict.fromkeys(fitting)) if config.deduplicate else fitting
-    out["duplicate"] = len(fitting) - len(unique)
-
-    kept = (
-        [(s, t) for s, t in unique if not (_is_in(s, held[0]) or _is_in(t, held[1]))]
-        if any(held)
-        else unique
-    )
-    out["held_out"] = len(unique) - len(kept)
-    return ([s for s, _ in kept], [t for _, t in kept]), Account(len(columns[0]), **out)
-
-
 def _is_copied(source: str, target: str) -> bool:
     """Whether a sentence was left as it is; a name or a number may be."""
     return source == target and len(source.split()) > 3
-
-
-def _is_in(line: str, held: set[str]) -> bool:
-    key = sentence_key(line)
-    return bool(key) and key in held
 
 
 def account_table(

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-import itertools
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from taskmoe.cli.errors import InputError
-from taskmoe.wmt.config import TrainConfig, split_pair
+from taskmoe.wmt.config import TrainConfig
 from taskmoe.wmt.text.folders import Pairs as Pairs
 from taskmoe.wmt.text.folders import available_pairs as available_pairs
 from taskmoe.wmt.text.folders import read_pairs as read_pairs
 from taskmoe.wmt.text.pipeline import BatchIterator
+from taskmoe.wmt.text.rows import Rows, encode
 from taskmoe.wmt.text.sampling import Schedule
-from taskmoe.wmt.text.tokenizer import BOS, PAD, Tokenizer
+from taskmoe.wmt.text.tokenizer import BOS, Tokenizer
 
-_CHUNK = 10_000  # lines that are lists of Python integers at a time
 _MOST_EPOCHS = 1000  # of a bucket's sentences in one batch: each is a permutation to draw
 
 
@@ -37,75 +35,37 @@ class Batch(NamedTuple):
     pair: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class _Ragged:
-    """Token sequences end to end: sequence i is flat[start[i] : start[i] + length[i]]."""
-
-    flat: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-
-    @classmethod
-    def of(cls, sequences: Iterator[list[int]]) -> _Ragged:
-        flat, length = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
-        while chunk := list(itertools.islice(sequences, _CHUNK)):
-            length.append(np.array([len(s) for s in chunk], np.int64))
-            tokens = itertools.chain.from_iterable(chunk)
-            flat.append(np.fromiter(tokens, np.int32, int(length[-1].sum())))
-        lengths = np.concatenate(length)
-        return cls(np.concatenate(flat), np.cumsum(lengths) - lengths, lengths)
-
-    def padded(self, index: np.ndarray, width: int) -> np.ndarray:
-        """[len(index), width] i32, PAD where a sequence has ended."""
-        at = np.arange(width)
-        inside = at < self.length[index][:, None]
-        where = np.where(inside, self.start[index][:, None] + at, 0)
-        return np.where(inside, self.flat[where], PAD).astype(np.int32)
-
-
 class TrainingData:
     """Encoded training text of several directions, and the batch of any step.
 
     A batch depends on the seed and the step alone, so a run that is resumed at a step sees the
     batches that an unbroken one would: first a length bucket, then for its rows directions in
     proportion to p ~ size^(1/T) (Kudugunta et al. 2021, section 4), then sentences of that bucket,
-    each once an epoch. See `taskmoe.wmt.text.sampling`.
+    each once an epoch. See `taskmoe.wmt.text.sampling` and `taskmoe.wmt.text.rows`.
     """
 
-    def __init__(self, pairs: Pairs, tokenizer: Tokenizer, config: TrainConfig) -> None:
-        """Encode the text and share it out over the buckets.
+    def __init__(
+        self,
+        rows_of: Mapping[str, Rows],
+        config: TrainConfig,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
+        """rows_of: direction -> its text. digests: of each direction's rows, where they are known.
 
         Raises InputError where every sentence of a direction is longer than the longest bucket, and
         for batches of more than 1,000 times the sentences that a bucket has.
         """
         self.config = config
-        self.sizes = {pair: len(lines) for pair, (lines, _) in pairs.items()}
-        self.too_long = dict.fromkeys(pairs, 0)
-
-        def encoded(side: int) -> Iterator[list[int]]:
-            for pair, columns in pairs.items():
-                language = split_pair(pair)[1]
-                for at in range(0, len(columns[side]), _CHUNK):
-                    lines = columns[side][at : at + _CHUNK]
-                    yield from (
-                        tokenizer.encode_target(lines)
-                        if side
-                        else tokenizer.encode_source(lines, language)
-                    )
-
-        self._source, self._target = _Ragged.of(encoded(0)), _Ragged.of(encoded(1))
-        longest = np.maximum(self._source.length, self._target.length)
-        bucket = np.searchsorted(config.buckets, longest)
-        self._members: list[list[np.ndarray]] = [[] for _ in config.buckets]  # [bucket][pair]
-        start = 0
-        for pair, size in self.sizes.items():
-            own = bucket[start : start + size]
-            for b, members in enumerate(self._members):
-                members.append(np.flatnonzero(own == b) + start)
-            self.too_long[pair] = int((own == len(config.buckets)).sum())
-            start += size
-        held = np.array([[len(m) for m in row] for row in self._members])
-        for pair, count in zip(self.sizes, held.sum(axis=0), strict=True):
+        self._rows, self._digests = list(rows_of.values()), dict(digests or {})
+        self.sizes = {pair: rows.size for pair, rows in rows_of.items()}
+        ends = np.array([[rows.up_to(n) for rows in self._rows] for n in config.buckets])
+        held = np.diff(ends, axis=0, prepend=0)  # [buckets, pairs]
+        self._first = ends - held
+        self.too_long = {
+            pair: rows.size - int(most)
+            for (pair, rows), most in zip(rows_of.items(), ends[-1], strict=True)
+        }
+        for pair, count in zip(self.sizes, ends[-1], strict=True):
             if not count:
                 raise InputError(
                     f"pair {pair}: every sentence is longer than the longest bucket, "
@@ -121,6 +81,12 @@ class TrainingData:
                 )
         self._schedule = Schedule(held, rows, config.temperature, config.seed)
 
+    @classmethod
+    def encoded(cls, text: Pairs, tokenizer: Tokenizer, config: TrainConfig) -> Self:
+        """Text that is small enough to be encoded into memory."""
+        longest = config.buckets[-1]
+        return cls({p: encode(p, lines, tokenizer, longest) for p, lines in text.items()}, config)
+
     def batch(self, step: int, shard: tuple[int, int] = (0, 1)) -> Batch:
         """The batch of a step, the same whenever it is asked for.
 
@@ -129,21 +95,17 @@ class TrainingData:
         """
         self.check_shard(shard)
         draw = self._schedule.draw(step)
-        length, members = self.config.buckets[draw.bucket], self._members[draw.bucket]
+        length = self.config.buckets[draw.bucket]
         share = len(draw.pair) // shard[1]
-        rows = slice(shard[0] * share, (shard[0] + 1) * share)
-        pair = draw.pair[rows]
-        index = np.array(
-            [members[p][i] for p, i in zip(pair, draw.sentence[rows], strict=True)], np.int64
-        )
-        target_out = self._target.padded(index, length)
-        target_in = np.concatenate([np.full((len(pair), 1), BOS), target_out[:, :-1]], axis=1)
-        return Batch(
-            self._source.padded(index, length),
-            target_in.astype(np.int32),
-            target_out,
-            pair.astype(np.int32),
-        )
+        own = slice(shard[0] * share, (shard[0] + 1) * share)
+        pair, sentence = draw.pair[own], draw.sentence[own]
+        source, target_out = (np.zeros((share, length), np.int32) for _ in range(2))
+        for p in np.unique(pair):
+            rows = pair == p
+            row = self._first[draw.bucket, p] + sentence[rows]
+            source[rows], target_out[rows] = self._rows[p].read(row, length)
+        target_in = np.concatenate([np.full((share, 1), BOS), target_out[:, :-1]], axis=1)
+        return Batch(source, target_in.astype(np.int32), target_out, pair.astype(np.int32))
 
     def check_shard(self, shard: tuple[int, int]) -> None:
         """Raise InputError unless batches of every bucket can be shared evenly."""
@@ -172,8 +134,11 @@ class TrainingData:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of all encoded text in its order: batches of a step are equal where it is."""
-        digest = hashlib.sha256(repr(list(self.sizes.items())).encode())
-        for side in (self._source, self._target):
-            digest.update(side.length.tobytes())
-            digest.update(side.flat.tobytes())
-        return digest.hexdigest()[:32]
+        digests = list(self.digests().values())
+        return hashlib.sha256(repr([list(self.sizes.items()), digests]).encode()).hexdigest()[:32]
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each direction's encoded text, hexadecimal."""
+        if not self._digests:
+            self._digests = {p: r.digest() for p, r in zip(self.sizes, self._rows, strict=True)}
+        return dict(self._digests)

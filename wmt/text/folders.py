@@ -11,14 +11,23 @@ that ends in no language, such as `train.log`, is left aside.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from taskmoe.cli.command_line import write_bytes
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import split_pair
 from taskmoe.wmt.text.languages import codes_of, known, sides
-from taskmoe.wmt.text.textfiles import is_tsv, plain_name, read_lines, read_tsv
+from taskmoe.wmt.text.textfiles import (
+    TsvFile,
+    count_lines,
+    is_tsv,
+    plain_name,
+    read_lines,
+    stamp,
+    stream_pairs,
+)
 
 SPLITS = {"train": ("train",), "valid": ("valid", "val", "dev"), "test": ("test",)}
 Columns = tuple[list[str], list[str]]  # source lines, target lines
@@ -49,8 +58,9 @@ class Folder:
         self.name = str(path)
         self.identity = str(path.resolve())
         self._named = named
-        self._lines: dict[Path, list[str]] = {}
-        self._tables: dict[Path, tuple[dict[str, list[str]], list[str]]] = {}
+        self._lines: dict[_Place, list[str]] = {}
+        self._tables: dict[Path, TsvFile] = {}
+        self._found: dict[str, dict[str, tuple[_Place, _Place]]] = {}
 
     def pairs(self, split: str) -> list[str]:
         """Directions that the files of a split can serve, sorted."""
@@ -63,7 +73,7 @@ class Folder:
         columns = [
             f"{file.name}, column {column}"
             for file in sorted(used.intersection(self._tables))
-            for column in self._tables[file][1]
+            for column in self._tables[file].aside
         ]
         return [path.name for path in files if path not in used] + columns
 
@@ -71,8 +81,35 @@ class Folder:
         """All lines of a direction, empty ones included.
 
         Raises InputError for a pair that is not there, files of unequal length and all that
-        `read_lines` and `read_tsv` do.
+        `read_lines` and `TsvFile` do.
         """
+        source, target = (self._read(place) for place in self._both(split, pair))
+        if len(source) != len(target):
+            a, b = self._both(split, pair)
+            raise InputError(
+                f"{a} has {len(source)} lines but {b} has {len(target)}: "
+                "line N of one must translate line N of the other"
+            )
+        return source, target
+
+    def stream(self, split: str, pair: str, start: int = 0) -> Iterator[tuple[str, str]]:
+        """As `read`, from a line on, one at a time."""
+        a, b = self._both(split, pair)
+        if a.file == b.file:
+            lines = self._table(a.file).stream(str(a.column), str(b.column))
+        else:
+            lines = stream_pairs(a.file, b.file)
+        return itertools.islice(lines, start, None)
+
+    def count(self, split: str, pair: str) -> int:
+        """Lines of a direction's source."""
+        return count_lines(self._both(split, pair)[0].file)
+
+    def stamps(self, split: str, pair: str) -> list[str]:
+        """What changes when a direction's files do."""
+        return [stamp(file) for file in dict.fromkeys(x.file for x in self._both(split, pair))]
+
+    def _both(self, split: str, pair: str) -> tuple[_Place, _Place]:
         split_pair(pair)
         places = self._places(split)
         if pair not in places:
@@ -81,26 +118,21 @@ class Folder:
                 + (f"it has {', '.join(sorted(places))}" if places else f"it has no {split} files")
                 + ("" if places else " of any pair")
             )
-        source, target = (self._read(place) for place in places[pair])
-        if len(source) != len(target):
-            a, b = places[pair]
-            raise InputError(
-                f"{a} has {len(source)} lines but {b} has {len(target)}: "
-                "line N of one must translate line N of the other"
-            )
-        return source, target
+        return places[pair]
 
     def _read(self, place: _Place) -> list[str]:
-        if place.column is not None:
-            return self._table(place.file)[place.column]
-        if place.file not in self._lines:
-            self._lines[place.file] = read_lines(place.file)
-        return self._lines[place.file]
+        if place not in self._lines:
+            self._lines[place] = (
+                read_lines(place.file)
+                if place.column is None
+                else self._table(place.file).column(place.column)
+            )
+        return self._lines[place]
 
-    def _table(self, file: Path) -> dict[str, list[str]]:
+    def _table(self, file: Path) -> TsvFile:
         if file not in self._tables:
-            self._tables[file] = read_tsv(file, self._named)
-        return self._tables[file][0]
+            self._tables[file] = TsvFile(file, self._named)
+        return self._tables[file]
 
     def _files(self, name: str) -> dict[str, Path]:
         """A split's files by their names without .gz; a plain one stands before a packed one."""
@@ -112,6 +144,11 @@ class Folder:
 
     def _places(self, split: str) -> dict[str, tuple[_Place, _Place]]:
         """Direction -> where its two sides are; the first of a split's names that has it."""
+        if split not in self._found:
+            self._found[split] = self._look_up(split)
+        return self._found[split]
+
+    def _look_up(self, split: str) -> dict[str, tuple[_Place, _Place]]:
         found: dict[str, tuple[_Place, _Place]] = {}
         for name in SPLITS[split]:
             files = self._files(name)
@@ -121,7 +158,7 @@ class Folder:
             for file, path in files.items():
                 parts = file.split(".")[1:]
                 if is_tsv(path):
-                    shared.append({x: _Place(path, x) for x in self._table(path)})
+                    shared.append({x: _Place(path, x) for x in self._table(path).languages})
                 elif len(parts) == 1:
                     if language := known(parts[0], self._named):
                         alone[language] = _Place(path)
@@ -140,6 +177,20 @@ class Folder:
         return found
 
 
+def write_splits(folder: Path, splits: Mapping[str, Pairs]) -> None:
+    """Write `SPLIT.en-de.en` and `SPLIT.en-de.de` of all directions, as `Folder` reads them."""
+    for split, text in splits.items():
+        for pair, columns in text.items():
+            source, target = split_pair(pair)
+            turned = f"{target}-{source}"
+            earlier = list(text)[: list(text).index(pair)]
+            if turned in earlier and tuple(columns) == text[turned][::-1]:
+                continue  # those files serve both directions
+            for language, lines in zip((source, target), columns, strict=True):
+                content = "".join(f"{line}\n" for line in lines)
+                write_bytes(folder / f"{split}.{pair}.{language}", content.encode())
+
+
 def read_pairs(folder: Path, split: str, pairs: tuple[str, ...]) -> Pairs:
     """Sentences of each direction: pair -> (source lines, target lines), equally long.
 
@@ -154,6 +205,16 @@ def read_pairs(folder: Path, split: str, pairs: tuple[str, ...]) -> Pairs:
 def available_pairs(folder: Path, split: str) -> list[str]:
     """Directions that the folder's files of one split can serve, sorted."""
     return Folder(folder).pairs(split)
+
+
+def columns_of(lines: Iterable[tuple[str, str]]) -> Columns:
+    """Source and target lines, apart."""
+    source: list[str] = []
+    target: list[str] = []
+    for a, b in lines:
+        source.append(a)
+        target.append(b)
+    return source, target
 
 
 def without_empty(source: list[str], target: list[str], name: str) -> Columns:

@@ -56,18 +56,44 @@ class HuggingFace:
         if pair not in self.pairs(split):
             raise InputError(f"{self.name} has no {split} records of pair {pair}")
         if split not in self._columns:
-            self._columns[split] = self._read_all(split)
+            lines = list(self._records(split))
+            languages = self._languages(split, self._stream(split))
+            self._columns[split] = {x: [line[x] for line in lines] for x in languages}
         return self._columns[split][source], self._columns[split][target]
 
-    def _read_all(self, split: str) -> dict[str, list[str]]:
+    def stream(self, split: str, pair: str, start: int = 0) -> Iterator[tuple[str, str]]:
+        """As `read`, from a record on, one at a time."""
+        source, target = split_pair(pair)
+        if pair not in self.pairs(split):
+            raise InputError(f"{self.name} has no {split} records of pair {pair}")
+        return ((line[source], line[target]) for line in self._records(split, start))
+
+    def count(self, split: str, pair: str) -> int | None:
+        """Records of a split, where the dataset's description says it."""
+        stream = self._stream(split)
+        described = getattr(getattr(stream, "info", None), "splits", None) or {}
+        part = described.get(getattr(stream, "split", None))
+        known = len(stream) if hasattr(stream, "__len__") else getattr(part, "num_examples", None)
+        limit = self._limit if split == "train" else None
+        return known if known is None or limit is None else min(known, limit)
+
+    def stamps(self, split: str, pair: str) -> list[str]:
+        """Nothing is known of it before it is read."""
+        return []
+
+    def _records(self, split: str, start: int = 0) -> Iterator[dict[str, str]]:
+        """The text of each record by language."""
         stream = self._stream(split)
         assert stream is not None  # pairs() has seen it
         limit = self._limit if split == "train" else None
         keys = self._languages(split, stream)
-        columns: dict[str, list[str]] = {language: [] for language in keys}
         with self._foreign("reading"):
-            for number, record in enumerate(itertools.islice(stream, limit), 1):
+            rest = stream.skip(start) if start else stream
+            for number, record in enumerate(
+                itertools.islice(rest, limit and limit - start), start + 1
+            ):
                 texts = self._translation(split, number, record)
+                line = {}
                 for language, key in keys.items():
                     text = texts.get(key)
                     if text is not None and not isinstance(text, str):
@@ -76,8 +102,8 @@ class HuggingFace:
                             f"{type(text).__name__}"
                         )
                     # A line of a text file could not hold a newline either.
-                    columns[language].append(" ".join((text or "").split("\n")).strip())
-        return columns
+                    line[language] = " ".join((text or "").split("\n")).strip()
+                yield line
 
     def left_aside(self, split: str) -> list[str]:
         """Keys of the first record's translation that are no languages."""
@@ -209,3 +235,15 @@ class SacreBleu:
                 "delete both and sacrebleu makes them anew"
             )
         return columns
+
+    def stream(self, split: str, pair: str, start: int = 0) -> Iterator[tuple[str, str]]:
+        """As `read`, from a line on, one at a time."""
+        return itertools.islice(zip(*self.read(split, pair), strict=True), start, None)
+
+    def count(self, split: str, pair: str) -> int | None:
+        """Known when it is read."""
+        return None
+
+    def stamps(self, split: str, pair: str) -> list[str]:
+        """Nothing: a test set never changes."""
+        return []

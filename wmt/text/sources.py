@@ -4,27 +4,32 @@
 |---|---|
 | `FOLDER` | Moses-style, multi-parallel or tab-separated files, see `taskmoe.wmt.text.folders` |
 | `FILE.tsv` | one tab-separated file; training text unless its name begins with a split, `test.` |
+| `NAME.de-en` | two Moses files, `NAME.de-en.de` and `NAME.de-en.en`; as above |
 | `hf:NAME/CONFIG` | a Hugging Face dataset, or a local one: `hf:FOLDER` |
 | `sacrebleu:NAME` | a test set of sacreBLEU's, `sacrebleu:wmt14` or `sacrebleu:wmt14/full` |
 | `cldr` | the embedded corpus, see `taskmoe.wmt.text.cldr` |
 
-Files may be gzipped. After a file or a test set, `@train`, `@valid` or `@test` says which split it
-is to serve: `sacrebleu:wmt13@valid`.
+Files may be gzipped, and a pattern names all that it fits: `corpus/*.de-en`. After files or a test
+set, `@train`, `@valid` or `@test` says which split it is to serve: `sacrebleu:wmt13@valid`.
 """
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import split_pair
 from taskmoe.wmt.text import cldr
+from taskmoe.wmt.text.corpus_files import MosesCorpus, TsvCorpus, moses_files
 from taskmoe.wmt.text.folders import SPLITS, Columns, Folder, Pairs, without_empty
 from taskmoe.wmt.text.remote import HuggingFace, SacreBleu
-from taskmoe.wmt.text.textfiles import is_tsv, plain_name, read_tsv
+from taskmoe.wmt.text.textfiles import is_tsv
+
+_NAMES = 6  # of sources in a title
 
 
 class Source(Protocol):
@@ -50,47 +55,14 @@ class Source(Protocol):
     def left_aside(self, split: str) -> list[str]:
         """What looks like text of a split but is in no language."""
 
+    def stream(self, split: str, pair: str, start: int = 0) -> Iterator[tuple[str, str]]:
+        """As `read`, from a line on, one at a time: memory does not grow with the text."""
 
-class TsvFile:
-    """One tab-separated file, which serves one split."""
+    def count(self, split: str, pair: str) -> int | None:
+        """How many lines `stream` gives; None where only reading them tells."""
 
-    def __init__(self, path: Path, split: str | None = None, named: Collection[str] = ()) -> None:
-        """split: the one to serve; None goes by the name's beginning, else it is "train".
-
-        named: codes that count although they are no languages.
-        """
-        if not path.is_file():
-            raise InputError(f"data file {path} is not there")
-        begins = plain_name(path).split(".")[0]
-        begun = next((s for s, names in SPLITS.items() if begins in names), "train")
-        self.name, self.identity = str(path), str(path.resolve())
-        self._path, self._split, self._codes = path, split or begun, named
-        self._read_once: tuple[dict[str, list[str]], list[str]] | None = None
-
-    def pairs(self, split: str) -> list[str]:
-        """Directions between its columns, sorted; none for a split that it does not serve."""
-        if split != self._split:
-            return []
-        return sorted(f"{a}-{b}" for a in self._read() for b in self._read() if a != b)
-
-    def read(self, split: str, pair: str) -> Columns:
-        """The two columns of a direction; raises InputError where it has none."""
-        if pair not in self.pairs(split):
-            raise InputError(f"{self.name} has no {split} columns of pair {pair}")
-        source, target = split_pair(pair)
-        return self._read()[source], self._read()[target]
-
-    def left_aside(self, split: str) -> list[str]:
-        """Columns that are no language's."""
-        return [f"column {name}" for name in self._table()[1]] if split == self._split else []
-
-    def _read(self) -> dict[str, list[str]]:
-        return self._table()[0]
-
-    def _table(self) -> tuple[dict[str, list[str]], list[str]]:
-        if self._read_once is None:
-            self._read_once = read_tsv(self._path, self._codes)
-        return self._read_once
+    def stamps(self, split: str, pair: str) -> list[str]:
+        """What is another when the text is, as far as that is known without reading it."""
 
 
 def cache_folder(path: Path | None = None) -> Path:
@@ -126,9 +98,13 @@ def open_source(
     if kind == "sacrebleu" and colon:
         return SacreBleu(rest, split or None)
     if is_tsv(Path(word)) and not Path(word).is_dir():
-        return TsvFile(Path(word), split or None, named)
+        return TsvCorpus(Path(word), split or None, named)
+    if not Path(word).is_dir() and moses_files(word, named):
+        return MosesCorpus(word, split or None, named)
     if split:
-        raise InputError(f"{name}: only a .tsv file or sacrebleu: test set takes @{split}")
+        raise InputError(
+            f"{name}: only a .tsv file, Moses files or sacrebleu: test set take @{split}"
+        )
     if kind == "hf" and colon:
         return HuggingFace(rest, limit, named)
     if name == "cldr":
@@ -147,12 +123,33 @@ def open_sources(
     """Several sources; raises InputError as `open_source` does, and for one named twice."""
     found = [
         open_source(name, limit=limit, cache=cache, named=named, progress=progress)
-        for name in names
+        for given in names
+        for name in _matches(given, named)
     ]
     for i, source in enumerate(found):
         if source.identity in [other.identity for other in found[:i]]:
             raise InputError(f"{source.name} is named twice")
     return found
+
+
+def _matches(name: str, named: Collection[str]) -> list[str]:
+    """The names that a pattern fits, sorted; a name that is none is itself."""
+    word, at, split = name.rpartition("@")
+    if not at or split not in SPLITS:
+        word, split = name, ""
+    if not glob.has_magic(word) or word.startswith(("hf:", "sacrebleu:")) or Path(word).exists():
+        return [name]
+    found = [path for path in glob.glob(word) if Path(path).is_dir() or is_tsv(Path(path))]
+    for path in glob.glob(f"{word}.*"):  # Moses files are named without their ends
+        prefix = path.removesuffix(".gz").rpartition(".")[0]
+        if moses_files(prefix, named):
+            found.append(prefix)
+    if not found:
+        raise InputError(
+            f"data folder {name} is not there, and as a pattern it fits no folder, .tsv file or "
+            "Moses files"
+        )
+    return [f"{path}{at and split and f'@{split}'}" for path in sorted(set(found))]
 
 
 def all_pairs(sources: Sequence[Source], split: str) -> list[str]:
@@ -173,16 +170,19 @@ def read_all(
         split_pair(pair)
         holders = [source for source in sources if pair in source.pairs(split)]
         if not holders:
-            known = all_pairs(sources, split)
-            raise InputError(
-                f"no {split} text for pair {pair} in {names_of(sources)}; "
-                + (f"there is {', '.join(known)}" if known else f"there is no {split} text at all")
-            )
+            raise InputError(no_text(sources, split, pair))
         out[pair] = ([], [])
         for holder in holders:
             for side, lines in zip(out[pair], holder.read(split, pair), strict=True):
                 side.extend(lines[:limit])
     return out
+
+
+def no_text(sources: Sequence[Source], split: str, pair: str) -> str:
+    """That no source has text of a direction, and what there is."""
+    known = all_pairs(sources, split)
+    there = f"there is {', '.join(known)}" if known else f"there is no {split} text at all"
+    return f"no {split} text for pair {pair} in {names_of(sources)}; {there}"
 
 
 def read_held_out(sources: Sequence[Source], languages: set[str]) -> dict[str, set[str]]:
@@ -209,7 +209,9 @@ def read_split(
 
 def names_of(sources: Sequence[Source]) -> str:
     """Their names in one line."""
-    return " + ".join(source.name for source in sources)
+    names = [source.name for source in sources]
+    more = len(names) - _NAMES
+    return " + ".join(names if more < 1 else [*names[:_NAMES], f"{more} more"])
 
 
 class _Cldr:
@@ -229,6 +231,18 @@ class _Cldr:
         return []
 
     def read(self, split: str, pair: str) -> Columns:
+        return self._there().read(split, pair)
+
+    def stream(self, split: str, pair: str, start: int = 0) -> Iterator[tuple[str, str]]:
+        return self._there().stream(split, pair, start)
+
+    def count(self, split: str, pair: str) -> int | None:
+        return self._there().count(split, pair)
+
+    def stamps(self, split: str, pair: str) -> list[str]:
+        return [cldr.fingerprint(self._config)]
+
+    def _there(self) -> Folder:
         if self._folder is None:
             path = self._cache / f"cldr-{cldr.fingerprint(self._config)}"
             try:
@@ -240,4 +254,4 @@ class _Cldr:
                     f"cache folder {self._cache}: {error.strerror}; name another with --cache"
                 ) from None
             self._folder = Folder(path)
-        return self._folder.read(split, pair)
+        return self._folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,14 @@ def language_token(language: str) -> str:
     return f"<2{language}>"
 
 
+def drawn_shares(sizes: Sequence[int], sentences: int, temperature: float) -> list[int]:
+    """How many sentences of each language are drawn, with p ~ size^(1/T): `sentences` in all."""
+    size = np.array(sizes)
+    weight = np.where(size > 0, size, 1.0) ** (1 / temperature) * (size > 0)
+    drawn = min(sentences, int(size.sum()))
+    return [int(n) for n in np.ceil(weight / max(weight.sum(), 1e-300) * drawn - 1e-9)]
+
+
 def train_tokenizer(
     texts: dict[str, list[str]],
     vocab_size: int,
@@ -89,6 +97,7 @@ def train_tokenizer(
     temperature: float = 5.0,
     sentences: int = 200_000,
     seed: int = 0,
+    shares: Sequence[int] | None = None,
 ) -> Tokenizer:
     """Train a unigram vocabulary on text sampled with p ~ size^(1/T) over languages.
 
@@ -98,10 +107,8 @@ def train_tokenizer(
     Raises InputError where the size does not fit the text.
     """
     rng = np.random.default_rng(seed)
-    size = np.array([len(lines) for lines in texts.values()])
-    weight = np.where(size > 0, size, 1.0) ** (1 / temperature) * (size > 0)
-    drawn = min(sentences, int(size.sum()))
-    quota = np.ceil(weight / max(weight.sum(), 1e-300) * drawn - 1e-9).astype(int)
+    sizes = [len(lines) for lines in texts.values()]
+    quota = drawn_shares(sizes, sentences, temperature) if shares is None else shares
 
     def draw() -> Iterable[str]:
         for lines, n in zip(texts.values(), quota, strict=True):

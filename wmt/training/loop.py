@@ -34,6 +34,8 @@ class Progress(NamedTuple):
     loss: nats per target token, label smoothing and auxiliary losses left out; nan where no step
       was taken.
     tokens_per_s: source and target tokens of all processes, padding left out.
+    padding: share of the positions of batches that hold none. waits: share of the time that the
+      loop waited for a batch.
     dropped: share of assignments that found no room; busiest: largest load of an expert times E;
     entropy: nats, of the mean gate probabilities, over layers; load: [layers][E], share of the
       assignments that each expert got.
@@ -44,6 +46,8 @@ class Progress(NamedTuple):
     steps: int
     loss: float
     tokens_per_s: float
+    padding: float
+    waits: float
     dropped: float
     busiest: float
     entropy: float
@@ -118,11 +122,15 @@ def train(
         history = History(workdir, step, validation.text if validation else None)
         with batches, Logs(workdir, tensorboard) as logs:
             pending: list[Sums] = []
+            places, waited = 0, 0.0
             compiled: set[tuple[int, ...]] = set()
             since = time.perf_counter()
             over = _is_over(validation, history)
             while step < config.steps and not over:
+                asked = time.perf_counter()
                 batch = next(batches)
+                waited += time.perf_counter() - asked
+                places += (batch.source.size + batch.target_out.size) * shard[1]
                 if batch.source.shape not in compiled:
                     compiled.add(batch.source.shape)
                     note(f"compiling the step for sentences of {batch.source.shape[1]} tokens")
@@ -134,7 +142,7 @@ def train(
                 due = validation is not None and validation.is_due(step, config.steps)
                 if not (save or due or len(pending) == report_every):
                     continue
-                progress = _summarise(step, config.steps, pending, since)
+                progress = _summarise(step, config.steps, pending, since, places, waited)
                 _check(progress, pending, config, state.params if save else None, checkpoints)
                 logs.write(step, progress._asdict())
                 report(progress)
@@ -154,6 +162,7 @@ def train(
                     checkpoints.wait()
                     raise Stopped(told, f"step {step} of {config.steps} is kept in {workdir}")
                 pending, since = [], time.perf_counter()
+                places, waited = 0, 0.0
             if over:
                 note(
                     f"ended at step {step}: no gain in {history.without_gain()} scores; "
@@ -200,10 +209,14 @@ def _check(
     )
 
 
-def _summarise(step: int, steps: int, pending: list[Sums], since: float) -> Progress:
+def _summarise(
+    step: int, steps: int, pending: list[Sums], since: float, places: int, waited: float
+) -> Progress:
+    """places: positions of the batches. waited: seconds for them."""
     host: list[dict[str, Any]] = [jax.device_get(sums) for sums in pending]
     counted = sum(float(s["tokens"]) for s in host)
     loss = sum(float(s["loss"]) for s in host)
+    tokens, seconds = sum(int(s["positions"]) for s in host), time.perf_counter() - since
 
     def mean(name: str) -> Any:
         return np.mean([s[name] for s in host], axis=0)
@@ -212,7 +225,9 @@ def _summarise(step: int, steps: int, pending: list[Sums], since: float) -> Prog
         step,
         steps,
         loss=loss / counted if counted else float("nan"),
-        tokens_per_s=sum(int(s["positions"]) for s in host) / (time.perf_counter() - since),
+        tokens_per_s=tokens / seconds,
+        padding=1 - tokens / places,
+        waits=waited / seconds,
         dropped=float(mean("dropped")),
         busiest=float(mean("busiest")),
         entropy=float(mean("entropy")),

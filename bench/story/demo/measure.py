@@ -128,7 +128,7 @@ def measure(spec: Spec) -> Demo:
     _stage("1/5", "the corpus: 30 directions from Unicode CLDR")
     text, test, tokenizer = _corpus(work, spec.sentences)
     config = TrainConfig(steps=spec.steps, **TRAIN)
-    data = TrainingData(text, tokenizer, config)
+    data = TrainingData.encoded(text, tokenizer, config)
 
     _stage("2/5", "training three models of equal compute per token")
     trained = {name: _train(name, work, config, data, tokenizer) for name in ROUTING}

@@ -1,0 +1,393 @@
+"""Training sets: the text that memory would hold, whole after any stop, refused if damaged."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from taskmoe.cli.errors import InputError
+from taskmoe.tests.wmt import support
+from taskmoe.wmt.__main__ import main
+from taskmoe.wmt.text import cleaning, preparing
+from taskmoe.wmt.text.cleaning import clean, first_of_each
+from taskmoe.wmt.text.data import TrainingData
+from taskmoe.wmt.text.preparing import Plan, prepare
+from taskmoe.wmt.text.rows import Rows, encode, joined
+from taskmoe.wmt.text.sampling import Schedule, permuted
+from taskmoe.wmt.text.sources import open_sources, read_all, read_held_out
+from taskmoe.wmt.text.tokenizer import Tokenizer
+from taskmoe.wmt.text.training_set import MANIFEST, TrainingSet, rows_file
+
+PAIRS = ("en-de", "de-en")
+CONFIG = support.train_config(buckets=(4, 8, 16), vocab_sentences=150)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "BLOCK", 64)
+
+
+def folder_of_text(folder: Path) -> Path:
+    """200 good lines, and of every kind that is left out some."""
+    support.write_folder(folder)
+    lines = {x: support.sentences(x, 200) for x in ("en", "de")}
+    held = {x: support.sentences(x, 12, 1)[3] for x in ("en", "de")}
+    for i, language in enumerate(("en", "de")):
+        own = lines[language]
+        extra = [
+            *own[20:50],  # again
+            *["", "kept"][i : i + 1],  # a side is empty
+            "x" * 1001,
+            "the same four words",
+            ["a", "a b c d e f g h i j k l m n o p q r s t u v w x y z"][i],
+            held[language].upper(),
+            *own[:40],
+        ]
+        content = "".join(f"{line}\n" for line in own + extra)
+        (folder / f"train.{language}").write_text(content, encoding="utf-8")
+    (folder / "train.fr").unlink()
+    return folder
+
+
+def plan(folder: Path, **fields: Any) -> Plan:
+    sources = open_sources([str(folder)])
+    chosen: dict[str, Any] = {
+        "sources": sources,
+        "pairs": PAIRS,
+        "held_out": read_held_out(sources, {"en", "de"}),
+        "splits": {"valid": read_all(sources, "valid", PAIRS)},
+        "config": CONFIG,
+        "vocabulary": support.tokenizer(),
+        "title": "text",
+        "identity": "text",
+    }
+    return Plan(**(chosen | fields))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def in_memory(wanted: Plan, tokenizer: Tokenizer) -> TrainingData:
+    text = read_all(wanted.sources, "train", wanted.pairs)
+    cleaned, _ = clean(text, wanted.config, wanted.held_out)
+    return TrainingData.encoded(cleaned, tokenizer, wanted.config)
+
+
+def test_a_set_is_the_text_that_memory_would_hold(tmp_path: Path) -> None:
+    wanted = plan(folder_of_text(tmp_path / "text"))
+    made = prepare(tmp_path / "set", wanted)
+    read = read_all(wanted.sources, "train", PAIRS)
+    _, accounts = clean(read, CONFIG, wanted.held_out)
+    there = made.manifest.directions
+    assert {pair: one.account for pair, one in there.items()} == accounts
+    for reason in ("empty", "long", "copied", "ratio", "duplicate", "held_out"):
+        assert getattr(accounts["en-de"], reason) > 0, reason
+    # Planted: 70 lines that came before; sentences that the generator repeats are more of them.
+    assert accounts["en-de"].duplicate >= 70
+    mapped, held = made.data(PAIRS, CONFIG), in_memory(wanted, made.tokenizer)
+    assert mapped.fingerprint == held.fingerprint
+    for step in range(20):
+        for a, b in zip(mapped.batch(step), held.batch(step), strict=True):
+            np.testing.assert_array_equal(a, b)
+    made.verify()
+    assert read_all(open_sources([str(made.folder)]), "valid", PAIRS) == wanted.splits["valid"]
+    assert not (tmp_path / "set.part").exists()
+    with pytest.raises(InputError, match="already holds something"):
+        prepare(tmp_path / "set", wanted)
+
+
+def test_workers_write_the_same_bytes(tmp_path: Path) -> None:
+    wanted = plan(folder_of_text(tmp_path / "text"), vocabulary=330)
+    one, two = prepare(tmp_path / "one", wanted), prepare(tmp_path / "two", wanted, 2)
+    assert content(one.folder) == content(two.folder)
+    other = prepare(tmp_path / "other", plan(tmp_path / "text"))
+    assert content(one.folder) != content(other.folder)
+
+
+def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = plan(folder_of_text(tmp_path / "text"), vocabulary=330)
+    renames = []
+    replace = os.replace
+
+    def counted(source: Any, target: Any) -> None:
+        renames.append(target)
+        if len(renames) == stop_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", counted)
+    stop_at = 0
+    whole = content(prepare(tmp_path / "whole", wanted).folder)
+    count = len(renames)
+    assert count > 25  # two directions of five blocks, each written twice, and the rest
+    for stop_at in range(1, count + 1):
+        renames.clear()
+        out = tmp_path / f"out{stop_at}"
+        with pytest.raises(InputError, match=r"No space left .* is kept in .*\.part, .* goes on"):
+            prepare(out, wanted)
+        assert not out.exists()
+        done, stop_at = renames.copy(), 0
+        renames.clear()
+        assert content(prepare(out, wanted).folder) == whole
+        # Only a block's text, what could not be renamed, and the small files of text to score.
+        assert len(renames) <= count - len(done) + 4
+        shutil.rmtree(out)
+
+
+def test_a_killed_command_goes_on(tmp_path: Path) -> None:
+    folder = folder_of_text(tmp_path / "text")
+    command = [sys.executable, "-m", "taskmoe.wmt", "prepare", "--data", str(folder)]
+    command += ["--pairs", "en-de,de-en", "--workers", "2", "--set", "vocab_size=330", "--out"]
+    parts = tmp_path / "killed.part"
+    begun = subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    while begun.poll() is None and len(list(parts.glob("**/*.*"))) < 9:
+        time.sleep(0.002)
+    begun.send_signal(signal.SIGKILL)
+    begun.wait()
+    for out in ("killed", "whole"):
+        if not (tmp_path / out).exists():
+            subprocess.run([*command, str(tmp_path / out)], check=True, capture_output=True)
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_what_was_begun_with_other_text_or_settings_is_refused(tmp_path: Path) -> None:
+    folder = folder_of_text(tmp_path / "text")
+    wanted, out = plan(folder), tmp_path / "set"
+    (tmp_path / "set.part").mkdir()
+    (tmp_path / "set.part" / "plan.json").write_text(json.dumps(wanted.description()))
+    other = support.train_config(buckets=(4, 8, 16), vocab_sentences=150, max_ratio=2.0)
+    with pytest.raises(InputError, match=r"begun with other max_ratio \(3.0 there, 2.0 here\)"):
+        prepare(out, plan(folder, config=other))
+    with (folder / "train.en").open("a") as file:
+        file.write("one more\n")
+    with (folder / "train.de").open("a") as file:
+        file.write("eins mehr\n")
+    with pytest.raises(InputError, match=r"begun with other files .*; delete it to begin anew"):
+        prepare(out, plan(folder))
+
+
+def test_a_damaged_set_is_refused(tmp_path: Path) -> None:
+    made = prepare(tmp_path / "set", plan(folder_of_text(tmp_path / "text")))
+    file = rows_file(made.folder, "en-de")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-2])
+    with pytest.raises(InputError, match=r"train\.en-de\.npy is damaged"):
+        made.data(PAIRS, CONFIG)
+    file.write_bytes(whole[:-2] + b"\7\7")
+    with pytest.raises(InputError, match=r"train\.en-de\.npy has changed"):
+        made.verify()
+    file.write_bytes(whole)
+    made.verify()
+    with pytest.raises(InputError, match="has no training text of en-fr; it has en-de, de-en"):
+        made.data(("en-fr",), CONFIG)
+    (made.folder / "spm.model").write_bytes(made.tokenizer.with_languages(["xx"]).model)
+    with pytest.raises(InputError, match="is another vocabulary than the set's"):
+        TrainingSet(made.folder)
+    manifest = (made.folder / MANIFEST).read_text()
+    (made.folder / MANIFEST).write_text(manifest.replace('"version": 1', '"version": 9'))
+    with pytest.raises(InputError, match="of version 9, this is 1"):
+        TrainingSet(made.folder)
+    (made.folder / MANIFEST).write_text("{")
+    with pytest.raises(InputError, match="cannot be used"):
+        TrainingSet(made.folder)
+    with pytest.raises(InputError, match="is no training set"):
+        TrainingSet(tmp_path / "text")
+
+
+def test_longer_buckets_than_the_set_keeps_are_an_error(tmp_path: Path) -> None:
+    short = support.train_config(buckets=(4, 5), vocab_sentences=150)
+    made = prepare(tmp_path / "set", plan(folder_of_text(tmp_path / "text"), config=short))
+    assert made.manifest.directions["en-de"].beyond > 0
+    assert made.data(PAIRS, short).too_long["en-de"] == made.manifest.directions["en-de"].beyond
+    with pytest.raises(InputError, match="sentences of up to 5 tokens, and there are longer ones"):
+        made.data(PAIRS, CONFIG)
+    shorter = made.data(PAIRS, support.train_config(buckets=(4,)))
+    assert shorter.too_long["en-de"] > made.manifest.directions["en-de"].beyond
+
+
+# Rows
+
+SIDES = st.lists(st.integers(0, 5), max_size=12)
+
+
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
+@hypothesis.given(lines=st.lists(st.tuples(SIDES, SIDES), max_size=30), cut=st.integers(0, 30))
+def test_rows_hold_every_pair_by_length_in_its_order(lines: Any, cut: int) -> None:
+    words = support.WORDS["en"], support.WORDS["de"]
+    text = tuple(
+        [" ".join(words[side][i] for i in line[side]) for line in lines] for side in (0, 1)
+    )
+    tokenizer, longest = support.tokenizer(), 9
+    rows = encode("en-de", text, tokenizer, longest)
+    sides = zip(
+        tokenizer.encode_source(text[0], "de"), tokenizer.encode_target(text[1]), strict=True
+    )
+    every = [pair for pair in sides if max(map(len, pair)) <= longest]
+    every.sort(key=lambda pair: max(map(len, pair)))
+    assert rows.beyond == len(lines) - len(every)
+    source, target = rows.read(np.arange(len(every)), longest + 2)
+    for i, pair in enumerate(every):
+        for found, tokens in zip((source[i], target[i]), pair, strict=True):
+            assert found.tolist() == tokens + [0] * (longest + 2 - len(tokens))
+    parts = [encode("en-de", (x[:cut], y[:cut]), tokenizer, longest) for x, y in [text]]
+    parts += [encode("en-de", (x[cut:], y[cut:]), tokenizer, longest) for x, y in [text]]
+    whole = joined(parts, longest, tokenizer.vocab_size)
+    assert whole.digest() == rows.digest()
+    backwards = every[::-1]
+    backwards.sort(key=lambda pair: max(map(len, pair)))
+    turned = encode("en-de", (text[0][::-1], text[1][::-1]), tokenizer, longest)
+    assert (turned.digest() == rows.digest()) == (backwards == every)
+    with pytest.raises(ValueError, match="tokens belong to these counts"):
+        Rows(rows.counts + 1, rows.flat)
+
+
+@hypothesis.settings(max_examples=50, deadline=None, derandomize=True)
+@hypothesis.given(numbers=st.lists(st.integers(0, 30)), at_once=st.integers(1, 40))
+def test_the_first_of_equal_keys_is_found_in_any_number_of_parts(
+    numbers: list[int], at_once: int
+) -> None:
+    key = (np.array(numbers, np.uint64) * np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cleaning, "_SORTED_AT_ONCE", at_once)
+        found = first_of_each(key)
+    assert found.tolist() == [x not in numbers[:i] for i, x in enumerate(numbers)]
+
+
+def test_directions_of_any_size_come_as_their_temperature_says() -> None:
+    """10,000 steps over 16 directions of very unequal size against p ~ size^(1/5), chi-square."""
+    sizes = np.array([int(20_000 * 400 ** (i / 15)) for i in range(16)])
+    buckets = np.array([[0.5], [0.3], [0.2]]) * sizes
+    schedule = Schedule(buckets.astype(np.int64), [64, 32, 16], 5.0, 0)
+    counts = np.zeros(16)
+    for step in range(10_000):
+        counts += schedule.shares(step)
+    want = sizes**0.2 / (sizes**0.2).sum() * counts.sum()
+    chi_square = float(((counts - want) ** 2 / want).sum())
+    assert chi_square < 25.0  # 5% of independent draws would be above, with 15 degrees of freedom
+    wrong = sizes**0.25 / (sizes**0.25).sum() * counts.sum()
+    assert float(((counts - wrong) ** 2 / wrong).sum()) > 1000
+
+
+def test_an_order_is_computed_and_not_kept() -> None:
+    schedule = Schedule(np.array([[300_000_000]]), [8], 5.0, 0)
+    drawn = np.concatenate([schedule.draw(step).sentence for step in range(200)])
+    assert len(set(drawn.tolist())) == 1600
+    assert drawn.min() < 30_000_000
+    assert drawn.max() > 270_000_000
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 65537])
+def test_an_order_has_every_number_once_and_each_place_takes_any(size: int) -> None:
+    orders = [permuted(np.arange(size), size, (seed,)) for seed in range(600 if size < 20 else 2)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(size))
+    if size < 20:  # each number comes at each place as often as by chance, within 6 deviations
+        for place in range(size):
+            count = np.bincount([order[place] for order in orders], minlength=size)
+            assert np.abs(count - 600 / size).max() <= 6 * (600 / size) ** 0.5
+    else:  # and neighbours are strangers
+        apart = np.abs(np.diff(orders[0]))
+        assert abs(apart.mean() / size - 1 / 3) < 0.05
+        assert not np.array_equal(orders[0], orders[1])
+    part = np.arange(size)[:: max(1, size // 7)]
+    np.testing.assert_array_equal(permuted(part, size, (0,)), orders[0][part])
+
+
+# Commands
+
+
+def fails(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    return capfd.readouterr().err
+
+
+def test_training_from_a_set(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, out = folder_of_text(tmp_path / "text"), tmp_path / "set"
+    pairs = ["--pairs", "en-de,de-en"]
+    sizes = ["--set", "vocab_size=330", "--set", "buckets=8,16"]
+    table = tmp_path / "sizes.json"
+    asked = ["prepare", "--data", str(folder), *pairs, *sizes, "--out", str(out)]
+    assert main([*asked, "--json", str(table), "--workers", "1"]) == 0
+    assert json.loads(table.read_text())["train"]["en-de"]["held_out"] > 0
+    assert "longer" in capfd.readouterr().out
+    work = tmp_path / "work"
+    small = ["--set", "d_model=16", "--set", "d_ff=16", "--set", "num_heads=2"]
+    train = ["train", "--data", str(out), "--workdir", str(work), *small, "--set", "buckets=8,16"]
+    assert main([*train, "--steps", "2", "--validate-every", "2"]) == 0
+    assert "padding" in capfd.readouterr().out
+    log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
+    assert 0 < log[0]["padding"] < 1
+    assert 0 <= log[0]["waits"] <= 1
+    assert main([*train, "--steps", "3", "--validate-every", "2"]) == 0  # resumed
+    assert "resuming at step 2" in capfd.readouterr().out
+    assert main(["evaluate", "--model", str(work), "--data", str(out), "--split", "valid"]) == 0
+    capfd.readouterr()
+    one = tmp_path / "one"
+    only = [*train[:3], "--workdir", str(one), *small, "--set", "buckets=8,16", "--steps", "1"]
+    assert main([*only, "--pairs", "de-en"]) == 0
+    # A model's vocabulary makes a set to go on from it.
+    again = [*asked[:-1], str(tmp_path / "again"), "--vocabulary", str(work)]
+    assert main(again) == 0
+    further = ["train", "--data", str(tmp_path / "again"), "--init", str(work), "--steps", "1"]
+    assert main([*further, "--workdir", str(tmp_path / "on"), "--set", "buckets=8,16"]) == 0
+    capfd.readouterr()
+
+    new = ["--workdir", str(tmp_path / "new")]
+    at = ["train", "--data", str(out), *new]
+    assert "was prepared with 330" in fails(capfd, *at, "--set", "vocab_size=300")
+    assert "was prepared with 3.0" in fails(capfd, *at, "--set", "max_ratio=2")
+    assert "is all the text of a run" in fails(capfd, *at, "--data", str(folder))
+    assert "no training text of en-fr" in fails(capfd, *at, "--pairs", "en-fr")
+    assert "it is a training set" in fails(
+        capfd, "prepare", "--data", str(out), "--out", str(tmp_path / "x")
+    )
+    other = ["train", "--data", str(out), "--init", str(tmp_path / "on"), *new, "--steps", "1"]
+    shutil.copytree(tmp_path / "again", tmp_path / "same")
+    big = tmp_path / "big"
+    assert main([*asked[:-1], str(big), "--set", "vocab_size=290"]) == 0
+    other[2] = str(big)
+    assert "encoded by another vocabulary" in fails(capfd, *other)
+    assert not (tmp_path / "new" / "model").exists()
+
+
+def test_patterns_and_moses_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, seed in (("news", 0), ("talks", 1)):
+        for language in ("de", "en"):
+            text = "".join(f"{x}\n" for x in support.sentences(language, 30, seed))
+            (tmp_path / f"{name}.de-en.{language}").write_text(text, encoding="utf-8")
+    rows = zip(support.sentences("en", 20, 2), support.sentences("de", 20, 2), strict=True)
+    (tmp_path / "web.en-de.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in rows))
+    names = [source.name for source in open_sources([str(tmp_path / "*.de-en")])]
+    assert names == [str(tmp_path / "news.de-en"), str(tmp_path / "talks.de-en")]
+    every = open_sources([str(tmp_path / "*.de-en"), str(tmp_path / "*.tsv")])
+    text = read_all(every, "train", ("en-de",))["en-de"]
+    assert len(text[0]) == 80
+    assert text[0][30:60] == support.sentences("en", 30, 1)
+    (held,) = open_sources([str(tmp_path / "talks.de-en") + "@valid"])
+    assert held.pairs("train") == []
+    assert held.pairs("valid") == ["de-en", "en-de"]
+    with pytest.raises(InputError, match=r"it fits no folder, \.tsv file or Moses files"):
+        open_sources([str(tmp_path / "*.fr-en")])
+
+    data = ["--data", str(tmp_path / "*.de-en"), "--pairs", "en-de", "--out", str(tmp_path / "o")]
+    assert main(["prepare", *data, "--dry-run"]) == 0
+    printed = capfd.readouterr().out
+    assert "60" in printed
+    assert support.sentences("en", 1)[0] in printed
+    assert not (tmp_path / "o").exists()
+    (tmp_path / "talks.de-en.en").write_text("one\n")
+    assert "has 1 lines but" in fails(capfd, "prepare", *data)

@@ -1,0 +1,436 @@
+"""From sources to a training set, in stages that each write what they have done.
+
+    read      lines of a direction in blocks: looked at one by one, those worth it are kept as text
+    judge     of all blocks of a direction: lengths that go together, duplicates, held-out text
+    vocabulary  from lines that are kept, drawn with p ~ size^(1/T) over languages
+    encode    block by block
+    merge     the blocks of a direction into one file
+
+All lies in `OUT.part` until the set is whole, and a run that was stopped goes on there: what a
+stage has finished has its name, what it was at has another. Blocks hold a fixed number of lines, so
+memory does not grow with the text, but for about 10 bytes a line of the largest direction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from taskmoe.cli.command_line import write_bytes, write_text
+from taskmoe.cli.errors import InputError
+from taskmoe.wmt.config import TrainConfig, split_pair
+from taskmoe.wmt.text.cleaning import Account, Looked, held_keys, judge, look
+from taskmoe.wmt.text.folders import Pairs, write_splits
+from taskmoe.wmt.text.rows import Rows, encode, place, token_type
+from taskmoe.wmt.text.sources import Source
+from taskmoe.wmt.text.tokenizer import Tokenizer, drawn_shares, train_tokenizer
+from taskmoe.wmt.text.training_set import (
+    CLEANING,
+    MANIFEST,
+    VERSION,
+    VOCABULARY,
+    Direction,
+    Manifest,
+    TrainingSet,
+    rows_file,
+)
+from taskmoe.wmt.text.workers import workers
+
+BLOCK = 50_000  # lines of a block
+Report = Callable[[str, int, int | None], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is made of what.
+
+    sources, pairs: which text. held_out: language -> lines of validation and test text. splits:
+    text to score, split -> direction -> lines. config: how text is cleaned, the longest sentence
+    and the vocabulary's temperature, sentences and seed. vocabulary: one that is there, or the size
+    of one to train.
+    """
+
+    sources: Sequence[Source]
+    pairs: tuple[str, ...]
+    held_out: Mapping[str, set[str]]
+    splits: Mapping[str, Pairs]
+    config: TrainConfig
+    vocabulary: Tokenizer | int
+    title: str
+    identity: str
+
+    def holders(self, pair: str) -> list[Source]:
+        """The sources that have training text of a direction."""
+        return [source for source in self.sources if pair in source.pairs("train")]
+
+    def description(self) -> dict[str, Any]:
+        """All that the set depends on, as JSON has it."""
+        vocabulary = self.vocabulary
+        fields = dataclasses.asdict(self.config)
+        return {
+            "version": VERSION,
+            "block": BLOCK,
+            "sources": self.identity,
+            "pairs": list(self.pairs),
+            "files": sorted({
+                stamp
+                for pair in self.pairs
+                for source in self.holders(pair)
+                for stamp in source.stamps("train", pair)
+            }),
+            "held_out": _digest({x: sorted(lines) for x, lines in self.held_out.items()}),
+            "splits": _digest(self.splits),
+            "vocabulary": vocabulary
+            if isinstance(vocabulary, int)
+            else hashlib.sha256(vocabulary.model).hexdigest(),
+            **{name: fields[name] for name in (*CLEANING, "temperature", "seed")},
+            "longest": self.config.buckets[-1],
+        }  # fmt: skip
+
+
+def prepare(out: Path, plan: Plan, count: int = 1, report: Report = lambda *_: None) -> TrainingSet:
+    """Write a training set; a run that was stopped is gone on with.
+
+    count: processes that look at text and encode it, beside this one which reads. report: called
+    with (stage, lines done, lines in all or None).
+    Raises InputError where `out` is there, another run is at it, `out.part` is of other text or
+    settings, text is wrong, or a disk is full: what is done stays and the same call goes on.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} already holds something; name a new folder")
+    part = out.with_name(f"{out.name}.part")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        with _alone_in(part):
+            _claim(part, plan)
+            _stages(part, plan, count, report)
+            if out.exists():
+                out.rmdir()
+            os.replace(part / "set", out)
+        shutil.rmtree(part)
+    except OSError as error:
+        where = error.filename or part
+        raise InputError(
+            f"{where}: {error.strerror}; what is done is kept in {part}, and the same command "
+            "goes on"
+        ) from None
+    return TrainingSet(out)
+
+
+def _stages(part: Path, plan: Plan, count: int, report: Report) -> None:
+    directions = [_Direction(part / pair, pair, plan) for pair in plan.pairs]
+    held = held_keys(plan.held_out)
+    (part / "set").mkdir(exist_ok=True)
+    with workers(count, _begin_looking, (plan.config, held)) as run:
+        for number, direction in enumerate(directions, 1):
+            stage = f"reading {direction.pair} ({number} of {len(directions)})"
+            direction.read(run, functools.partial(report, stage))
+    for number, direction in enumerate(directions, 1):
+        report(f"judging {direction.pair}", number - 1, len(directions))
+        direction.judge()
+    tokenizer = _vocabulary(part / "set" / VOCABULARY, plan, directions)
+    total, done = sum(direction.kept() for direction in directions), 0
+    with workers(count, _begin_encoding, (tokenizer.model, plan.config.buckets[-1])) as run:
+        for direction in directions:
+            for lines in direction.encode(run):
+                done += lines
+                report("encoding", done, total)
+    made = {}
+    for number, direction in enumerate(directions, 1):
+        report(f"merging {direction.pair}", number - 1, len(directions))
+        made[direction.pair] = direction.merge(part / "set", tokenizer.vocab_size)
+    write_splits(part / "set", plan.splits)
+    fields = dataclasses.asdict(plan.config)
+    manifest = Manifest(
+        title=plan.title,
+        identity=plan.identity,
+        cleaning={name: fields[name] for name in CLEANING},
+        vocab_size=plan.vocabulary if isinstance(plan.vocabulary, int) else tokenizer.vocab_size,
+        longest=plan.config.buckets[-1],
+        vocabulary_sha256=hashlib.sha256(tokenizer.model).hexdigest(),
+        directions=made,
+    )
+    write_text(part / "set" / MANIFEST, manifest.to_json())
+
+
+class _Direction:
+    """One direction's blocks on their way, in a folder of its own."""
+
+    def __init__(self, folder: Path, pair: str, plan: Plan) -> None:
+        self.folder, self.pair, self._plan = folder, pair, plan
+        folder.mkdir(exist_ok=True)
+
+    def read(self, run: Any, report: Callable[[int, int | None], None]) -> None:
+        """Look at all lines, in blocks."""
+        whole = self.folder / "read.json"
+        if whole.exists():
+            return
+        limit = self._plan.config.max_sentences
+        counts = [source.count("train", self.pair) for source in self._plan.holders(self.pair)]
+        known = [count for count in counts if count is not None]
+        total = None
+        if len(known) == len(counts):
+            total = sum(count if limit is None else min(count, limit) for count in known)
+        done = 0
+        for lines in run(_look_at_block, self._blocks_to_read()):
+            done += lines
+            report(done, total)
+        blocks = sum(1 for _ in self.folder.glob("*.looked.npz"))
+        write_text(whole, json.dumps({"blocks": blocks}))
+
+    def _blocks_to_read(self) -> Iterator[tuple[Path, list[tuple[str, str]], tuple[str, str]]]:
+        limit = self._plan.config.max_sentences
+        sources = self._plan.holders(self.pair)
+        # Blocks that are whole already from the first on need not be read again.
+        ready = next(i for i in itertools.count() if not _looked(self.folder, i).exists())
+        number = 0
+        for source in sources:
+            start = 0
+            if len(sources) == 1 and limit is None:
+                start, number = ready * BLOCK, ready
+            lines = source.stream("train", self.pair, start)
+            lines = itertools.islice(lines, limit)
+            while block := list(itertools.islice(lines, BLOCK)):
+                if not _looked(self.folder, number).exists():
+                    yield self.folder / f"{number:06d}", block, split_pair(self.pair)
+                number += 1
+
+    def judge(self) -> None:
+        """Decide which lines are kept."""
+        whole = self.folder / "judged.json"
+        if whole.exists():
+            return
+        kept, account = judge(self.pair, lambda: _blocks(self.folder), self._plan.config)
+        sizes = [int(block.sum()) for block in kept]
+        _save(self.folder / "kept.npz", **{f"{i:06d}": block for i, block in enumerate(kept)})
+        fields = {"kept": sizes, "account": dataclasses.asdict(account)}
+        write_text(whole, json.dumps(fields))
+
+    def _judged(self) -> dict[str, Any]:
+        fields: dict[str, Any] = json.loads((self.folder / "judged.json").read_text())
+        return fields
+
+    def kept(self) -> int:
+        """Lines that are."""
+        return sum(self._judged()["kept"])
+
+    def lines(self, which: np.ndarray) -> Iterator[tuple[str, str]]:
+        """Some of the lines that are kept, by rising number."""
+        sizes = self._judged()["kept"]
+        ends = np.cumsum(sizes)
+        masks = np.load(self.folder / "kept.npz")
+        for number in np.unique(np.searchsorted(ends, which, side="right")):
+            block = _read_lines(self.folder / f"{number:06d}.text")
+            kept = np.flatnonzero(masks[f"{number:06d}"])
+            first = ends[number] - sizes[number]
+            for i in which[(which >= first) & (which < ends[number])]:
+                yield block[kept[i - first]]
+
+    def encode(self, run: Any) -> Iterator[int]:
+        """Encode block by block, which gives how many lines each has."""
+        if (self.folder / "merged.json").exists():
+            yield self.kept()
+            return
+        sizes = self._judged()["kept"]
+        jobs = []
+        with np.load(self.folder / "kept.npz") as masks:
+            for number, size in enumerate(sizes):
+                if (self.folder / f"{number:06d}.rows.npz").exists():
+                    yield size
+                else:
+                    name = f"{number:06d}"
+                    jobs.append((self.folder / name, masks[name], self.pair))
+        yield from run(_encode_block, jobs)
+
+    def merge(self, out: Path, vocab_size: int) -> Direction:
+        """Write the direction's file of tokens."""
+        whole, file = self.folder / "merged.json", rows_file(out, self.pair)
+        if not whole.exists():
+            blocks = sorted(self.folder.glob("*.rows.npz"))
+            counts, beyond = np.zeros(self._plan.config.buckets[-1] + 1, np.int64), 0
+            for block in blocks:
+                rows = _load_rows(block)
+                counts, beyond = counts + rows.counts, beyond + rows.beyond
+            size = int((2 * counts * np.arange(len(counts))).sum())
+            beside = file.with_name(f".{file.name}")
+            # An empty array cannot be mapped.
+            flat = np.lib.format.open_memmap(beside, "w+", token_type(vocab_size), (max(size, 1),))
+            place(map(_load_rows, blocks), counts, flat)
+            flat.flush()
+            digest = Rows(counts, flat[:size], beyond).digest()
+            del flat
+            os.replace(beside, file)
+            made = {"counts": counts.tolist(), "beyond": beyond, "sha256": digest}
+            write_text(whole, json.dumps(made))
+            for block in blocks:
+                block.unlink()
+        account = Account(**self._judged()["account"])
+        return Direction(account=account, **json.loads(whole.read_text()))
+
+
+def _blocks(folder: Path) -> Iterator[Looked]:
+    """What is known of a direction's blocks, without their lines."""
+    for number in range(json.loads((folder / "read.json").read_text())["blocks"]):
+        with np.load(_looked(folder, number)) as found:
+            counts = dict(zip(found["names"].tolist(), found["counts"].tolist(), strict=True))
+            yield Looked([], found["characters"], found["key"], found["held_out"], counts)
+
+
+def _looked(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.looked.npz"
+
+
+def _vocabulary(path: Path, plan: Plan, directions: Sequence[_Direction]) -> Tokenizer:
+    """The set's vocabulary; where it is to be trained, on lines drawn from those that are kept."""
+    if path.exists():
+        return Tokenizer.load(path)
+    made = plan.vocabulary
+    if isinstance(made, int):
+        config = plan.config
+        sides = sorted(
+            (split_pair(direction.pair)[side], direction.pair, side, direction)
+            for direction in directions
+            for side in (0, 1)
+        )
+        by_language = {
+            language: list(group)
+            for language, group in itertools.groupby(sides, key=lambda each: each[0])
+        }
+        sizes = [sum(d.kept() for _, _, _, d in group) for group in by_language.values()]
+        shares = drawn_shares(sizes, config.vocab_sentences, config.temperature)
+        rng = np.random.default_rng(config.seed)
+        drawn: dict[str, list[str]] = {}
+        for (language, group), size, share in zip(by_language.items(), sizes, shares, strict=True):
+            chosen = np.sort(rng.choice(size, min(size, share), replace=False, shuffle=False))
+            lines: list[str] = []
+            for _, _, side, direction in group:
+                own = chosen[chosen < direction.kept()]
+                lines.extend(line[side] for line in direction.lines(own))
+                chosen = chosen[len(own) :] - direction.kept()
+            drawn[language] = list(dict.fromkeys(lines))
+        made = train_tokenizer(
+            drawn,
+            made,
+            temperature=config.temperature,
+            seed=config.seed,
+            shares=shares,
+        )
+    made = made.with_languages(sorted({split_pair(pair)[1] for pair in plan.pairs}))
+    write_bytes(path, made.model)
+    return made
+
+
+# What workers do.
+
+_looking: tuple[TrainConfig, Mapping[str, set[str]]]
+_encoding: tuple[Tokenizer, int]
+
+
+def _begin_looking(config: TrainConfig, held: Mapping[str, set[str]]) -> None:
+    global _looking
+    _looking = config, held
+
+
+def _look_at_block(block: Path, lines: list[tuple[str, str]], languages: tuple[str, str]) -> int:
+    config, held = _looking
+    looked = look(lines, config, [held.get(language) for language in languages])
+    text = "\n".join(itertools.chain.from_iterable(looked.lines))
+    _write(block.with_suffix(".text"), text.encode())
+    _save(
+        block.with_suffix(".looked.npz"),
+        characters=looked.characters,
+        key=looked.key,
+        held_out=looked.held_out,
+        names=np.array(list(looked.counts)),
+        counts=np.array(list(looked.counts.values())),
+    )
+    return len(lines)
+
+
+def _begin_encoding(model: bytes, longest: int) -> None:
+    global _encoding
+    _encoding = Tokenizer(model), longest
+
+
+def _encode_block(block: Path, kept: np.ndarray, pair: str) -> int:
+    tokenizer, longest = _encoding
+    lines = list(itertools.compress(_read_lines(block.with_suffix(".text")), kept.tolist()))
+    rows = encode(pair, ([s for s, _ in lines], [t for _, t in lines]), tokenizer, longest)
+    _save(
+        block.with_suffix(".rows.npz"),
+        counts=rows.counts,
+        flat=rows.flat,
+        beyond=np.array(rows.beyond),
+    )
+    block.with_suffix(".text").unlink()
+    return len(lines)
+
+
+def _read_lines(path: Path) -> list[tuple[str, str]]:
+    flat = path.read_bytes().decode().split("\n")
+    return list(zip(flat[::2], flat[1::2], strict=False))
+
+
+def _load_rows(path: Path) -> Rows:
+    with np.load(path) as found:
+        return Rows(found["counts"], found["flat"], int(found["beyond"]))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A file that is whole or not there; what is begun has a name that no stage looks for."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_bytes(data)
+    os.replace(beside, path)
+
+
+def _save(path: Path, **arrays: np.ndarray) -> None:
+    beside = path.with_name(f".{path.name}")
+    with beside.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def _alone_in(part: Path) -> Iterator[None]:
+    with (part / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is at work in {part}; wait for it or end it") from None
+        yield
+
+
+def _claim(part: Path, plan: Plan) -> None:
+    """Write down what is made, or see that it is the same as what was begun."""
+    path, ours = part / "plan.json", plan.description()
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                raise InputError(
+                    f"{part} was begun with other {name} ({_short(theirs.get(name))} there, "
+                    f"{_short(value)} here); delete it to begin anew"
+                )
+    else:
+        write_text(path, json.dumps(ours, indent=1, ensure_ascii=False) + "\n")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,154 @@
+"""A training set: text that was cleaned and encoded once, in a folder, to be mapped into memory.
+
+manifest.json     what it was made of and how, each direction's counts and hashes
+spm.model         the vocabulary
+train.en-de.npy   a direction's tokens, see `taskmoe.wmt.text.rows`
+valid.en-de.en    text to score, as it was: `taskmoe.wmt.text.folders` reads it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from taskmoe.cli.errors import InputError
+from taskmoe.wmt.config import TrainConfig
+from taskmoe.wmt.text.cleaning import Account
+from taskmoe.wmt.text.data import TrainingData
+from taskmoe.wmt.text.rows import Rows
+from taskmoe.wmt.text.tokenizer import Tokenizer
+
+MANIFEST, VOCABULARY = "manifest.json", "spm.model"
+VERSION = 1
+#: Fields of TrainConfig that say which text is kept, and of which the vocabulary is made.
+CLEANING = (
+    "max_sentences",
+    "max_characters",
+    "max_ratio",
+    "drop_copied",
+    "deduplicate",
+    "drop_held_out",
+    "vocab_sentences",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Direction:
+    """One direction's text.
+
+    account: of its cleaning. counts: pairs by tokens on their longer side, from 0 on. beyond: pairs
+    with more tokens than the set keeps. sha256: of its rows.
+    """
+
+    account: Account
+    counts: list[int]
+    beyond: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a set says of itself.
+
+    title: its sources' names. identity: the sources, the same from any working directory.
+    cleaning: fields of TrainConfig by name. vocab_size: pieces that were asked for. longest: tokens
+    of a side that are kept.
+    """
+
+    title: str
+    identity: str
+    cleaning: dict[str, Any]
+    vocab_size: int
+    longest: int
+    vocabulary_sha256: str
+    directions: dict[str, Direction]
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        """The file's content."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Raises ValueError, TypeError or KeyError where it is no manifest of this version."""
+        fields = json.loads(text)
+        if fields["version"] != VERSION:
+            raise ValueError(f"it is of version {fields['version']}, this is {VERSION}")
+        directions = {
+            pair: Direction(**(one | {"account": Account(**one["account"])}))
+            for pair, one in fields["directions"].items()
+        }
+        return cls(**(fields | {"directions": directions}))
+
+
+def is_training_set(folder: Path) -> bool:
+    """Whether a folder is one."""
+    return (folder / MANIFEST).is_file()
+
+
+def rows_file(folder: Path, pair: str) -> Path:
+    """Where a direction's tokens are."""
+    return folder / f"train.{pair}.npy"
+
+
+class TrainingSet:
+    """An opened set; its tokens are mapped, not read."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises InputError where it is none, is of another version, or lacks a part."""
+        self.folder = folder
+        try:
+            text = (folder / MANIFEST).read_text(encoding="utf-8")
+            self.manifest = Manifest.from_json(text)
+        except OSError as error:
+            raise InputError(f"{folder} is no training set: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{folder / MANIFEST} cannot be used: {error}") from None
+        self.tokenizer = Tokenizer.load(folder / VOCABULARY)
+        found = hashlib.sha256(self.tokenizer.model).hexdigest()
+        if found != self.manifest.vocabulary_sha256:
+            raise InputError(f"{folder / VOCABULARY} is another vocabulary than the set's")
+
+    def data(self, pairs: tuple[str, ...], config: TrainConfig) -> TrainingData:
+        """The text of some directions.
+
+        Raises InputError for directions that it lacks, a file that is not as long as it was, a
+        bucket for longer sentences than it keeps, and as TrainingData does.
+        """
+        there = self.manifest.directions
+        if missing := [pair for pair in pairs if pair not in there]:
+            raise InputError(
+                f"{self.folder} has no training text of {', '.join(missing)}; "
+                f"it has {', '.join(there)}"
+            )
+        cut = [pair for pair in pairs if there[pair].beyond]
+        if config.buckets[-1] > self.manifest.longest and cut:
+            raise InputError(
+                f"{self.folder} keeps sentences of up to {self.manifest.longest} tokens, and there "
+                f"are longer ones for a bucket of {config.buckets[-1]}; prepare it anew "
+                f"with --set buckets=[...,{config.buckets[-1]}]"
+            )
+        rows = {pair: self._rows(pair) for pair in pairs}
+        return TrainingData(rows, config, {pair: there[pair].sha256 for pair in pairs})
+
+    def _rows(self, pair: str) -> Rows:
+        one, file = self.manifest.directions[pair], rows_file(self.folder, pair)
+        counts = np.array(one.counts, np.int64)
+        tokens = int((2 * counts * np.arange(len(counts))).sum())
+        try:
+            return Rows(counts, np.load(file, mmap_mode="r")[:tokens], one.beyond)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} is damaged: {error}; prepare the set anew") from None
+
+    def verify(self) -> None:
+        """Read all tokens; raises InputError where they are not those that were written."""
+        for pair, one in self.manifest.directions.items():
+            if self._rows(pair).digest() != one.sha256:
+                raise InputError(
+                    f"{rows_file(self.folder, pair)} has changed; prepare the set anew"
+                )
