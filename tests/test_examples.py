@@ -1,10 +1,16 @@
 """The example programs say what they promise."""
 
+import argparse
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import yaml
+
+from taskmoe.wmt.commands import train
+from taskmoe.wmt.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,3 +83,29 @@ def test_every_example_is_tested_and_named_in_the_quick_start() -> None:
     assert names == {f"{name}.py" for name in re.findall(r"output\(\"(\w+)\"\)", tests)}
     quick_start = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8")
     assert names == set(re.findall(r"examples/(\w+\.py)", quick_start))
+
+
+def test_the_clusters_jobs_are_well_formed_and_their_commands_are_ours() -> None:
+    folder = ROOT / "examples" / "cluster"
+    script = folder / "train.slurm"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text().replace("\\\n", " ")
+    (slurm,) = re.findall(r"python -m taskmoe\.wmt (train .*?) &&", text)
+    job = yaml.safe_load((folder / "jobset.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (hosts,) = job["spec"]["replicatedJobs"]
+    work = hosts["template"]["spec"]
+    pod = work["template"]["spec"]
+    (container,) = pod["containers"]
+    assert work["parallelism"] == work["completions"] == 4
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    assert container["command"][:3] == ["python", "-m", "taskmoe.wmt"]
+    words = [*container["command"][3:], *container["args"]]
+    for command in (slurm.replace('"', "").split(), words):
+        parser = argparse.ArgumentParser()
+        train.add_arguments(parser.add_subparsers().add_parser("train"))
+        given = parser.parse_args(command)
+        assert given.distributed
+        assert given.expert_parallel == 4
+        assert given.config in PRESETS

@@ -219,6 +219,24 @@ def test_longer_buckets_than_the_set_keeps_are_an_error(tmp_path: Path) -> None:
     assert shorter.too_long["en-de"] > made.manifest.directions["en-de"].beyond
 
 
+def test_a_set_is_text_again_in_a_random_order(tmp_path: Path) -> None:
+    wanted = plan(folder_of_text(tmp_path / "text"))
+    made = prepare(tmp_path / "set", wanted)
+    cleaned, _ = clean(read_all(wanted.sources, "train", PAIRS), CONFIG, wanted.held_out)
+    (source,) = open_sources([str(made.folder)])
+    for pair in PAIRS:
+        found = list(zip(*source.read("train", pair), strict=True))
+        said = list(zip(*cleaned[pair], strict=True))
+        assert found != said
+        assert sorted(found) == sorted(said)
+        assert source.count("train", pair) == len(found)
+        assert list(source.stream("train", pair, 7)) == found[7:]
+        lengths = [len(a) for a, _ in found]
+        assert abs(np.mean(lengths[:50]) - np.mean(lengths)) < 0.2 * np.mean(lengths)
+    again = prepare(tmp_path / "again", plan(made.folder))
+    assert again.data(PAIRS, CONFIG).sizes == made.data(PAIRS, CONFIG).sizes
+
+
 # Rows
 
 SIDES = st.lists(st.integers(0, 5), max_size=12)
@@ -352,9 +370,6 @@ def test_training_from_a_set(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert "was prepared with 3.0" in fails(capfd, *at, "--set", "max_ratio=2")
     assert "is all the text of a run" in fails(capfd, *at, "--data", str(folder))
     assert "no training text of en-fr" in fails(capfd, *at, "--pairs", "en-fr")
-    assert "it is a training set" in fails(
-        capfd, "prepare", "--data", str(out), "--out", str(tmp_path / "x")
-    )
     other = ["train", "--data", str(out), "--init", str(tmp_path / "on"), *new, "--steps", "1"]
     shutil.copytree(tmp_path / "again", tmp_path / "same")
     big = tmp_path / "big"

@@ -132,9 +132,6 @@ def named_text(a: argparse.Namespace, config: TrainConfig) -> Iterator[Named]:
     directions.
     """
     wanted = wanted_pairs(a.pairs)
-    for word in a.data:
-        if is_training_set(Path(word)):
-            raise InputError(f"--data {word}: it is a training set, and text is wanted")
     with _sources(a, config.max_sentences, codes_of(wanted)) as sources:
         pairs = wanted or choose_pairs(sources, "train", None)
         known = all_pairs(sources, "train")

@@ -44,6 +44,11 @@ class Rows:
         """Pairs, those left out included."""
         return int(self.counts.sum()) + self.beyond
 
+    @property
+    def longest(self) -> int:
+        """Most tokens on a side."""
+        return len(self.counts) - 1
+
     def up_to(self, length: int) -> int:
         """Pairs that have at most so many tokens on their longer side; they are the first rows."""
         return int(self.counts[: length + 1].sum())

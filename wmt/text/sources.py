@@ -2,6 +2,7 @@
 
 | name | what |
 |---|---|
+| `SET` | a training set that `prepare` wrote |
 | `FOLDER` | Moses-style, multi-parallel or tab-separated files, see `taskmoe.wmt.text.folders` |
 | `FILE.tsv` | one tab-separated file; training text unless its name begins with a split, `test.` |
 | `NAME.de-en` | two Moses files, `NAME.de-en.de` and `NAME.de-en.en`; as above |
@@ -28,6 +29,7 @@ from taskmoe.wmt.text.corpus_files import MosesCorpus, TsvCorpus, moses_files
 from taskmoe.wmt.text.folders import SPLITS, Columns, Folder, Pairs, without_empty
 from taskmoe.wmt.text.remote import HuggingFace, SacreBleu
 from taskmoe.wmt.text.textfiles import is_tsv
+from taskmoe.wmt.text.training_set import SetSource, is_training_set
 
 _NAMES = 6  # of sources in a title
 
@@ -109,6 +111,8 @@ def open_source(
         return HuggingFace(rest, limit, named)
     if name == "cldr":
         return _Cldr(cache_folder(cache), progress)
+    if is_training_set(Path(name)):
+        return SetSource(Path(name))
     return Folder(Path(name), named)
 
 

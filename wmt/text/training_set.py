@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,8 +21,13 @@ from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import TrainConfig
 from taskmoe.wmt.text.cleaning import Account
 from taskmoe.wmt.text.data import TrainingData
+from taskmoe.wmt.text.folders import Columns, Folder, columns_of
+from taskmoe.wmt.text.languages import codes_of
 from taskmoe.wmt.text.rows import Rows
-from taskmoe.wmt.text.tokenizer import Tokenizer
+from taskmoe.wmt.text.sampling import permuted
+from taskmoe.wmt.text.tokenizer import PAD, Tokenizer
+
+_CHUNK = 10_000  # lines that are decoded at once
 
 MANIFEST, VOCABULARY = "manifest.json", "spm.model"
 VERSION = 1
@@ -133,10 +139,11 @@ class TrainingSet:
                 f"are longer ones for a bucket of {config.buckets[-1]}; prepare it anew "
                 f"with --set buckets=[...,{config.buckets[-1]}]"
             )
-        rows = {pair: self._rows(pair) for pair in pairs}
+        rows = {pair: self.rows(pair) for pair in pairs}
         return TrainingData(rows, config, {pair: there[pair].sha256 for pair in pairs})
 
-    def _rows(self, pair: str) -> Rows:
+    def rows(self, pair: str) -> Rows:
+        """The text of one direction; raises InputError where its file is not as long as it was."""
         one, file = self.manifest.directions[pair], rows_file(self.folder, pair)
         counts = np.array(one.counts, np.int64)
         tokens = int((2 * counts * np.arange(len(counts))).sum())
@@ -148,7 +155,66 @@ class TrainingSet:
     def verify(self) -> None:
         """Read all tokens; raises InputError where they are not those that were written."""
         for pair, one in self.manifest.directions.items():
-            if self._rows(pair).digest() != one.sha256:
+            if self.rows(pair).digest() != one.sha256:
                 raise InputError(
                     f"{rows_file(self.folder, pair)} has changed; prepare the set anew"
                 )
+
+
+class SetSource:
+    """A training set as text: what is mapped for training is decoded, as the vocabulary spells it.
+
+    The lines of a direction come in a random order that is always the same.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._set, self._scored = TrainingSet(folder), Folder(folder, _codes(folder))
+        self.name, self.identity = str(folder), str(folder.resolve())
+
+    def pairs(self, split: str) -> list[str]:
+        """Directions that it has text of in a split, sorted."""
+        if split == "train":
+            return sorted(self._set.manifest.directions)
+        return self._scored.pairs(split)
+
+    def read(self, split: str, pair: str) -> Columns:
+        """All lines of a direction."""
+        if split != "train":
+            return self._scored.read(split, pair)
+        return columns_of(self.stream(split, pair))
+
+    def stream(self, split: str, pair: str, start: int = 0) -> Iterator[tuple[str, str]]:
+        """As `read`, from a line on, one at a time."""
+        if split != "train":
+            yield from self._scored.stream(split, pair, start)
+            return
+        rows, tokenizer = self._set.rows(pair), self._set.tokenizer
+        for at in range(start, rows.up_to(rows.longest), _CHUNK):
+            place = np.arange(at, min(at + _CHUNK, rows.up_to(rows.longest)))
+            sides = rows.read(permuted(place, rows.up_to(rows.longest), (0,)), rows.longest)
+            # The target's language stands in front of the source, and no token is that of padding.
+            lines = [tokenizer.decode(_unpadded(side)) for side in sides]
+            yield from zip(*lines, strict=True)
+
+    def count(self, split: str, pair: str) -> int | None:
+        """How many lines `stream` gives."""
+        if split != "train":
+            return self._scored.count(split, pair)
+        return sum(self._set.manifest.directions[pair].counts)
+
+    def stamps(self, split: str, pair: str) -> list[str]:
+        """The hash of a direction's rows."""
+        return [self._set.manifest.directions[pair].sha256]
+
+    def left_aside(self, split: str) -> list[str]:
+        """Nothing: all that it holds was written by `prepare`."""
+        return []
+
+
+def _codes(folder: Path) -> frozenset[str]:
+    return codes_of(TrainingSet(folder).manifest.directions)
+
+
+def _unpadded(side: np.ndarray) -> list[list[int]]:
+    length = (side != PAD).sum(axis=1)
+    return [row[:n].tolist() for row, n in zip(side, length, strict=True)]
