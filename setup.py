@@ -39,6 +39,7 @@ DEV = [
     'jax[tpu]>=0.10,<0.13; sys_platform == "linux" and platform_machine == "x86_64"',
     "mypy>=1.15,<3",
     "pytest-xdist>=3.6,<4",
+    "pyyaml>=6,<7",
     "ruff>=0.12,<0.18",
     "sacrebleu[ja]",
     "setuptools>=77",  # builds without a network; a venv has an older one or none

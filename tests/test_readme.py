@@ -26,8 +26,8 @@ LEFT_OUT = {
 }
 #: What makes the rest small enough for a minute: the same commands, less text and fewer steps.
 SMALLER = {
-    "--out text": "--out text --set max_sentences=300",
-    "--steps 200": "--steps 3 --set d_model=32 --set d_ff=32 --set vocab_size=500",
+    "--out text": "--out text --set max_sentences=300 --set vocab_size=500",
+    "--steps 200": "--steps 3 --set d_model=32 --set d_ff=32",
     "--limit 20": "--limit 2 --beam 1",
 }
 

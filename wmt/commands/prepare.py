@@ -29,6 +29,7 @@ from taskmoe.wmt.text.languages import codes_of
 from taskmoe.wmt.text.preparing import BLOCK, Plan, prepare
 from taskmoe.wmt.text.sources import Source, all_pairs, names_of, read_all, read_held_out
 from taskmoe.wmt.text.tokenizer import Tokenizer
+from taskmoe.wmt.training.stopping import ending_at_once
 
 _SAMPLES = 3
 
@@ -92,7 +93,8 @@ def _set(a: argparse.Namespace, config: TrainConfig, size: int) -> None:
         to_score = _to_score(sources, pairs)
     identity = " + ".join(source.identity for source in sources)
     plan = Plan(sources, pairs, held, to_score, config, vocabulary, names_of(sources), identity)
-    with bar("preparing", "sentences", enabled=sys.stderr.isatty()) as progress:
+    kept = ending_at_once(f"what is done is kept in {a.out}.part; the same command goes on")
+    with kept, bar("preparing", "sentences", enabled=sys.stderr.isatty()) as progress:
         made = prepare(a.out, plan, count, progress.stage).manifest
     accounts = {pair: one.account for pair, one in made.directions.items()}
     longer = {pair: one.beyond for pair, one in made.directions.items()}

@@ -23,6 +23,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,11 @@ def prepare(out: Path, plan: Plan, count: int = 1, report: Report = lambda *_: N
                 out.rmdir()
             os.replace(part / "set", out)
         shutil.rmtree(part)
+    except BrokenProcessPool:
+        raise InputError(
+            "a worker process was killed, as the system does where memory is short; what is done "
+            f"is kept in {part}, and the same command goes on, with fewer --workers in less memory"
+        ) from None
     except OSError as error:
         where = error.filename or part
         raise InputError(

@@ -7,12 +7,12 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-Run = Callable[[Callable[..., Result], Iterable[tuple[Any, ...]]], Iterator[Result]]
 _AHEAD = 2  # calls that wait for each worker
 
 
@@ -58,4 +58,5 @@ def _begin(begin: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         os._exit(1)  # killed, it could not tell its workers
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent answers
     begin(*arguments)
