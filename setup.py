@@ -57,7 +57,7 @@ PACKAGES = [
     *("bench", "bench.harness", "bench.ops", "bench.exchange", "bench.gate"),
     *("bench.serving", "bench.serving.decode", "bench.serving.beam", "bench.serving.task"),
     *("bench.tpu", "bench.tpu.kernels", "bench.tpu.model", "bench.tpu.published"),
-    *("bench.story", "bench.story.demo", "bench.story.study", "bench.training"),
+    *("bench.story", "bench.story.demo", "bench.story.study", "bench.training", "bench.text"),
 ]
 DATA = {f"taskmoe.{name}": ["py.typed"] for name in PACKAGES if "." not in name}
 DATA["taskmoe.bench.gate"] = ["baseline/*.json"]  # bench/results is the checkout's alone

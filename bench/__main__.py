@@ -1,7 +1,7 @@
 """Command line: `python -m taskmoe.bench NAME`, each NAME with a question of its own.
 
-demo, ops, exchange, decode, beam, task, training, study, tpu, check, report; each takes --json FILE
-and --help.
+demo, ops, exchange, decode, beam, task, training, text, study, tpu, check, report; each takes
+--json FILE and --help.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ COMMANDS = {
     "beam": "taskmoe.bench.serving.beam",
     "task": "taskmoe.bench.serving.task",
     "training": "taskmoe.bench.training",
+    "text": "taskmoe.bench.text",
     "study": "taskmoe.bench.story.study",
     "tpu": "taskmoe.bench.tpu",
     "check": "taskmoe.bench.gate",

@@ -146,6 +146,7 @@ def _stages(part: Path, plan: Plan, count: int, report: Report) -> None:
     for number, direction in enumerate(directions, 1):
         report(f"judging {direction.pair}", number - 1, len(directions))
         direction.judge()
+    report("vocabulary", 0, 1)
     tokenizer = _vocabulary(part / "set" / VOCABULARY, plan, directions)
     total, done = sum(direction.kept() for direction in directions), 0
     with workers(count, _begin_encoding, (tokenizer.model, plan.config.buckets[-1])) as run:

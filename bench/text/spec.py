@@ -1,0 +1,50 @@
+"""What `text` is asked to measure."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+from taskmoe.cli.errors import InputError
+
+#: Of the smallest number of pairs that gives each direction some.
+FEWEST = 5_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """pairs: sentence pairs in all. workers: processes. work: folder for text and set, or None."""
+
+    pairs: int
+    workers: int
+    work: Path | None
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    p.add_argument("--pairs", type=int, default=1_000_000, help="sentence pairs to generate")
+    p.add_argument(
+        "--workers", type=int, help="processes beside the one that reads (default: one a core)"
+    )
+    p.add_argument(
+        "--work",
+        type=Path,
+        help="new folder to work in, about 600 bytes a pair (default: a temporary one)",
+    )
+    p.add_argument("--quick", action="store_true", help="20,000 pairs")
+    p.add_argument("--json", type=Path, help="write the results here")
+
+
+def read(a: argparse.Namespace) -> Spec:
+    """The specification; InputError where there are too few pairs or workers."""
+    workers = len(os.sched_getaffinity(0)) if a.workers is None else a.workers
+    if workers < 1:
+        raise InputError(f"--workers must be at least 1, got {workers}")
+    pairs = 20_000 if a.quick else a.pairs
+    if pairs < FEWEST:
+        raise InputError(f"--pairs must be at least {FEWEST}, got {pairs}")
+    if a.work is not None and a.work.exists():
+        raise InputError(f"--work {a.work} is there already; name a new folder")
+    return Spec(pairs, workers, a.work)
