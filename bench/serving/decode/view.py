@@ -5,10 +5,10 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from taskmoe.bench.harness import paper
 from taskmoe.bench.harness.view import Chart, Table, View
 from taskmoe.bench.serving.decode.measure import CAPACITY, DENSE, DROPLESS, TASK, Decoded
 from taskmoe.bench.serving.systems import fastest
-from taskmoe.bench.story import paper
 
 
 def view(result: Decoded) -> View:

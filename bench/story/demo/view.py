@@ -5,9 +5,9 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from taskmoe.bench.harness import paper
 from taskmoe.bench.harness.view import Chart, Row, Table, View
 from taskmoe.bench.serving.systems import Point, fastest
-from taskmoe.bench.story import paper
 from taskmoe.bench.story.demo.measure import Demo
 
 NAMES = {"dense": "dense", "token": "token-MoE", "task": "task-MoE"}

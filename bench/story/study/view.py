@@ -9,9 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from taskmoe.bench.harness import paper
 from taskmoe.bench.harness.view import Chart, Table, View
 from taskmoe.bench.serving.systems import POSITIONS
-from taskmoe.bench.story import paper
 from taskmoe.bench.story.study.measure import ROWS, SYSTEMS, Row, Studied
 from taskmoe.wmt.training.distillation import gain_kept
 

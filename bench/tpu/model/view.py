@@ -7,8 +7,8 @@ import math
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from taskmoe.bench.harness import paper
 from taskmoe.bench.harness.view import Chart, Row, Table, View
-from taskmoe.bench.story import paper
 from taskmoe.bench.tpu import cases as kernel_cases
 from taskmoe.bench.tpu.model.measure import (
     BLOG,
