@@ -40,12 +40,14 @@ def run(
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from taskmoe.tests.wmt.test_training import run
 
 def report(progress):
     if progress.step == 33:
+        while not Path(sys.argv[1], "checkpoints", "20.crc").exists():  # written beside the steps
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
 run(Path(sys.argv[1]), report=report, report_every=1)

@@ -68,7 +68,7 @@ def test_files_of_any_form_and_batches_of_any_size_give_the_same(
     packed.write_bytes(packed.read_bytes()[:-9])
     words = ["translate", "--model", str(model), "--pair", "en-de", "--input", str(packed)]
     assert main(words) == 2
-    assert "cannot be read to its end" in capfd.readouterr().err
+    assert "is no whole gzip file" in capfd.readouterr().err
 
 
 def test_a_list_has_a_line_for_an_empty_sentence(
