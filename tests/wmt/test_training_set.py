@@ -219,6 +219,25 @@ def test_longer_buckets_than_the_set_keeps_are_an_error(tmp_path: Path) -> None:
     assert shorter.too_long["en-de"] > made.manifest.directions["en-de"].beyond
 
 
+def test_each_process_reads_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = prepare(tmp_path / "set", plan(folder_of_text(tmp_path / "text")))
+    data = made.data(PAIRS, CONFIG)
+    count: list[int] = []
+    read = Rows.read
+    monkeypatch.setattr(
+        Rows, "read", lambda self, row, width: count.append(len(row)) or read(self, row, width)
+    )
+    whole = data.batch(5)
+    rows = sum(count)
+    halves = []
+    for process in (0, 1):
+        count.clear()
+        halves.append(data.batch(5, (process, 2)))
+        assert sum(count) == rows // 2
+    for a, b, c in zip(whole, *halves, strict=True):
+        np.testing.assert_array_equal(a, np.concatenate([b, c]))
+
+
 def test_a_set_is_text_again_in_a_random_order(tmp_path: Path) -> None:
     wanted = plan(folder_of_text(tmp_path / "text"))
     made = prepare(tmp_path / "set", wanted)
