@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from taskmoe.wmt.config import ModelConfig
 
 Params = dict[str, Any]
+EPSILON = 1e-6  # of RMS norm
 
 
 def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     """x [..., D] over its root mean square, times scale [D]; summed in f32."""
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPSILON)
     return (wide * scale).astype(x.dtype)
 
 

@@ -312,10 +312,14 @@ def _drop_embedded(
 def _embed(embedding: jax.Array, ids: jax.Array, positions: jax.Array) -> jax.Array:
     """Scaled embeddings plus sinusoidal positions (Vaswani et al. 2017, 3.4, 3.5): [B, S, D]."""
     d = embedding.shape[1]
-    rate = jnp.exp(jnp.arange(0, d, 2) * (-jnp.log(10000.0) / d))
+    return embedding[ids] * d**0.5 + position_waves(positions, d).astype(embedding.dtype)
+
+
+def position_waves(positions: jax.Array, width: int) -> jax.Array:
+    """What is added to the embeddings at positions [S]: all sines, then all cosines, [S, width]."""
+    rate = jnp.exp(jnp.arange(0, width, 2) * (-jnp.log(10000.0) / width))
     angle = positions[:, None] * rate
-    wave = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    return embedding[ids] * d**0.5 + wave.astype(embedding.dtype)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 def with_softmax(params: Params) -> Params:
