@@ -56,7 +56,10 @@ def attend_cached(
     p: Params, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """As `attend`, with k and v [B, H, S, D/H], so that no step copies a cache to transpose it."""
-    scores = jnp.einsum("bthd,bhsd->bhts", q, k) * q.shape[-1] ** -0.5
+    # Keys as the left matrix, and heads moved after the product: with few queries XLA's CPU code
+    # takes less than half the time so.
+    scores = jnp.einsum("bhsd,bthd->bhst", k, q) * q.shape[-1] ** -0.5
+    scores = jnp.swapaxes(scores, 2, 3)
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min))
-    out = jnp.einsum("bhts,bhsd->bthd", weights, v)
+    out = by_head(jnp.einsum("bhts,bhsd->bhtd", weights, v))
     return out.reshape(*q.shape[:2], -1) @ p["out"]
