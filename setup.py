@@ -58,6 +58,7 @@ PACKAGES = [
     *("wmt", "wmt.text", "wmt.model", "wmt.training", "wmt.commands"),
     *("bench", "bench.harness", "bench.ops", "bench.exchange", "bench.gate"),
     *("bench.serving", "bench.serving.decode", "bench.serving.beam", "bench.serving.task"),
+    "bench.serving.serve",
     *("bench.tpu", "bench.tpu.kernels", "bench.tpu.model", "bench.tpu.published"),
     *("bench.story", "bench.story.demo", "bench.story.study", "bench.training", "bench.text"),
 ]

@@ -12,6 +12,7 @@ A program reads them with ctranslate2 and sentencepiece; docs/trainer.md has one
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from taskmoe.cli.errors import InputError
+from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model.attention import EPSILON
 from taskmoe.wmt.model.decoding import MULTIPLE, length_limit
 from taskmoe.wmt.model.export import DESCRIPTION, check_sizes
@@ -49,7 +51,7 @@ def export_ctranslate2(
         )
     check_sizes(length=length, max_length=max_length)
     longest = max_length or length_limit(length)
-    spec = _spec(model, max(length, longest))
+    spec = specification(model.params, config, model.tokenizer.pieces(), max(length, longest))
     described = {
         "format": "ctranslate2",
         "length": length,
@@ -65,15 +67,19 @@ def export_ctranslate2(
     return (folder / WEIGHTS).stat().st_size
 
 
-def _spec(model: Model, positions: int) -> Any:
-    """The model as CTranslate2's specification, with a table of so many positions."""
+def specification(
+    params: Params, config: ModelConfig, pieces: Sequence[str], positions: int
+) -> Any:
+    """A dense model as CTranslate2's `TransformerSpec`, with a table of so many positions.
+
+    pieces: of the vocabulary, in the order of their ids. Raises InputError without ctranslate2.
+    """
     try:
         from ctranslate2 import specs
     except ModuleNotFoundError:
         raise InputError(
             "this export needs ctranslate2: pip install 'taskmoe[ctranslate2]'"
         ) from None
-    config, params, tokenizer = model.config, model.params, model.tokenizer
     encoder = specs.TransformerEncoderSpec(config.encoder_layers, config.num_heads, rms_norm=True)
     decoder = specs.TransformerDecoderSpec(config.decoder_layers, config.num_heads, rms_norm=True)
     source = params["embedding"]
@@ -93,9 +99,8 @@ def _spec(model: Model, positions: int) -> Any:
                 _attention(layer.attention, p["cross"], ("query", "kv", "out"))
             _feed_forward(layer.ffn, p["feed_forward"])
     spec = specs.TransformerSpec(encoder, decoder)
-    pieces = tokenizer.pieces()
-    spec.register_source_vocabulary(pieces)
-    spec.register_target_vocabulary(pieces)
+    spec.register_source_vocabulary(list(pieces))
+    spec.register_target_vocabulary(list(pieces))
     spec.config.unk_token, spec.config.bos_token = pieces[UNK], pieces[BOS]
     spec.config.eos_token, spec.config.decoder_start_token = pieces[EOS], pieces[BOS]
     spec.config.add_attribute("layer_norm_epsilon", EPSILON)
