@@ -58,17 +58,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Served(Result):
-    """A row a beam, batch and engine. source: where sentences and weights are from.
-
-    memory_mb: resident memory that each engine added with its weights and its first, largest batch.
-    """
+    """A row a beam, batch and engine. source: where sentences and weights are from."""
 
     machine: dict[str, str]
     source: str
     parameters: int
     rounds: int
     rows: list[Row]
-    memory_mb: dict[str, float]
     command: str = "serve"
 
 
@@ -95,18 +91,15 @@ def measure(spec: Spec) -> Served:
     version = engines.ctranslate2_version()
     if version is not None:
         about["ctranslate2"] = version
-    # The largest first: what memory it takes is measured at its first call.
-    cases = [(batch, beam) for batch in reversed(spec.batches) for beam in reversed(spec.beams)]
+    cases = [(batch, beam) for beam in spec.beams for batch in spec.batches]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, bar("serving", "cases") as progress:
-        first = batches(work, max(spec.batches))[:1]
-        systems, memory = _start(work, Path(folder), version is not None, first, max(spec.beams))
+        systems = _start(work, Path(folder), version is not None)
         for done, (batch, beam) in enumerate(cases):
             progress(done, len(cases))
             rows += one_case(systems, batches(work, batch), beam, spec.rounds, work.ends)
         progress(len(cases), len(cases))
-    rows.sort(key=lambda row: (row.beam, row.batch))
-    return Served(about, work.source, param_count(work.params), spec.rounds, rows, memory)
+    return Served(about, work.source, param_count(work.params), spec.rounds, rows)
 
 
 def random_workload(spec: Spec) -> Workload:
@@ -160,27 +153,16 @@ def batches(work: Workload, batch: int) -> list[Batch]:
     return found[:: -(-len(found) // most)]
 
 
-def _start(
-    work: Workload, folder: Path, compare: bool, first: Sequence[Batch], beam: int
-) -> tuple[dict[str, Translate], dict[str, float]]:
-    """The engines, and MB that each added to this process with its first batch."""
+def _start(work: Workload, folder: Path, compare: bool) -> dict[str, Translate]:
+    """The engines by name; compare: CTranslate2's too, exported into a folder."""
+    systems = {OURS: engines.ours(work.params, work.config)}
     if compare:
         longest = max(length_limit(max(map(len, work.sentences))), TARGET) + MULTIPLE
         spec = specification(work.params, work.config, work.pieces, 2 * longest)
         spec.save(str(folder))
-    systems: dict[str, Translate] = {}
-    memory: dict[str, float] = {}
-    for name in (OURS, *(THEIRS if compare else ())):
-        before = _resident_mb()
-        if name == OURS:
-            systems[name] = engines.ours(work.params, work.config)
-        else:
-            systems[name] = engines.theirs(folder, THEIRS[name], work.pieces)
-        for batch in first:
-            systems[name](batch, beam)
-        weights = 4e-6 * param_count(work.params) if name == OURS else 0.0  # they lay there before
-        memory[name] = _resident_mb() - before + weights
-    return systems, memory
+        for name, compute_type in THEIRS.items():
+            systems[name] = engines.theirs(folder, compute_type, work.pieces)
+    return systems
 
 
 def one_case(
@@ -229,12 +211,3 @@ def _timed(run: Translate, batch: Batch, beam: int) -> float:
     began = time.perf_counter()
     run(batch, beam)
     return time.perf_counter() - began
-
-
-def _resident_mb() -> float:
-    """Memory of this process that is in use, by Linux; 0 elsewhere."""
-    path = Path("/proc/self/status")
-    if not path.is_file():
-        return 0.0
-    line = next(line for line in path.read_text().splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) / 1e3

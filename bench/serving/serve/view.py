@@ -22,9 +22,7 @@ def view(result: Served) -> View:
         HEADINGS,
         [_cells(row) for row in result.rows],
     )
-    memory = ", ".join(f"{name} {mb:,.0f} MB" for name, mb in result.memory_mb.items())
-    held = f"Memory with weights and the first and largest batch: {memory}."
-    said = [held]
+    said = []
     engine = result.machine.get("ctranslate2")
     if engine is None:
         answer = (
