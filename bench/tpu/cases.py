@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
+from taskmoe.bench.harness.shapes import MODELS, Sizes
 from taskmoe.kernels import Quantized, combine, dispatch, expert_ffn, gmm, tgmm, top_k_gating
 from taskmoe.kernels.tiling import Tiling
 
@@ -40,22 +41,10 @@ OTHERS = {"megablox": ("gmm", "tgmm"), "tokamax": ("gmm",)}
 MEGABLOX = "jax.experimental.pallas.ops.tpu.megablox.gmm"
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """T tokens to top_k of E experts, of width D and hidden width F."""
-
-    tokens: int
-    d_model: int
-    d_ff: int
-    experts: int
-    top_k: int = 2
-
-
-SHAPES = {
-    "wmt": Sizes(8192, 512, 2048, 32),
+SHAPES = MODELS | {
     "decode": Sizes(32, 512, 2048, 32),
     "awkward": Sizes(37, 131, 261, 5, 3),
-    # Of published measurements: see tpu_published.
+    # Of published measurements: see `published`.
     "groups-8": Sizes(8192, 4096, 14336, 8, 1),
     "groups-128": Sizes(393216, 2048, 768, 128, 1),
     "groups-128-long": Sizes(524288, 4096, 1536, 128, 1),

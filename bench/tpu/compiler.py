@@ -22,6 +22,8 @@ from taskmoe.cli.progress import bar
 
 #: Compilers at once: each keeps one core busy.
 WORKERS = 2
+#: How the error of a case begins whose arguments and results exceed the chip's HBM.
+TOO_LARGE = "does not fit one chip"
 #: libtpu ends a process that loads it where this file is missing.
 CPUS_FILE = Path("/sys/devices/system/cpu/possible")
 #: The compiler asks no server about a TPU, and several may be loaded at once.
@@ -56,6 +58,11 @@ class Compiled:
     flops: int | None = None
     modelled_us: float | None = None
     roofline_us: float | None = None
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether it was not compiled because one chip cannot hold it."""
+        return self.error is not None and self.error.startswith(TOO_LARGE)
 
     @property
     def main_bundles(self) -> int:

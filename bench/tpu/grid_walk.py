@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def recording(chip: str) -> Iterator[list[KernelCall]]:
             if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
                 return real_call(kernel, out_shape=out_shape, **options)(*operands)
             calls.append(_record(kernel, out_shape, options, operands))
-            return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), out_shape)
+            return jax.tree.map(lambda s: unwritten_zeros(s.shape, s.dtype), out_shape)
 
         return call
 
@@ -75,6 +76,14 @@ def recording(chip: str) -> Iterator[list[KernelCall]]:
             yield calls
     finally:
         pl.pallas_call = real_call
+
+
+def unwritten_zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Zeros in pages that nobody has written, which take no memory however many they are."""
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    pages = mmap.mmap(-1, max(size, 1))
+    # `device_put` reads them in place, `asarray` would copy them.
+    return jax.device_put(np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape))
 
 
 def _record(

@@ -55,7 +55,8 @@ class Schedule:
 
 def dump_flags(folder: Path) -> str:
     """What LIBTPU_INIT_ARGS must hold before JAX is imported for dumps to land in this folder."""
-    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    only_last = "--xla_jf_dump_llo_pass_label_regex=final"  # a twentieth of the text
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {only_last}"
 
 
 def plain_name(kernel: str) -> str:

@@ -26,7 +26,8 @@ from taskmoe.bench.harness.worker import serve
 from taskmoe.bench.tpu import cases as kernel_cases
 from taskmoe.bench.tpu import schedule
 from taskmoe.bench.tpu.cases import Case
-from taskmoe.bench.tpu.grid_walk import KernelCall, recording
+from taskmoe.bench.tpu.compiler import TOO_LARGE
+from taskmoe.bench.tpu.grid_walk import KernelCall, recording, unwritten_zeros
 
 
 @functools.cache
@@ -43,12 +44,18 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
     """What the compiler makes of the case: `error`, or seconds and each kernel's schedule."""
     for path in dumps.iterdir():
         path.unlink()
-    whole = NamedSharding(mesh, P())
+    needed, there = held_bytes(case), kernel_cases.chip_info(case.chip).hbm_capacity_bytes
+    if needed > there:
+        return {
+            "error": f"{TOO_LARGE}: arguments and results take {needed / 1e9:.1f} "
+            f"GB, its HBM is {there / 1e9:.1f} GB"
+        }
     start = time.perf_counter()
     try:
         # Pallas asks the mesh which chip it compiles for, tokamax the default device.
         with jax.set_mesh(mesh), jax.default_device(mesh.devices.flat[0]):
             function, arguments = kernel_cases.program(case).directed(case.direction)
+            whole = NamedSharding(mesh, P())
             placed = jax.tree.map(
                 lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), arguments
             )
@@ -97,6 +104,14 @@ def model(
     }
 
 
+def held_bytes(case: Case) -> int:
+    """HBM that arguments and results of the case's op take at once, before any temporary."""
+    ours = kernel_cases.program(dataclasses.replace(case, by="taskmoe"))
+    function, arguments = ours.directed(case.direction)
+    held = arguments, kernel_cases.result_shapes(function, arguments)
+    return sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(held))
+
+
 def walk(case: Case) -> tuple[list[KernelCall], int]:
     """The direction's kernel calls, and the least bytes: arguments and results once.
 
@@ -109,9 +124,9 @@ def walk(case: Case) -> tuple[list[KernelCall], int]:
     touched = sum(size > 0 for size in sizes) / len(sizes)
     order = np.random.default_rng(0).permutation(shape.tokens * shape.top_k).astype(np.int32)
 
-    def value(s: Any) -> np.ndarray:
+    def value(s: Any) -> Any:
         if s.dtype != jnp.int32:
-            return np.zeros(s.shape, s.dtype)
+            return unwritten_zeros(s.shape, s.dtype)
         is_sizes = s.shape == (shape.experts,)
         return np.asarray(sizes, np.int32) if is_sizes else order.reshape(s.shape)
 
