@@ -40,6 +40,11 @@ class Visits(NamedTuple):
     num: jax.Array
 
 
+def sub_rows(rows: int) -> int:
+    """Rows that a visit works on at a time where it owns a part of its block of so many."""
+    return SUB_ROWS if rows % SUB_ROWS == 0 else rows
+
+
 class Visit:
     """The visit that a kernel makes: what of its block of rows belongs to its group.
 
@@ -87,7 +92,7 @@ class Visit:
 
         @pl.when(~self.owns_all & (self.high > self.low))
         def _parts() -> None:
-            size = SUB_ROWS if self.rows % SUB_ROWS == 0 else self.rows
+            size = sub_rows(self.rows)
 
             def one(i: jax.Array, carry: None) -> None:
                 act(pl.multiple_of(i * size, size), size, True)

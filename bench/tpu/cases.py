@@ -106,6 +106,15 @@ def chip_info(chip: str) -> pltpu.TpuInfo:
     return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(CHIPS[chip][1]), 1)
 
 
+def clock_hz(info: pltpu.TpuInfo) -> float:
+    """Cycles a second: what the peak comes to with four MXUs a core, two on v3.
+
+    Pallas counts two of 256 x 256 on v6e and tpu7x, which for their published clocks is half.
+    """
+    mxus = 2 if info.generation == 3 else 4
+    return info.bf16_ops_per_second / (2 * info.mxu_column_size**2 * mxus)
+
+
 def cases(chips: list[str], ops: list[str], dtypes: list[str], shapes: list[str]) -> list[Case]:
     """Every case of these chips, ops, dtypes and shapes that can exist, chip by chip."""
     makers = {

@@ -17,6 +17,7 @@ from taskmoe.bench.harness.results import from_json
 from taskmoe.bench.harness.worker import Died, Worker
 from taskmoe.bench.tpu import schedule
 from taskmoe.bench.tpu.cases import Case
+from taskmoe.bench.tpu.regions import Bundles
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 
@@ -40,6 +41,7 @@ class Kernel:
     filled: dict[str, float]
     spills: int
     vmem_bytes: int
+    regions: Bundles | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Compiled:
     """What compiler and model say of a case: why it does not compile, or its kernels.
 
     Bytes and times are modelled, and there where the grid can be walked; see `kernels.worker`.
+    outside_cycles: of what XLA runs around the kernels, by the compiler's estimate
     """
 
     error: str | None = None
@@ -56,6 +59,7 @@ class Compiled:
     moved_bytes: int | None = None
     floor_bytes: int | None = None
     flops: int | None = None
+    outside_cycles: int | None = None
     modelled_us: float | None = None
     roofline_us: float | None = None
 

@@ -28,6 +28,7 @@ from taskmoe.bench.tpu import schedule
 from taskmoe.bench.tpu.cases import Case
 from taskmoe.bench.tpu.compiler import TOO_LARGE
 from taskmoe.bench.tpu.grid_walk import KernelCall, recording, unwritten_zeros
+from taskmoe.bench.tpu.regions import Bundles
 
 
 @functools.cache
@@ -67,6 +68,7 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
     kernels = schedule.read_schedules(dumps, set(vmem))
     return {
         "compile_s": seconds,
+        "outside_cycles": schedule.outside_cycles(hlo),
         "kernels": [
             {**dataclasses.asdict(kernel), "vmem_bytes": vmem[kernel.kernel]} for kernel in kernels
         ],
@@ -74,23 +76,34 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
 
 
 def model(
-    chip: str, calls: list[KernelCall], floor: int, kernels: list[dict[str, Any]]
+    chip: str, calls: list[KernelCall], floor: int, kernels: list[dict[str, Any]], outside: int
 ) -> dict[str, Any]:
     """Modelled bytes and times of these kernel calls, with the schedules that were compiled.
 
-    A kernel takes as long as the larger of its bytes at the HBM's bandwidth and its declared FLOPs
-    at the bf16 peak times the share of MXU slots that its main loop fills. The roofline is the same
-    with the least bytes and every slot filled. bundles_run: main loops times steps of the grid.
+    A kernel takes as long as the larger of its bytes at the HBM's bandwidth and its work. Work is
+    the larger of the bundles that its regions run, one a cycle, and the FLOPs that it executes, of
+    rows that it multiplies twice included, at the bf16 peak times the share of MXU slots that its
+    main loop fills: chips with narrow MXUs issue bundles faster than these take products. Of a
+    kernel without known regions the second counts alone. What XLA runs outside adds its cycles.
+    The roofline has the least bytes, the declared FLOPs and every slot filled.
+
+    bundles_run: main loops times steps of the grid.
     """
     info = kernel_cases.chip_info(chip)
     filled = {kernel["kernel"]: kernel["filled"]["MXU"] for kernel in kernels}
+    found = {kernel["kernel"]: kernel["regions"] for kernel in kernels}
     bandwidth, peak = info.mem_bw_bytes_per_second, info.bf16_ops_per_second
+    clock = kernel_cases.clock_hz(info)
     multiplies = any(share > 0 for share in filled.values())
     flops = sum(call.cost.flops for call in calls if call.cost is not None)
 
     def seconds(call: KernelCall) -> float:
-        share = filled.get(call.name, 0.0)
-        work = 0.0 if call.cost is None or not share else call.cost.flops / (peak * share)
+        share, regions = filled.get(call.name, 0.0), found.get(call.name)
+        work = 0.0
+        if call.cost is not None and share:
+            work = call.cost.flops * call.rows_share / (peak * share)
+        if regions is not None and call.trips is not None:
+            work = max(work, Bundles(**regions).run(call.trips) / clock)
         return max(call.moved_bytes / bandwidth, work)
 
     bundles = {kernel["kernel"]: kernel["main_bundles"] for kernel in kernels}
@@ -99,7 +112,8 @@ def model(
         "moved_bytes": sum(call.moved_bytes for call in calls),
         "floor_bytes": floor,
         "flops": flops,
-        "modelled_us": 1e6 * sum(map(seconds, calls)),
+        "outside_cycles": outside,
+        "modelled_us": 1e6 * (sum(map(seconds, calls)) + outside / clock),
         "roofline_us": 1e6 * max(floor / bandwidth, flops / peak if multiplies else 0.0),
     }
 
@@ -156,7 +170,8 @@ def answer(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
         calls, floor = walk(case)
         names = {call.name for call in calls}  # of a gradient: without its forward kernels
         result["kernels"] = [k for k in result["kernels"] if k["kernel"] in names]
-        result |= model(case.chip, calls, floor, result["kernels"])
+        outside = result["outside_cycles"]
+        result |= model(case.chip, calls, floor, result["kernels"], outside)
     yield result
 
 

@@ -38,6 +38,8 @@ def test_one_kernel_is_compiled_and_modelled(tmp_path: Path, capsys: Any) -> Non
     assert 0 < kernel["filled"]["MXU"] <= 1
     assert kernel["main_bundles"] <= kernel["bundles"]
     assert ours["modelled_us"] >= ours["roofline_us"] * 0.99
+    assert kernel["regions"]["whole"] > kernel["regions"]["step"] > 0
+    assert ours["outside_cycles"] > 0
     assert {row["by"] for row in rows} >= {"taskmoe", "megablox"}
 
 
