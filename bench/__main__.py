@@ -1,6 +1,6 @@
 """Command line: `python -m taskmoe.bench NAME`, each NAME with a question of its own.
 
-demo, ops, exchange, decode, beam, serve, task, training, text, study, tpu, check, report; each
+demo, ops, exchange, decode, beam, serve, task, training, text, study, tpu, tune, check, report; each
 takes --json FILE and --help.
 """
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "text": "taskmoe.bench.text",
     "study": "taskmoe.bench.story.study",
     "tpu": "taskmoe.bench.tpu",
+    "tune": "taskmoe.bench.tune",
     "check": "taskmoe.bench.gate",
     "report": "taskmoe.bench.report",
 }

@@ -24,7 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.bench.tpu.regions import Trips
 from taskmoe.kernels import for_chip
-from taskmoe.kernels.group_visits import Visits, sub_rows
+from taskmoe.kernels.group_visits import SUB_ROWS, Visits, sub_rows
+from taskmoe.kernels.platforms import chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +127,12 @@ def _record(
         return call
     (first, array), (last, _) = pairs[0], pairs[-1]
     rows = first.block_shape[-2]
-    whole, part = own_blocks(scalars[0], rows)
+    sums_over_rows = name in ("taskmoe_tgmm", "taskmoe_expert_ffn_backward")
+    size = sub_rows(rows, chip().mxu_column_size if sums_over_rows else SUB_ROWS)
+    whole, part = own_blocks(scalars[0], rows, size)
     sweeps = steps // max(int(scalars[0].num[0]), 1)
     results = int(changes(last, [int(size) for size in grid], scalars)[1].sum())
-    worked = whole * rows + part * sub_rows(rows)
+    worked = whole * rows + part * size
     return dataclasses.replace(
         call,
         trips=Trips(steps, whole * sweeps, part * sweeps, results),
@@ -137,14 +140,13 @@ def _record(
     )
 
 
-def own_blocks(walk: Visits, rows: int) -> tuple[int, int]:
-    """Visits that own their whole block of so many rows, and sub-blocks that the others work on."""
+def own_blocks(walk: Visits, rows: int, size: int) -> tuple[int, int]:
+    """Visits that own their whole block of rows, and sub-blocks of a size that others work on."""
     count = int(walk.num[0])
     group, first = walk.group[:count], walk.block[:count] * rows
     low = np.maximum(walk.starts[group] - first, 0)
     high = np.minimum(walk.ends[group] - first, rows)
     whole = (low == 0) & (high == rows)
-    size = sub_rows(rows)
     parts = np.where(whole | (high <= low), 0, -(-high // size) - low // size)
     return int(whole.sum()), int(parts.sum())
 

@@ -70,7 +70,8 @@ def test_whole_blocks_and_parts_by_hand() -> None:
         [0, 1, 2, 2], [0, 0, 1, 1], [3],
     )))  # fmt: skip
     # 0..99 lies in one sub-block of 128 rows, 100..255 in two.
-    assert own_blocks(walk, 256) == (1, 3)
+    assert own_blocks(walk, 256, 128) == (1, 3)
+    assert own_blocks(walk, 256, 256) == (1, 2)
 
 
 def test_trips_of_gmm_by_hand() -> None:
