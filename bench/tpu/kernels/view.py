@@ -103,7 +103,7 @@ def _figures(r: Row) -> tuple[str, ...]:
         *figures,
         f"{moved / 1e6:,.1f}",
         f"{moved / (r.floor_bytes or 1):.2f}",
-        f"{r.outside_cycles or 0:,}",
+        "" if r.outside_cycles is None else f"{r.outside_cycles:,}",
         f"{r.modelled_us:,.1f}",
         f"{r.roofline_us:,.1f}",
     )
