@@ -60,11 +60,14 @@ PACKAGES = [
     *("bench.serving", "bench.serving.decode", "bench.serving.beam", "bench.serving.task"),
     "bench.serving.serve",
     *("bench.tpu", "bench.tpu.kernels", "bench.tpu.model", "bench.tpu.published"),
-<<<<<<< HEAD
-    *("bench.story", "bench.story.demo", "bench.story.study", "bench.training", "bench.text"),
-=======
-    *("bench.story", "bench.story.demo", "bench.story.study", "bench.training", "bench.tune"),
->>>>>>> 37e25cc (Block sizes are chosen by time on the chip; expert_ffn's backward adds dx up in place; walks take a third of the cycles; bench tune)
+    *(
+        "bench.story",
+        "bench.story.demo",
+        "bench.story.study",
+        "bench.training",
+        "bench.tune",
+        "bench.text",
+    ),
 ]
 DATA = {f"taskmoe.{name}": ["py.typed"] for name in PACKAGES if "." not in name}
 DATA["taskmoe.bench.gate"] = ["baseline/*.json"]  # bench/results is the checkout's alone
