@@ -60,7 +60,14 @@ PACKAGES = [
     *("bench.serving", "bench.serving.decode", "bench.serving.beam", "bench.serving.task"),
     "bench.serving.serve",
     *("bench.tpu", "bench.tpu.kernels", "bench.tpu.model", "bench.tpu.published"),
-    *("bench.story", "bench.story.demo", "bench.story.study", "bench.training", "bench.text"),
+    *(
+        "bench.story",
+        "bench.story.demo",
+        "bench.story.study",
+        "bench.training",
+        "bench.tune",
+        "bench.text",
+    ),
 ]
 DATA = {f"taskmoe.{name}": ["py.typed"] for name in PACKAGES if "." not in name}
 DATA["taskmoe.bench.gate"] = ["baseline/*.json"]  # bench/results is the checkout's alone

@@ -1,7 +1,7 @@
 """Command line: `python -m taskmoe.bench NAME`, each NAME with a question of its own.
 
-demo, ops, exchange, decode, beam, serve, task, training, text, study, tpu, check, report; each
-takes --json FILE and --help.
+demo, ops, exchange, decode, beam, serve, task, training, text, study, tpu, tune, check, report;
+each takes --json FILE and --help.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ COMMANDS = {
     "text": "taskmoe.bench.text",
     "study": "taskmoe.bench.story.study",
     "tpu": "taskmoe.bench.tpu",
+    "tune": "taskmoe.bench.tune",
     "check": "taskmoe.bench.gate",
     "report": "taskmoe.bench.report",
 }
