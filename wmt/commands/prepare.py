@@ -22,11 +22,11 @@ from taskmoe.wmt.commands.settings import add_set, read_set, settable
 from taskmoe.wmt.commands.shared import build, load, out, own_words
 from taskmoe.wmt.commands.text import add_data, named_text, training_text
 from taskmoe.wmt.config import PRESETS, TrainConfig
-from taskmoe.wmt.text import cldr
+from taskmoe.wmt.text import blocks, cldr
 from taskmoe.wmt.text.cleaning import Account, account_table, look
 from taskmoe.wmt.text.folders import Pairs, write_splits
 from taskmoe.wmt.text.languages import codes_of
-from taskmoe.wmt.text.preparing import BLOCK, Plan, prepare
+from taskmoe.wmt.text.preparing import Plan, prepare
 from taskmoe.wmt.text.sources import Source, all_pairs, names_of, read_all, read_held_out
 from taskmoe.wmt.text.tokenizer import Tokenizer
 from taskmoe.wmt.training.stopping import ending_at_once
@@ -36,6 +36,8 @@ _SAMPLES = 3
 
 def run(a: argparse.Namespace) -> None:
     """Write a training set or cleaned text of all sources, or else the embedded corpus."""
+    if a.out is None and not a.dry_run:
+        raise InputError("--out FOLDER says where to write; --dry-run writes nothing")
     if a.data is None:
         _embedded(a)
         return
@@ -53,7 +55,7 @@ def run(a: argparse.Namespace) -> None:
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    p.add_argument("--out", type=Path, required=True, help="folder to write")
+    p.add_argument("--out", type=Path, help="folder to write")
     add_data(p, required=False)
     p.add_argument(
         "--config",
@@ -126,8 +128,8 @@ def _look_only(a: argparse.Namespace, config: TrainConfig) -> None:
                 if pair not in source.pairs("train"):
                     continue
                 lines = itertools.islice(source.stream("train", pair), config.max_sentences)
-                while block := list(itertools.islice(lines, BLOCK)):
-                    looked = look(block, config, [None, None])
+                while some := list(itertools.islice(lines, blocks.LINES)):
+                    looked = look(some, config, [None, None])
                     samples.extend(looked.lines[: _SAMPLES - len(samples)])
                     counts = {name: counts[name] + looked.counts[name] for name in counts}
                     progress(counts["read"], None)

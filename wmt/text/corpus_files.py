@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from taskmoe.wmt.text.languages import known, sides
 from taskmoe.wmt.text.textfiles import TsvFile, count_lines, plain_name, stamp, stream_pairs
 
 
-class _Corpus:
+class _Corpus(abc.ABC):
     """Serves one split: the one that is asked for, else that which the name's beginning says."""
 
     def __init__(self, name: str, split: str | None) -> None:
@@ -23,8 +24,9 @@ class _Corpus:
         self.name, self.identity = name, str(path.resolve())
         self._split = split or begun
 
+    @abc.abstractmethod
     def languages(self) -> list[str]:
-        raise NotImplementedError
+        """Those that it has text of."""
 
     def pairs(self, split: str) -> list[str]:
         """Directions between its languages, sorted; none for a split that it does not serve."""
@@ -42,8 +44,9 @@ class _Corpus:
             raise InputError(f"{self.name} has no {split} text of pair {pair}")
         return itertools.islice(self._lines(*split_pair(pair)), start, None)
 
+    @abc.abstractmethod
     def _lines(self, source: str, target: str) -> Iterator[tuple[str, str]]:
-        raise NotImplementedError
+        """All lines of two languages."""
 
 
 class TsvCorpus(_Corpus):

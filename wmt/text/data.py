@@ -19,7 +19,7 @@ from taskmoe.wmt.text.rows import Rows, encode
 from taskmoe.wmt.text.sampling import Schedule
 from taskmoe.wmt.text.tokenizer import BOS, Tokenizer
 
-_MOST_EPOCHS = 1000  # of a bucket's sentences in one batch: each is a permutation to draw
+_MOST_EPOCHS = 1000  # of a bucket's sentences in one batch: each has an order of its own
 
 
 class Batch(NamedTuple):

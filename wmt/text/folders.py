@@ -180,12 +180,12 @@ class Folder:
 def write_splits(folder: Path, splits: Mapping[str, Pairs]) -> None:
     """Write `SPLIT.en-de.en` and `SPLIT.en-de.de` of all directions, as `Folder` reads them."""
     for split, text in splits.items():
+        written: Pairs = {}
         for pair, columns in text.items():
             source, target = split_pair(pair)
-            turned = f"{target}-{source}"
-            earlier = list(text)[: list(text).index(pair)]
-            if turned in earlier and tuple(columns) == text[turned][::-1]:
+            if written.get(f"{target}-{source}") == columns[::-1]:
                 continue  # those files serve both directions
+            written[pair] = columns
             for language, lines in zip((source, target), columns, strict=True):
                 content = "".join(f"{line}\n" for line in lines)
                 write_bytes(folder / f"{split}.{pair}.{language}", content.encode())

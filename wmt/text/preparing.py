@@ -1,14 +1,14 @@
 """From sources to a training set, in stages that each write what they have done.
 
-    read      lines of a direction in blocks: looked at one by one, those worth it are kept as text
-    judge     of all blocks of a direction: lengths that go together, duplicates, held-out text
+    read        lines of a direction in blocks: looked at one by one, those worth it stay as text
+    judge       of all blocks of a direction: lengths that go together, duplicates, held-out text
     vocabulary  from lines that are kept, drawn with p ~ size^(1/T) over languages
-    encode    block by block
-    merge     the blocks of a direction into one file
+    encode      block by block
+    merge       the blocks of a direction into one file
 
 All lies in `OUT.part` until the set is whole, and a run that was stopped goes on there: what a
 stage has finished has its name, what it was at has another. Blocks hold a fixed number of lines, so
-memory does not grow with the text, but for about 10 bytes a line of the largest direction.
+memory does not grow with the text, but for about 20 bytes a line of the largest direction.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ import numpy as np
 from taskmoe.cli.command_line import write_bytes, write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import TrainConfig, split_pair
-from taskmoe.wmt.text.cleaning import Account, Looked, held_keys, judge, look
+from taskmoe.wmt.text import blocks
+from taskmoe.wmt.text.cleaning import Account, held_keys, judge
 from taskmoe.wmt.text.folders import Pairs, write_splits
-from taskmoe.wmt.text.rows import Rows, encode, place, token_type
+from taskmoe.wmt.text.rows import Rows, place, token_type
 from taskmoe.wmt.text.sources import Source
 from taskmoe.wmt.text.tokenizer import Tokenizer, drawn_shares, train_tokenizer
 from taskmoe.wmt.text.training_set import (
@@ -49,7 +50,6 @@ from taskmoe.wmt.text.training_set import (
 )
 from taskmoe.wmt.text.workers import workers
 
-BLOCK = 50_000  # lines of a block
 Report = Callable[[str, int, int | None], None]
 
 
@@ -82,7 +82,7 @@ class Plan:
         fields = dataclasses.asdict(self.config)
         return {
             "version": VERSION,
-            "block": BLOCK,
+            "block": blocks.LINES,
             "sources": self.identity,
             "pairs": list(self.pairs),
             "files": sorted({
@@ -139,7 +139,9 @@ def _stages(part: Path, plan: Plan, count: int, report: Report) -> None:
     directions = [_Direction(part / pair, pair, plan) for pair in plan.pairs]
     held = held_keys(plan.held_out)
     (part / "set").mkdir(exist_ok=True)
-    with workers(count, _begin_looking, (plan.config, held)) as run:
+    for begun in (part / "set").glob(".*"):  # what a killed run was writing
+        begun.unlink()
+    with workers(count, blocks.begin_looking, (plan.config, held)) as run:
         for number, direction in enumerate(directions, 1):
             stage = f"reading {direction.pair} ({number} of {len(directions)})"
             direction.read(run, functools.partial(report, stage))
@@ -149,7 +151,7 @@ def _stages(part: Path, plan: Plan, count: int, report: Report) -> None:
     report("vocabulary", 0, 1)
     tokenizer = _vocabulary(part / "set" / VOCABULARY, plan, directions)
     total, done = sum(direction.kept() for direction in directions), 0
-    with workers(count, _begin_encoding, (tokenizer.model, plan.config.buckets[-1])) as run:
+    with workers(count, blocks.begin_encoding, (tokenizer.model, plan.config.buckets[-1])) as run:
         for direction in directions:
             for lines in direction.encode(run):
                 done += lines
@@ -190,28 +192,38 @@ class _Direction:
         total = None
         if len(known) == len(counts):
             total = sum(count if limit is None else min(count, limit) for count in known)
-        done = 0
-        for lines in run(_look_at_block, self._blocks_to_read()):
+        done = blocks.LINES * self._looked_at()
+        for lines in run(blocks.look_at_block, self._blocks_to_read()):
             done += lines
             report(done, total)
-        blocks = sum(1 for _ in self.folder.glob("*.looked.npz"))
-        write_text(whole, json.dumps({"blocks": blocks}))
+        write_text(whole, json.dumps({"blocks": self._looked_at()}))
+
+    def _looked_at(self) -> int:
+        return sum(1 for _ in self.folder.glob("*.looked.npz"))
+
+    def _block(self, number: int) -> Path:
+        return self.folder / f"{number:06d}"
+
+    def _blocks(self) -> list[Path]:
+        """All of them, once they are read."""
+        count = json.loads((self.folder / "read.json").read_text())["blocks"]
+        return [self._block(number) for number in range(count)]
 
     def _blocks_to_read(self) -> Iterator[tuple[Path, list[tuple[str, str]], tuple[str, str]]]:
         limit = self._plan.config.max_sentences
         sources = self._plan.holders(self.pair)
         # Blocks that are whole already from the first on need not be read again.
-        ready = next(i for i in itertools.count() if not _looked(self.folder, i).exists())
+        ready = next(i for i in itertools.count() if not blocks.is_looked_at(self._block(i)))
         number = 0
         for source in sources:
             start = 0
             if len(sources) == 1 and limit is None:
-                start, number = ready * BLOCK, ready
+                start, number = ready * blocks.LINES, ready
             lines = source.stream("train", self.pair, start)
             lines = itertools.islice(lines, limit)
-            while block := list(itertools.islice(lines, BLOCK)):
-                if not _looked(self.folder, number).exists():
-                    yield self.folder / f"{number:06d}", block, split_pair(self.pair)
+            while some := list(itertools.islice(lines, blocks.LINES)):
+                if not blocks.is_looked_at(self._block(number)):
+                    yield self._block(number), some, split_pair(self.pair)
                 number += 1
 
     def judge(self) -> None:
@@ -219,9 +231,11 @@ class _Direction:
         whole = self.folder / "judged.json"
         if whole.exists():
             return
-        kept, account = judge(self.pair, lambda: _blocks(self.folder), self._plan.config)
-        sizes = [int(block.sum()) for block in kept]
-        _save(self.folder / "kept.npz", **{f"{i:06d}": block for i, block in enumerate(kept)})
+        every = self._blocks()
+        kept, account = judge(self.pair, lambda: map(blocks.read_looked, every), self._plan.config)
+        sizes = [int(mask.sum()) for mask in kept]
+        named = {block.name: mask for block, mask in zip(every, kept, strict=True)}
+        blocks.save(self.folder / "kept.npz", **named)
         fields = {"kept": sizes, "account": dataclasses.asdict(account)}
         write_text(whole, json.dumps(fields))
 
@@ -237,66 +251,56 @@ class _Direction:
         """Some of the lines that are kept, by rising number."""
         sizes = self._judged()["kept"]
         ends = np.cumsum(sizes)
-        masks = np.load(self.folder / "kept.npz")
-        for number in np.unique(np.searchsorted(ends, which, side="right")):
-            block = _read_lines(self.folder / f"{number:06d}.text")
-            kept = np.flatnonzero(masks[f"{number:06d}"])
-            first = ends[number] - sizes[number]
-            for i in which[(which >= first) & (which < ends[number])]:
-                yield block[kept[i - first]]
+        with np.load(self.folder / "kept.npz") as masks:
+            for number in np.unique(np.searchsorted(ends, which, side="right")):
+                block = self._block(number)
+                lines, kept = blocks.read_lines(block), np.flatnonzero(masks[block.name])
+                first = ends[number] - sizes[number]
+                for i in which[(which >= first) & (which < ends[number])]:
+                    yield lines[kept[i - first]]
 
     def encode(self, run: Any) -> Iterator[int]:
         """Encode block by block, which gives how many lines each has."""
         if (self.folder / "merged.json").exists():
             yield self.kept()
             return
-        sizes = self._judged()["kept"]
-        jobs = []
+        every = self._blocks()
+        done = [blocks.is_encoded(block) for block in every]
+        yield sum(itertools.compress(self._judged()["kept"], done))
         with np.load(self.folder / "kept.npz") as masks:
-            for number, size in enumerate(sizes):
-                if (self.folder / f"{number:06d}.rows.npz").exists():
-                    yield size
-                else:
-                    name = f"{number:06d}"
-                    jobs.append((self.folder / name, masks[name], self.pair))
-        yield from run(_encode_block, jobs)
+            jobs = (
+                (block, masks[block.name], self.pair)
+                for block, is_done in zip(every, done, strict=True)
+                if not is_done
+            )
+            yield from run(blocks.encode_block, jobs)
 
     def merge(self, out: Path, vocab_size: int) -> Direction:
         """Write the direction's file of tokens."""
         whole, file = self.folder / "merged.json", rows_file(out, self.pair)
         if not whole.exists():
-            blocks = sorted(self.folder.glob("*.rows.npz"))
+            every = self._blocks()
             counts, beyond = np.zeros(self._plan.config.buckets[-1] + 1, np.int64), 0
-            for block in blocks:
-                rows = _load_rows(block)
+            for rows in map(blocks.read_rows, every):
                 counts, beyond = counts + rows.counts, beyond + rows.beyond
             size = int((2 * counts * np.arange(len(counts))).sum())
             beside = file.with_name(f".{file.name}")
             # An empty array cannot be mapped.
             flat = np.lib.format.open_memmap(beside, "w+", token_type(vocab_size), (max(size, 1),))
-            place(map(_load_rows, blocks), counts, flat)
+            with beside.open("r+b") as held:
+                # A mapped file that has no room yet would end the process where the disk is full.
+                os.posix_fallocate(held.fileno(), 0, beside.stat().st_size)
+            place(map(blocks.read_rows, every), counts, flat)
             flat.flush()
             digest = Rows(counts, flat[:size], beyond).digest()
             del flat
             os.replace(beside, file)
             made = {"counts": counts.tolist(), "beyond": beyond, "sha256": digest}
             write_text(whole, json.dumps(made))
-            for block in blocks:
-                block.unlink()
+            for block in every:
+                block.with_suffix(".rows.npz").unlink()
         account = Account(**self._judged()["account"])
         return Direction(account=account, **json.loads(whole.read_text()))
-
-
-def _blocks(folder: Path) -> Iterator[Looked]:
-    """What is known of a direction's blocks, without their lines."""
-    for number in range(json.loads((folder / "read.json").read_text())["blocks"]):
-        with np.load(_looked(folder, number)) as found:
-            counts = dict(zip(found["names"].tolist(), found["counts"].tolist(), strict=True))
-            yield Looked([], found["characters"], found["key"], found["held_out"], counts)
-
-
-def _looked(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.looked.npz"
 
 
 def _vocabulary(path: Path, plan: Plan, directions: Sequence[_Direction]) -> Tokenizer:
@@ -337,76 +341,6 @@ def _vocabulary(path: Path, plan: Plan, directions: Sequence[_Direction]) -> Tok
     made = made.with_languages(sorted({split_pair(pair)[1] for pair in plan.pairs}))
     write_bytes(path, made.model)
     return made
-
-
-# What workers do.
-
-_looking: tuple[TrainConfig, Mapping[str, set[str]]]
-_encoding: tuple[Tokenizer, int]
-
-
-def _begin_looking(config: TrainConfig, held: Mapping[str, set[str]]) -> None:
-    global _looking
-    _looking = config, held
-
-
-def _look_at_block(block: Path, lines: list[tuple[str, str]], languages: tuple[str, str]) -> int:
-    config, held = _looking
-    looked = look(lines, config, [held.get(language) for language in languages])
-    text = "\n".join(itertools.chain.from_iterable(looked.lines))
-    _write(block.with_suffix(".text"), text.encode())
-    _save(
-        block.with_suffix(".looked.npz"),
-        characters=looked.characters,
-        key=looked.key,
-        held_out=looked.held_out,
-        names=np.array(list(looked.counts)),
-        counts=np.array(list(looked.counts.values())),
-    )
-    return len(lines)
-
-
-def _begin_encoding(model: bytes, longest: int) -> None:
-    global _encoding
-    _encoding = Tokenizer(model), longest
-
-
-def _encode_block(block: Path, kept: np.ndarray, pair: str) -> int:
-    tokenizer, longest = _encoding
-    lines = list(itertools.compress(_read_lines(block.with_suffix(".text")), kept.tolist()))
-    rows = encode(pair, ([s for s, _ in lines], [t for _, t in lines]), tokenizer, longest)
-    _save(
-        block.with_suffix(".rows.npz"),
-        counts=rows.counts,
-        flat=rows.flat,
-        beyond=np.array(rows.beyond),
-    )
-    block.with_suffix(".text").unlink()
-    return len(lines)
-
-
-def _read_lines(path: Path) -> list[tuple[str, str]]:
-    flat = path.read_bytes().decode().split("\n")
-    return list(zip(flat[::2], flat[1::2], strict=False))
-
-
-def _load_rows(path: Path) -> Rows:
-    with np.load(path) as found:
-        return Rows(found["counts"], found["flat"], int(found["beyond"]))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A file that is whole or not there; what is begun has a name that no stage looks for."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_bytes(data)
-    os.replace(beside, path)
-
-
-def _save(path: Path, **arrays: np.ndarray) -> None:
-    beside = path.with_name(f".{path.name}")
-    with beside.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    os.replace(beside, path)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import split_pair
 from taskmoe.wmt.text.folders import Columns
 from taskmoe.wmt.text.languages import known, sides
-from taskmoe.wmt.text.textfiles import read_lines
+from taskmoe.wmt.text.textfiles import read_lines, stamp
 
 _HUB_SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 
@@ -78,8 +78,11 @@ class HuggingFace:
         return known if known is None or limit is None else min(known, limit)
 
     def stamps(self, split: str, pair: str) -> list[str]:
-        """Nothing is known of it before it is read."""
-        return []
+        """A local folder's files; of the Hub nothing is known before it is read."""
+        whole = Path(self._spec)
+        folder = whole if whole.is_dir() else whole.parent
+        files = sorted(folder.rglob("*")) if folder.is_dir() and folder != Path() else []
+        return [stamp(file) for file in files if file.is_file()]
 
     def _records(self, split: str, start: int = 0) -> Iterator[dict[str, str]]:
         """The text of each record by language."""
@@ -90,7 +93,7 @@ class HuggingFace:
         with self._foreign("reading"):
             rest = stream.skip(start) if start else stream
             for number, record in enumerate(
-                itertools.islice(rest, limit and limit - start), start + 1
+                itertools.islice(rest, limit and max(limit - start, 0)), start + 1
             ):
                 texts = self._translation(split, number, record)
                 line = {}
