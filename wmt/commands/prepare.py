@@ -95,7 +95,7 @@ def _set(a: argparse.Namespace, config: TrainConfig, size: int) -> None:
         to_score = _to_score(sources, pairs)
     identity = " + ".join(source.identity for source in sources)
     plan = Plan(sources, pairs, held, to_score, config, vocabulary, names_of(sources), identity)
-    kept = ending_at_once(f"what is done is kept in {a.out}.part; the same command goes on")
+    kept = ending_at_once(f"what is done is kept in {a.out}.part")
     with kept, bar("preparing", "sentences", enabled=sys.stderr.isatty()) as progress:
         made = prepare(a.out, plan, count, progress.stage).manifest
     accounts = {pair: one.account for pair, one in made.directions.items()}
