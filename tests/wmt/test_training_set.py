@@ -186,10 +186,13 @@ def test_a_disk_without_room_for_the_tokens_is_one_line(
 
 def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     folder = folder_of_text(tmp_path / "text")
+    environment = os.environ | {"PYTHONPATH": str(support.ROOT / ".types")}
     command = [sys.executable, "-m", "taskmoe.wmt", "prepare", "--data", str(folder)]
     command += ["--pairs", "en-de,de-en", "--workers", "2", "--set", "vocab_size=330", "--out"]
     parts = tmp_path / "killed.part"
-    begun = subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    begun = subprocess.Popen(
+        [*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL, env=environment
+    )
     while begun.poll() is None and len(list(parts.glob("**/*.*"))) < 9:
         time.sleep(0.002)
     begun.send_signal(signal.SIGKILL)
@@ -199,7 +202,9 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
         (parts / "set" / ".spm.model-half").write_bytes(b"half")
     for out in ("killed", "whole"):
         if not (tmp_path / out).exists():
-            subprocess.run([*command, str(tmp_path / out)], check=True, capture_output=True)
+            subprocess.run(
+                [*command, str(tmp_path / out)], check=True, capture_output=True, env=environment
+            )
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
