@@ -40,6 +40,7 @@ from taskmoe.kernels.router import (
     by_logit,
     choice_scores,
     denominator,
+    limit_to_groups,
     score,
     slope,
     softplus,
@@ -149,7 +150,10 @@ def _gating_xla(
     # NaN comes last, and all lie above the mark of those already chosen.
     known = jnp.where(x >= jnp.finfo(x.dtype).min, x, jnp.finfo(x.dtype).min)
     of_known = denominator(known, 1) if router.scores == "softmax" else Denominator(0, 1)
-    open_ = choice_scores(router, known, of_known, bias, 1)
+    # An expert is found by equality with a maximum, so both must see the same numbers. XLA may
+    # compute them twice, rounded otherwise: on GPU it did so with the gate's product itself.
+    choice = jax.lax.optimization_barrier(choice_scores(router, known, of_known, bias))
+    open_ = limit_to_groups(router, choice, 1)
     experts, chosen = [], []
     for _ in range(options.top_k):
         best = jnp.max(open_, axis=1, keepdims=True)

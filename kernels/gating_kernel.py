@@ -29,6 +29,7 @@ from taskmoe.kernels.router import (
     by_logit,
     choice_scores,
     denominator,
+    limit_to_groups,
     score,
     slope,
     weigh,
@@ -116,7 +117,7 @@ def kernel(
     known = jnp.where(x >= jnp.finfo(jnp.float32).min, x, jnp.finfo(jnp.float32).min)
     bias = None if bias_ref is None else bias_ref[...]
     of_known = denominator(known, 0) if router.scores == "softmax" else of
-    left = choice_scores(router, known, of_known, bias, 0)
+    left = limit_to_groups(router, choice_scores(router, known, of_known, bias), 0)
     values = []
     for j in range(top_k):
         best = jnp.max(left, axis=0, keepdims=True)

@@ -170,12 +170,10 @@ def by_logit(router: Router, bias: Any) -> bool:
     return bias is None and (router.group_score == "max" or router.kept_groups == router.groups)
 
 
-def choice_scores(
-    router: Router, z: jax.Array, softmax: Denominator, bias: Any, axis: int
-) -> jax.Array:
-    """What experts are chosen by; logits have NaN replaced by the lowest number."""
+def choice_scores(router: Router, z: jax.Array, softmax: Denominator, bias: Any) -> jax.Array:
+    """What experts are chosen by, groups apart; logits have NaN replaced by the lowest number."""
     choice = z if by_logit(router, bias) else score(router, z, softmax)
-    return limit_to_groups(router, choice if bias is None else choice + bias, axis)
+    return choice if bias is None else choice + bias
 
 
 def weigh(router: Router, chosen: list[jax.Array], softmax: Denominator) -> list[jax.Array]:

@@ -17,6 +17,7 @@ from taskmoe.kernels import hopper_products
 on_hopper = pytest.mark.skipif(
     not hopper_products.is_present(), reason="implementation='mosaic_gpu' runs on a Hopper GPU"
 )
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels are interpreted on CPU")
 DTYPES = (jnp.float32, jnp.bfloat16)
 INTERPRET = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"

@@ -99,6 +99,7 @@ def test_the_chip_can_be_named() -> None:
         for_chip("v9")
 
 
+@support.on_cpu
 def test_rows_may_be_symbolic_where_there_are_no_kernels() -> None:
     params, x = arguments()
     batch, length = jax.export.symbolic_shape("b, s")
@@ -159,6 +160,7 @@ def test_no_expert_is_chosen_twice_among_nan(implementation: str) -> None:
         assert np.isfinite(weights).all()
 
 
+@support.on_cpu
 def test_gating_many_experts_takes_few_temporaries() -> None:
     logits = jax.ShapeDtypeStruct((4096, 256), jnp.float32)
     run = jax.jit(lambda x: top_k_gating(x, 8, implementation="xla"))

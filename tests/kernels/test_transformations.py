@@ -192,6 +192,7 @@ def test_a_definition_minds_no_settings(op: str) -> None:
         check(op, "reference", transformation)
 
 
+@support.on_cpu
 @pytest.mark.parametrize("transformation", OF_KERNELS, ids=lambda t: t.__name__)
 @pytest.mark.parametrize("op", OPS)
 def test_a_kernel_transforms_as_jax_users_expect(op: str, transformation: Any) -> None:

@@ -46,6 +46,33 @@ def test_the_layer_is_as_transcribed(level: str, batch: Any) -> None:
     as_transcribed(config, *batch, support.params(config))
 
 
+def choose_as_logits_say(dtype: Any, implementation: str | None, turned: int = 0) -> None:
+    """Fails where a token whose best logits lie apart goes elsewhere."""
+    config = moe.MoEConfig(d_model=512, d_ff=8, num_experts=32, top_k=2)
+    weights = moe.init(jax.random.key(1), config, dtype)
+    x = jax.random.normal(jax.random.key(0), (1, 1024, 512)).astype(dtype)
+    logits = np.asarray(x[0], np.float64) @ np.asarray(weights["gate"], np.float64)
+    falling = -np.sort(-logits, axis=1)
+    clear = (falling[:, :2] - falling[:, 1:3]).min(axis=1) > 0.02
+    assert clear.mean() > 0.5
+    weights = weights | {"gate": jnp.roll(weights["gate"], turned, axis=1)}
+    options: Any = {"implementation": implementation, "return_chosen": True}
+    chosen = jax.jit(lambda w, x: moe.apply(w, config, x, **options)[2].experts[0])(weights, x)
+    np.testing.assert_array_equal(chosen[clear], np.argsort(-logits, axis=1)[clear, :2])
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "reference"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_many_tokens_go_where_their_logits_say(dtype: Any, implementation: str | None) -> None:
+    """An expert is found by comparing logits, which XLA may compute twice and round otherwise."""
+    choose_as_logits_say(dtype, implementation)
+
+
+def test_other_logits_are_noticed() -> None:
+    with pytest.raises(AssertionError):
+        choose_as_logits_say(jnp.float32, None, turned=1)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", ["gate", "w_in", "w_out"])
 def test_another_weight_is_noticed(level: str, name: str) -> None:
