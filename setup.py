@@ -25,12 +25,14 @@ WMT = [
     "sentencepiece>=0.2.1,<0.3",
 ]
 HF = ["datasets>=4.0,<6"]
+CTRANSLATE2 = ["ctranslate2>=4.6,<5"]
 TENSORBOARD = ["tensorboardX>=2.6.2,<3"]
 BENCH = [*WMT, "matplotlib>=3.9,<4", "pytest>=8.3,<10", "pytest-benchmark>=5.1,<6"]
 DEV = [
     *BENCH,
     *HF,
     *TENSORBOARD,
+    *CTRANSLATE2,
     "build>=1.2,<2",
     "equinox>=0.11,<0.14",
     "flax>=0.10,<0.13",
@@ -56,8 +58,16 @@ PACKAGES = [
     *("wmt", "wmt.text", "wmt.model", "wmt.training", "wmt.commands"),
     *("bench", "bench.harness", "bench.ops", "bench.exchange", "bench.gate"),
     *("bench.serving", "bench.serving.decode", "bench.serving.beam", "bench.serving.task"),
+    "bench.serving.serve",
     *("bench.tpu", "bench.tpu.kernels", "bench.tpu.model", "bench.tpu.published"),
-    *("bench.story", "bench.story.demo", "bench.story.study", "bench.training", "bench.text"),
+    *(
+        "bench.story",
+        "bench.story.demo",
+        "bench.story.study",
+        "bench.training",
+        "bench.tune",
+        "bench.text",
+    ),
 ]
 DATA = {f"taskmoe.{name}": ["py.typed"] for name in PACKAGES if "." not in name}
 DATA["taskmoe.bench.gate"] = ["baseline/*.json"]  # bench/results is the checkout's alone
@@ -93,6 +103,7 @@ setup(
     extras_require={
         "wmt": WMT,
         "hf": [*WMT, *HF],
+        "ctranslate2": [*WMT, *CTRANSLATE2],
         "tensorboard": [*WMT, *TENSORBOARD],
         "bench": BENCH,
         "gpu": ["tokamax>=0.0.12,<0.1"],

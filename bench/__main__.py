@@ -1,7 +1,7 @@
 """Command line: `python -m taskmoe.bench NAME`, each NAME with a question of its own.
 
-demo, ops, exchange, decode, beam, task, training, text, study, tpu, check, report; each takes
---json FILE and --help.
+demo, ops, exchange, decode, beam, serve, task, training, text, study, tpu, tune, check, report;
+each takes --json FILE and --help.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ COMMANDS = {
     "exchange": "taskmoe.bench.exchange",
     "decode": "taskmoe.bench.serving.decode",
     "beam": "taskmoe.bench.serving.beam",
+    "serve": "taskmoe.bench.serving.serve",
     "task": "taskmoe.bench.serving.task",
     "training": "taskmoe.bench.training",
     "text": "taskmoe.bench.text",
     "study": "taskmoe.bench.story.study",
     "tpu": "taskmoe.bench.tpu",
+    "tune": "taskmoe.bench.tune",
     "check": "taskmoe.bench.gate",
     "report": "taskmoe.bench.report",
 }

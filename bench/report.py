@@ -55,6 +55,7 @@ BENCHMARKS = {
     ),
     "task": Benchmark("serving.task", {"task": "task"}),
     "training": Benchmark("training", {"training": "training --sizes demo,tiny --rounds 5"}),
+    "text": Benchmark("text", {"text": "text --pairs 2000000"}),
     "ops": Benchmark("ops", {"ops": "ops --quick"}),
     "kernels": Benchmark("tpu.kernels", {"kernels": "tpu --kernels --quick"}),
     "published": Benchmark("tpu.published", {"published": "tpu --published"}),

@@ -11,16 +11,20 @@ from jax.experimental import pallas as pl
 
 from taskmoe.kernels.options import Activation, hidden_units
 from taskmoe.kernels.quantized import Quantized
-from taskmoe.kernels.tiling import HIDDEN_CHUNK
+from taskmoe.kernels.tiling import HIDDEN_CHUNK, LANES
 
 #: Rows of a quantised matrix that are converted at a time.
 CONVERTED_ROWS = 512
 
 
 def pieces(size: int, piece: int) -> list[pl.Slice]:
-    """Slices that cut `size` into pieces, or one of all of it where they do not fit exactly."""
-    piece = piece if size % piece == 0 else size
-    return [pl.Slice(first, piece) for first in range(0, size, piece)]
+    """Slices that cut `size` into pieces, the last one what is left.
+
+    One of all of it where it is no multiple of a register's lanes, where a piece must end.
+    """
+    if size % min(piece, LANES):
+        piece = size
+    return [pl.Slice(first, min(piece, size - first)) for first in range(0, size, piece)]
 
 
 def keep(x: jax.Array, left: Any, axis: int) -> jax.Array:

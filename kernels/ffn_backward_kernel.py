@@ -6,10 +6,13 @@
 
 Grid: (blocks of hidden units, visits), see `group_visits`. All visits of an expert are consecutive:
 its matrices are read once a hidden block, their gradients sum up in f32 in VMEM and are written
-once. With one hidden block dx is final; with more each adds one [M, D] f32 part, summed outside.
+once. With one hidden block dx is final. With more, every one adds to dx in HBM, in f32: its blocks
+come back as operands, aliased to the result. A block must have been written before it is fetched
+again, in the next sweep over the rows; where fewer than `BLOCKS_APART` blocks lie between, or cores
+share the hidden blocks, each hidden block writes a part of its own, [F/f, M, D], summed outside.
 
-VMEM: two buffers each of x, dy, dx [m, D], the matrices [D, f] and their gradients; the gradients'
-f32 sums; hidden activations and their gradients [m, f] in f32.
+VMEM: two buffers each of x, dy, dx [m, D] (of dx twice), the matrices [D, f] and their gradients;
+the gradients' f32 sums; hidden activations and their gradients [m, f] in f32.
 """
 
 from __future__ import annotations
@@ -24,13 +27,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.block_products import dot, keep, zero_where_not
-from taskmoe.kernels.checks import result_like
+from taskmoe.kernels.checks import result_like, vary_over, varying_axes
 from taskmoe.kernels.ffn_kernel import where_held, with_rows
 from taskmoe.kernels.group_visits import Visit, Visits, visit_blocks
-from taskmoe.kernels.groups import Groups, group_bounds
+from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import Activation, Experts, FFNOptions, hidden_units
 from taskmoe.kernels.platforms import chip
 from taskmoe.kernels.tiling import Tiling
+
+#: Blocks of rows from which on dx is summed in place. The pipeline fetches one step ahead and
+#: awaits a write when its buffer is needed again, two blocks later.
+BLOCKS_APART = 4
 
 
 def cost(m: int, d: int, f: int, e: int, matrices: int, itemsize: int) -> pl.CostEstimate:
@@ -50,6 +57,11 @@ def rows_block(hidden: Any, visit: Any, walk: Visits) -> tuple[Any, ...]:
 def part_block(hidden: Any, visit: Any, walk: Visits) -> tuple[Any, ...]:
     """Rows of the visit's block in this hidden block's part of dx."""
     return hidden, walk.block[visit], 0
+
+
+def sum_block(hidden: Any, visit: Any, walk: Visits) -> tuple[Any, ...]:
+    """Rows of the visit's block in dx so far, and in dx."""
+    return 0, walk.block[visit], 0
 
 
 def in_block(hidden: Any, visit: Any, walk: Visits) -> tuple[Any, ...]:
@@ -72,14 +84,22 @@ def kernel(
     x_ref: Any,
     dy_ref: Any,
     experts: Experts,
+    dx_before_ref: Any,
     dx_ref: Any,
     grads: Experts,
     sums: Any,
     *,
     activation: Activation,
     hidden_size: int,
+    mxu_size: int,
 ) -> None:
-    """One visit at one block of hidden units; sums: `Experts`, of their gradients, in f32."""
+    """One visit at one block of hidden units.
+
+    A sub-block of rows fills the depth of the MXU, since three products sum over them.
+
+    dx_before_ref: dx as earlier blocks of hidden units left it, or None. sums: `Experts`, of their
+    gradients, in f32.
+    """
     visit = Visit(walk, pl.program_id(1), x_ref.shape[0])
     w_in_ref, w_out_ref, w_gate_ref = experts[:3]
     block_hidden, act = w_in_ref.shape[1], functools.partial(hidden_units, activation)
@@ -124,20 +144,23 @@ def kernel(
         add_rows(sums.b_in, d_up)
         add_rows(sums.b_out, dy)
         dx += dot(d_up, w_in, 1, 1)
+        if dx_before_ref is not None:
+            dx += dx_before_ref[part, :]
         if masked:
             dx = jnp.where(owned, dx, dx_ref[part, :].astype(jnp.float32))
         dx_ref[part, :] = dx.astype(dx_ref.dtype)
 
     @pl.when(visit.block_arrives() & ~visit.owns_all)
     def _zero() -> None:
-        dx_ref[...] = jnp.zeros_like(dx_ref)
+        before = jnp.zeros_like(dx_ref) if dx_before_ref is None else dx_before_ref[...]
+        dx_ref[...] = before
 
     @pl.when(visit.group_arrives())
     def _init() -> None:
         for sum_ref in jax.tree.leaves(sums):
             sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    visit.work(work)
+    visit.work(work, mxu_size)
 
     @pl.when(visit.group_leaves())
     def _store() -> None:
@@ -161,8 +184,13 @@ def expert_ffn_backward_mosaic(
     (m, d), (e, _, f) = x.shape, experts.w_in.shape
     itemsize, matrices = x.dtype.itemsize, 2 if experts.w_gate is None else 3
     t = tiling or tilings.ffn_backward_tiling(m, d, f, e, matrices, itemsize, chip())
-    walk = visit_blocks(group_bounds(groups, e, m), m, t.m, every_group=True)
+    walk = visit_blocks(groups, e, m, t.m, every_group=True)
     cuts = pl.cdiv(f, t.n)
+    adds = cuts > 1 and chip().num_cores == 1 and pl.cdiv(m, t.m) >= BLOCKS_APART
+    # The interpreter wants whole blocks of what is aliased.
+    dx_shape = (1, tilings.round_up(m, t.m), d) if adds else (cuts, m, d)
+    zeros = vary_over(jnp.zeros(dx_shape, jnp.float32), varying_axes(x)) if adds else None
+    sum_rows = pl.BlockSpec((None, t.m, d), sum_block)
 
     rows = pl.BlockSpec((t.m, d), rows_block)
     blocks = where_held(
@@ -177,24 +205,31 @@ def expert_ffn_backward_mosaic(
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(cuts, walk.num[0]),
-        in_specs=[rows, rows, blocks],
-        out_specs=(pl.BlockSpec((None, t.m, d), part_block), blocks),
+        in_specs=[rows, rows, blocks, sum_rows if adds else None],
+        out_specs=(sum_rows if adds else pl.BlockSpec((None, t.m, d), part_block), blocks),
         scratch_shapes=[where_held(experts, *(pltpu.VMEM(s, jnp.float32) for s in shapes))],
     )
     call = pl.pallas_call(
-        functools.partial(kernel, activation=options.activation, hidden_size=f),
+        functools.partial(
+            kernel,
+            activation=options.activation,
+            hidden_size=f,
+            mxu_size=chip().mxu_column_size,
+        ),
         grid_spec=grid_spec,
         out_shape=(
-            result_like(x, (cuts, m, d), x.dtype if cuts == 1 else jnp.float32),
+            result_like(x, dx_shape, x.dtype if cuts == 1 else jnp.float32),
             jax.tree.map(lambda w: result_like(x, w.shape, w.dtype), cut),
         ),
         compiler_params=tilings.compiler_params(
-            ("parallel", "arbitrary"), tilings.ffn_backward_vmem_bytes(t, matrices, itemsize)
+            ("arbitrary" if adds else "parallel", "arbitrary"),
+            tilings.ffn_backward_vmem_bytes(t, matrices, itemsize),
         ),
         cost_estimate=cost(m, d, f, e, matrices, itemsize),
         name="taskmoe_expert_ffn_backward",
+        input_output_aliases={len(jax.tree.leaves((walk, x, dy, cut))): 0} if adds else {},
     )
-    dx, grads = call(walk, x, dy, cut)
+    dx, grads = call(walk, x, dy, cut, zeros)
     grads = jax.tree.map(lambda grad, w: grad.reshape(w.shape), grads, experts)
-    dx = dx[0] if cuts == 1 else jnp.sum(dx, axis=0).astype(x.dtype)
-    return dx, grads
+    dx = dx[0] if len(dx) == 1 else jnp.sum(dx, axis=0)
+    return dx[:m].astype(x.dtype), grads

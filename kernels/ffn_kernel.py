@@ -25,7 +25,7 @@ from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.block_products import through_expert
 from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.group_visits import Visit, Visits, visit_blocks
-from taskmoe.kernels.groups import Groups, group_bounds
+from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import Activation, Experts, FFNOptions
 from taskmoe.kernels.platforms import chip
 from taskmoe.kernels.quantized import Quantized, nbytes, with_scales
@@ -178,7 +178,7 @@ def expert_ffn_mosaic(
     itemsize, matrices = x.dtype.itemsize, 2 if experts.w_gate is None else 3
     weight = itemsize_of(experts.w_in)
     t = options.tiling or tilings.ffn_tiling(m, d, f, e, matrices, itemsize, chip(), weight)
-    walk = visit_blocks(group_bounds(groups, e, m), m, t.m)
+    walk = visit_blocks(groups, e, m, t.m)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(walk.num[0], pl.cdiv(f, t.n)),

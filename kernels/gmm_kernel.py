@@ -31,7 +31,7 @@ from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.block_products import dot, keep, pieces, scale_index, within_scales
 from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.group_visits import Visit, Visits, visit_blocks
-from taskmoe.kernels.groups import Groups, group_bounds
+from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import ProductOptions
 from taskmoe.kernels.platforms import chip
 from taskmoe.kernels.quantized import Quantized, QuantizedRows, nbytes, with_scales
@@ -194,7 +194,7 @@ def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> j
     elif not chip().int8_ops_per_second:
         dtype = jnp.dtype(jnp.bfloat16 if chip().generation > 3 else jnp.float32)
     t = options.tiling or tilings.gmm_tiling(m, k, n, e, itemsize, out_itemsize, chip(), held)
-    walk = visit_blocks(group_bounds(groups, e, m), m, t.m)
+    walk = visit_blocks(groups, e, m, t.m)
     blocks = rhs.blocks if isinstance(rhs, Quantized) else 0
     if options.transpose_rhs:
         matrix = pl.BlockSpec((None, t.n, t.k), rhs_block_transposed)

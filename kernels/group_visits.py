@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from taskmoe.kernels.groups import Groups, group_bounds
+
 #: Rows of the sub-blocks that a visit works in when it owns a part of its block.
 SUB_ROWS = 128
 
@@ -38,6 +40,14 @@ class Visits(NamedTuple):
     group: jax.Array
     block: jax.Array
     num: jax.Array
+
+
+def sub_rows(rows: int, size: int = SUB_ROWS) -> int:
+    """Rows that a visit works on at a time where it owns a part of its block of so many.
+
+    size: of a sub-block; products that sum over rows want as many as the MXU is deep.
+    """
+    return size if rows % size == 0 else rows
 
 
 class Visit:
@@ -78,7 +88,7 @@ class Visit:
         row = start + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         return (row >= self.low) & (row < self.high)
 
-    def work(self, act: Callable[[Any, int, bool], None]) -> None:
+    def work(self, act: Callable[[Any, int, bool], None], sub_size: int = SUB_ROWS) -> None:
         """act(start, size, masked) on the whole block, or on parts where rows are not its own."""
 
         @pl.when(self.owns_all)
@@ -87,7 +97,7 @@ class Visit:
 
         @pl.when(~self.owns_all & (self.high > self.low))
         def _parts() -> None:
-            size = SUB_ROWS if self.rows % SUB_ROWS == 0 else self.rows
+            size = sub_rows(self.rows, sub_size)
 
             def one(i: jax.Array, carry: None) -> None:
                 act(pl.multiple_of(i * size, size), size, True)
@@ -96,48 +106,75 @@ class Visit:
 
 
 def visit_blocks(
-    bounds: tuple[jax.Array, jax.Array], num_rows: int, block_rows: int, every_group: bool = False
+    groups: Groups, num_groups: int, num_rows: int, block_rows: int, every_group: bool = False
 ) -> Visits:
-    """Every block of rows at least once, in order, and if so asked every group as well."""
-    starts, ends = bounds
-    num_groups, blocks = starts.shape[0], -(-num_rows // block_rows)
-    held = (ends > starts) | every_group
-    some = jnp.any(held)
-    # Rows [low, high) belong to local groups; the blocks before and after them hold none.
-    low = jnp.where(some, starts[0], 0)
-    high = jnp.where(some, ends[-1], 0)
-    first = jnp.minimum(starts, num_rows - 1) // block_rows
-    last = jnp.maximum(ends - 1, first * block_rows) // block_rows
-    after = -(-high // block_rows)
-    before = jnp.minimum(low, num_rows - 1) // block_rows
-    count = jnp.where(held, last - first + 1, 0)
-    first = jnp.concatenate([jnp.zeros(1, jnp.int32), first, after[None]])
-    count = jnp.concatenate([before[None], count, (blocks - after)[None]])
-    segment, place, num = _unroll(count, blocks + num_groups + 1)
-    # The zeroing visits borrow a group that is visited anyway, so that no matrix is fetched for
-    # them.
-    order = jnp.arange(num_groups, dtype=jnp.int32)
-    lowest = jnp.min(jnp.where(held, order, num_groups - 1))
-    highest = jnp.max(jnp.where(held, order, 0))
-    group = jnp.clip(segment - 1, lowest, jnp.maximum(lowest, highest))
-    return Visits(starts, ends, group, first[segment] + place, num[None])
+    """Every block of rows at least once, in order, and if so asked every group as well.
 
-
-def visit_groups(bounds: tuple[jax.Array, jax.Array], num_rows: int, block_rows: int) -> Visits:
-    """Every group at least once, in order: for kernels whose output is a matrix a group."""
-    starts, ends = bounds
-    first = jnp.minimum(starts, num_rows - 1) // block_rows
-    count = jnp.where(ends > starts, (ends - 1) // block_rows - first + 1, 1)
-    segment, place, num = _unroll(count, -(-num_rows // block_rows) + starts.shape[0])
-    return Visits(starts, ends, segment, first[segment] + place, num[None])
-
-
-def _unroll(count: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Segment and place in it of the i-th of sum(count) visits, [length] i32 each, and the sum.
-
-    Places past the sum repeat the last visit's segment and are not walked.
+    Blocks before and after the local groups' rows are visited by the first and the last group that
+    is visited anyway, so that no matrix is fetched for them; without any, group 0 visits all.
     """
-    stop = jax.lax.cumsum(count.astype(jnp.int32))
-    visit = jnp.minimum(jnp.arange(length, dtype=jnp.int32), stop[-1] - 1)
-    segment = jnp.sum(visit[:, None] >= stop, axis=1, dtype=jnp.int32)
-    return segment, visit - (stop - count)[segment], stop[-1]
+    starts, ends, low, high = _bounds(groups, num_groups, num_rows)
+    blocks, order = -(-num_rows // block_rows), jnp.arange(num_groups, dtype=jnp.int32)
+    first, last = _blocks(starts, ends, num_rows, block_rows)
+    held, nothing = ends > starts, jnp.zeros(num_groups, bool)
+    if every_group:
+        held, is_first, is_last = ~nothing, order == 0, order == num_groups - 1
+    else:
+        nothing = (low == high) & (order == 0)
+        is_first, is_last = (held & (starts == low)) | nothing, (held & (ends == high)) | nothing
+    first = jnp.where(is_first, 0, first)
+    last = jnp.where(is_last, blocks - 1, last)
+    count = jnp.where(held | nothing, last - first + 1, 0)
+    return Visits(starts, ends, *_unroll(count, first, blocks + num_groups + 1))
+
+
+def visit_groups(groups: Groups, num_groups: int, num_rows: int, block_rows: int) -> Visits:
+    """Every group at least once, in order: for kernels whose output is a matrix a group."""
+    starts, ends, _, _ = _bounds(groups, num_groups, num_rows)
+    first, last = _blocks(starts, ends, num_rows, block_rows)
+    length = -(-num_rows // block_rows) + num_groups
+    return Visits(starts, ends, *_unroll(last - first + 1, first, length))
+
+
+# What follows takes few operations of XLA, each a sum over comparisons of all pairs: on TPU one
+# operation of so few numbers takes 2,000 cycles, whatever it does, and a gather is three.
+
+
+def _bounds(groups: Groups, num_groups: int, num_rows: int) -> tuple[jax.Array, ...]:
+    """`group_bounds`, and the first and one past the last row of all local groups, [E] i32 each."""
+    count = groups.sizes.shape[0]
+    if count * num_rows >= 1 << 31:  # sums of comparisons could overflow
+        starts, ends = group_bounds(groups, num_groups, num_rows)
+        return starts, ends, jnp.full_like(starts, starts[0]), jnp.full_like(ends, ends[-1])
+    shape = (num_groups, count)
+    local = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    place = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - groups.offset
+    sizes = jnp.clip(jnp.broadcast_to(groups.sizes, shape), 0, num_rows)
+    before = (place < local, place <= local, place < 0, place < num_groups)
+    sums = (jnp.sum(jnp.where(mask, sizes, 0), axis=1, dtype=jnp.int32) for mask in before)
+    return tuple(jnp.minimum(total, num_rows) for total in sums)
+
+
+def _blocks(
+    starts: jax.Array, ends: jax.Array, num_rows: int, block_rows: int
+) -> tuple[jax.Array, jax.Array]:
+    """First and last block of each group's rows; of a group without rows one that is near."""
+    first = jnp.minimum(starts, num_rows - 1) // block_rows
+    return first, jnp.maximum(ends - 1, first * block_rows) // block_rows
+
+
+def _unroll(
+    count: jax.Array, first: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Group and block of the i-th of sum(count) visits, [length] i32 each, and the sum, [1].
+
+    Group e makes count[e] visits, at blocks from first[e] on. Places past the sum are not walked.
+    """
+    order = jnp.arange(count.shape[0], dtype=jnp.int32)
+    stop = jnp.sum(jnp.where(order <= order[:, None], count, 0), axis=1, dtype=jnp.int32)
+    begin = stop - count
+    visit = jnp.arange(length, dtype=jnp.int32)
+    own = (visit[:, None] >= begin) & (visit[:, None] < stop)
+    group = jnp.sum(jnp.where(own, order, 0), axis=1, dtype=jnp.int32)
+    block = jnp.where(own, visit[:, None] + (first - begin), 0)
+    return group, jnp.sum(block, axis=1, dtype=jnp.int32), jnp.sum(count, keepdims=True)

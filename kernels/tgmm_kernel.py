@@ -10,6 +10,7 @@ VMEM: two buffers each of lhs [m, k], grad [m, n] and out [k, n], the sum and th
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.block_products import dot, zero_where_not
 from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.group_visits import Visit, Visits, visit_groups
-from taskmoe.kernels.groups import Groups, group_bounds
+from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import ProductOptions
 from taskmoe.kernels.platforms import chip
 
@@ -47,8 +48,10 @@ def out_block(width: Any, depth: Any, visit: Any, walk: Visits) -> tuple[Any, ..
     return walk.group[visit], depth, width
 
 
-def kernel(walk: Visits, lhs_ref: Any, grad_ref: Any, out_ref: Any, acc_ref: Any) -> None:
-    """One visit."""
+def kernel(
+    walk: Visits, lhs_ref: Any, grad_ref: Any, out_ref: Any, acc_ref: Any, *, mxu_size: int
+) -> None:
+    """One visit. A sub-block of rows fills the depth of the MXU, which sums over them."""
     visit = Visit(walk, pl.program_id(2), lhs_ref.shape[0])
 
     def work(start: Any, size: int, masked: bool) -> None:
@@ -61,7 +64,7 @@ def kernel(walk: Visits, lhs_ref: Any, grad_ref: Any, out_ref: Any, acc_ref: Any
     def _init() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    visit.work(work)
+    visit.work(work, mxu_size)
 
     @pl.when(visit.group_leaves())
     def _store() -> None:
@@ -75,7 +78,7 @@ def tgmm_mosaic(
     (m, k), n, e = lhs.shape, grad.shape[1], options.num_groups
     itemsize, out_itemsize = lhs.dtype.itemsize, jnp.dtype(options.out_dtype).itemsize
     t = options.tiling or tilings.tgmm_tiling(m, k, n, e, itemsize, out_itemsize, chip())
-    walk = visit_groups(group_bounds(groups, e, m), m, t.m)
+    walk = visit_groups(groups, e, m, t.m)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(pl.cdiv(n, t.n), pl.cdiv(k, t.k), walk.num[0]),
@@ -85,7 +88,7 @@ def tgmm_mosaic(
     )
     vmem = tilings.tgmm_vmem_bytes(t, itemsize, out_itemsize)
     call = pl.pallas_call(
-        kernel,
+        functools.partial(kernel, mxu_size=chip().mxu_column_size),
         grid_spec=grid_spec,
         out_shape=result_like(lhs, (e, k, n), options.out_dtype),
         compiler_params=tilings.compiler_params(("parallel", "arbitrary", "arbitrary"), vmem),

@@ -1,7 +1,8 @@
-"""Block sizes by one rule: of the candidates that fit in VMEM, the one that moves fewest bytes.
+"""Block sizes by one rule: of the candidates that fit in VMEM, the one that takes least time.
 
-What fits is counted with double buffering of every block that is streamed. Where several
-candidates move the same bytes the largest blocks win: fewest grid steps.
+What fits is counted with double buffering of every block that is streamed. Time is estimated: the
+larger of bytes at the HBM's rate and products at the MXU's, whose pieces are as wide as it is
+whatever they hold, and a cost a grid step. Rows that straddle groups are multiplied for each.
 """
 
 from __future__ import annotations
@@ -13,12 +14,26 @@ from typing import Any, Literal
 
 from jax.experimental.pallas import tpu as pltpu
 
+from taskmoe.kernels.group_visits import SUB_ROWS, sub_rows
 from taskmoe.kernels.platforms import chip, interpreting_a_batch
 
 #: Lanes of a vector register: the unit of a block's last dimension on every TPU.
 LANES = 128
 #: Hidden units that expert_ffn works on at a time.
 HIDDEN_CHUNK = 512
+#: Most rows of a block that gmm and tgmm, and that expert_ffn, are tried with.
+TALLEST, TALLEST_FFN = 512, 1024
+#: Seconds that a grid step takes beside its products: starting copies, waiting, predicates. About
+#: 350 bundles in every kernel that was compiled.
+STEP_SECONDS = 2e-7
+#: Fewer rows take as long: loading the MXU with a piece of the matrix does.
+LEAST_ROWS = 128
+#: A height other than `block_rows` must be so much faster: estimates are no finer.
+MARGIN = 1.05
+#: A row of a masked sub-block takes so many times as long as one of a whole block.
+MASKED = 1.25
+#: Most cycles of products in a block, which are written out: compiling more takes a minute.
+LONGEST = 3 << 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +51,9 @@ class Tiling:
 
 
 def vmem_budget_bytes(info: pltpu.TpuInfo) -> int:
-    """VMEM that a kernel's blocks may take: half of a large VMEM, three quarters of a small one."""
+    """VMEM that a kernel's blocks may take: the compiler needs some, of a small VMEM a quarter."""
     capacity = info.vmem_capacity_bytes
-    return capacity // 2 if capacity > 32 << 20 else capacity * 3 // 4
+    return capacity * 7 // 8 if capacity > 32 << 20 else capacity * 3 // 4
 
 
 def sublanes(itemsize: int) -> int:
@@ -56,7 +71,7 @@ def splits(size: int, parts: Iterable[int] = (1, 2, 3, 4, 6, 8, 16, 32, 64)) -> 
 
     Other sizes are cut into about equal multiples, the last block overhanging.
     """
-    sizes = {size} | {round_up(-(-size // part), LANES) for part in parts}
+    sizes = {size, LANES} | {round_up(-(-size // part), LANES) for part in parts}
     even = size % LANES == 0
     return sorted((s for s in sizes if s <= size and not (even and size % s)), reverse=True)
 
@@ -77,16 +92,66 @@ def shared_splits(size: int, info: pltpu.TpuInfo) -> list[int]:
     return [s for s in splits(size) if info.num_cores == 1 or s < size or size <= LANES]
 
 
+def heights(base: int, num_rows: int, tallest: int) -> list[int]:
+    """Block heights to try: `block_rows`, down to a quarter, and doubled up to what rows fill."""
+    lower = [h for h in (base // 4, base // 2) if h >= LEAST_ROWS]
+    upper = [base << i for i in range(1, 7) if base << i <= min(tallest, 2 * num_rows)]
+    return [base, *lower, *upper]
+
+
+def executed_rows(
+    height: int,
+    m: int,
+    e: int,
+    info: pltpu.TpuInfo,
+    contracted: bool = False,
+    sub_size: int = SUB_ROWS,
+) -> float:
+    """Rows' worth of time where blocks of this height meet e about equal groups of m rows.
+
+    A block that straddles groups is worked on in sub-blocks, and one of these for each of its
+    groups, masked. contracted: whether products sum over rows, which then fill the MXU's depth.
+    """
+    least = info.mxu_column_size if contracted else LEAST_ROWS
+    blocks, part = -(-m // height), sub_rows(height, sub_size)
+    straddling = min(blocks, e - 1)
+    parts = straddling * (height // part) + e - 1
+    return (blocks - straddling) * max(height, least) + MASKED * parts * max(part, least)
+
+
+def seconds(
+    info: pltpu.TpuInfo, moved_bytes: float, rows: float, tiles: float, steps: float
+) -> float:
+    """Estimated time: the larger of bytes, and rows through MXU-sized tiles and grid steps."""
+    size = info.mxu_column_size
+    work = 2.0 * rows * tiles * size * size / info.bf16_ops_per_second + steps * STEP_SECONDS
+    return max(moved_bytes / info.mem_bw_bytes_per_second, work)
+
+
+def tiles_of(size: int, block: int, mxu: int) -> int:
+    """MXU-sized pieces that cover an axis, cut into these blocks."""
+    whole, rest = divmod(size, block)
+    return whole * -(-block // mxu) + -(-rest // mxu)
+
+
 def best(
     candidates: Iterable[Tiling],
     vmem_bytes: Callable[[Tiling], int],
     cost: Callable[[Tiling], Any],
+    products: int,
     info: pltpu.TpuInfo,
     otherwise: Tiling,
 ) -> Tiling:
-    """The candidate that fits in VMEM and costs least; `otherwise` where none fits."""
+    """The candidate that fits in VMEM and costs least; `otherwise` where none fits.
+
+    products: of blocks [m, k] and [k, n] that one step makes. Of steps that are longer than
+    `LONGEST` only the shortest is a candidate.
+    """
     budget = vmem_budget_bytes(info)
     fits = [t for t in candidates if vmem_bytes(t) <= budget]
+    lengths = [products * t.m * t.k * t.n / (4 * info.mxu_column_size**2) for t in fits]
+    limit = max(LONGEST, min(lengths, default=0))
+    fits = [t for t, length in zip(fits, lengths, strict=True) if length <= limit]
     return min(fits, key=cost, default=otherwise)
 
 
@@ -122,13 +187,28 @@ def gmm_tiling(
     rhs_itemsize: int | None = None,
 ) -> Tiling:
     """Block sizes for gmm of [m, k] x [e, k, n]; rhs_itemsize: of matrices, if not the rows'."""
-    rows, rhs = block_rows(m, e, itemsize), rhs_itemsize or itemsize
+    rhs, mxu = rhs_itemsize or itemsize, info.mxu_column_size
+    base = block_rows(m, e, itemsize)
+
+    def cost(t: Tiling) -> tuple[Any, ...]:
+        moved = gmm_bytes(t, m, k, n, e, itemsize, out_itemsize, rhs)
+        steps = (-(-m // t.m) + e - 1) * -(-n // t.n) * -(-k // t.k)
+        tiles = tiles_of(k, t.k, mxu) * tiles_of(n, t.n, mxu)
+        time = seconds(info, moved, executed_rows(t.m, m, e, info), tiles, steps)
+        return time * (1 if t.m == base else MARGIN), moved, -t.n
+
     return best(
-        (Tiling(rows, bk, bn) for bn in shared_splits(n, info) for bk in splits(k)),
+        (
+            Tiling(rows, bk, bn)
+            for rows in heights(base, m, TALLEST)
+            for bn in shared_splits(n, info)
+            for bk in splits(k)
+        ),
         lambda t: gmm_vmem_bytes(t, k, itemsize, out_itemsize, rhs),
-        lambda t: gmm_bytes(t, m, k, n, e, itemsize, out_itemsize, rhs),
+        cost,
+        1,
         info,
-        Tiling(rows, min(k, LANES), min(n, LANES)),
+        Tiling(base, min(k, LANES), min(n, LANES)),
     )
 
 
@@ -149,23 +229,38 @@ def tgmm_tiling(
     m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int, info: pltpu.TpuInfo
 ) -> Tiling:
     """Block sizes for tgmm of [m, k]^T x [m, n] into [e, k, n]."""
-    rows = block_rows(m, e, itemsize)
+    base, mxu = block_rows(m, e, itemsize), info.mxu_column_size
+
+    def cost(t: Tiling) -> tuple[Any, ...]:
+        moved = tgmm_bytes(t, m, k, n, e, itemsize, out_itemsize)
+        steps = (-(-m // t.m) + e - 1) * -(-n // t.n) * -(-k // t.k)
+        rows = executed_rows(t.m, m, e, info, contracted=True, sub_size=mxu)
+        tiles = tiles_of(k, t.k, mxu) * tiles_of(n, t.n, mxu)
+        time = seconds(info, moved, rows, tiles, steps)
+        return time * (1 if t.m == base else MARGIN), moved, -t.n
+
     return best(
-        (Tiling(rows, bk, bn) for bn in shared_splits(n, info) for bk in splits(k)),
+        (
+            Tiling(rows, bk, bn)
+            for rows in heights(base, m, TALLEST)
+            for bn in shared_splits(n, info)
+            for bk in splits(k)
+        ),
         lambda t: tgmm_vmem_bytes(t, itemsize, out_itemsize),
-        lambda t: tgmm_bytes(t, m, k, n, e, itemsize, out_itemsize),
+        cost,
+        1,
         info,
-        Tiling(rows, min(k, LANES), min(n, LANES)),
+        Tiling(base, min(k, LANES), min(n, LANES)),
     )
 
 
 def ffn_vmem_bytes(
     t: Tiling, matrices: int, itemsize: int, weight_itemsize: int | None = None
 ) -> int:
-    """VMEM of expert_ffn: rows, matrices and result twice, the sum, and a hidden block's values."""
+    """VMEM of expert_ffn: rows, matrices and result twice, sum and product, a chunk's values."""
     weights = matrices * t.k * t.n * (weight_itemsize or itemsize)
     streams = 2 * t.m * t.k * itemsize + weights
-    return 2 * streams + t.m * t.k * 4 + t.m * min(t.n, HIDDEN_CHUNK) * (4 * (matrices - 1) + 4)
+    return 2 * streams + t.m * t.k * 8 + t.m * min(t.n, HIDDEN_CHUNK) * (4 * (matrices - 1) + 4)
 
 
 def ffn_bytes(
@@ -191,27 +286,40 @@ def ffn_tiling(
 
     weight_itemsize: of the matrices, if not the rows'.
     """
-    base, weight = block_rows(m, e, itemsize), weight_itemsize or itemsize
+    weight, mxu = weight_itemsize or itemsize, info.mxu_column_size
+    base = block_rows(m, e, itemsize)
+
+    def cost(t: Tiling) -> tuple[Any, ...]:
+        moved = ffn_bytes(t, m, f, e, matrices, itemsize, weight)
+        steps = (-(-m // t.m) + e - 1) * -(-f // t.n)
+        tiles = matrices * tiles_of(d, d, mxu) * tiles_of(f, t.n, mxu)
+        time = seconds(info, moved, executed_rows(t.m, m, e, info), tiles, steps)
+        return time * (1 if t.m == base else MARGIN), moved, t.m, -t.n
+
     return best(
-        (Tiling(rows, d, bf) for rows in (base, 2 * base, 4 * base) for bf in splits(f)),
+        (Tiling(rows, d, bf) for rows in heights(base, m, TALLEST_FFN) for bf in splits(f)),
         lambda t: ffn_vmem_bytes(t, matrices, itemsize, weight),
-        lambda t: (ffn_bytes(t, m, f, e, matrices, itemsize, weight), t.m, -t.n),
+        cost,
+        matrices,
         info,
         Tiling(base, d, min(f, LANES)),
     )
 
 
 def ffn_backward_vmem_bytes(t: Tiling, matrices: int, itemsize: int) -> int:
-    """VMEM of the backward: rows, gradient, its result, matrices and theirs twice, f32 sums."""
-    streams = 2 * t.m * t.k * itemsize + t.m * t.k * 4 + 2 * matrices * t.k * t.n * itemsize
+    """VMEM of the backward: rows, dy, dx before and after, matrices and theirs twice, f32 sums."""
+    streams = 2 * t.m * t.k * itemsize + t.m * t.k * 8 + 2 * matrices * t.k * t.n * itemsize
     return 2 * streams + matrices * t.k * t.n * 4 + t.m * t.n * 4 * 2 * matrices
 
 
 def ffn_backward_bytes(t: Tiling, m: int, f: int, e: int, matrices: int, itemsize: int) -> int:
-    """HBM bytes of the backward: rows once a hidden block, matrices read and written once."""
+    """HBM bytes of the backward: rows once a hidden block, matrices read and written once.
+
+    With more than one hidden block dx is read and written in f32 at each.
+    """
     cuts = -(-f // t.n)
-    partial = m * t.k * (itemsize if cuts == 1 else 4)
-    return cuts * (2 * m * t.k * itemsize + partial) + 2 * e * matrices * t.k * f * itemsize
+    d_rows = m * t.k * (itemsize if cuts == 1 else 8)
+    return cuts * (2 * m * t.k * itemsize + d_rows) + 2 * e * matrices * t.k * f * itemsize
 
 
 @functools.cache
@@ -219,11 +327,27 @@ def ffn_backward_tiling(
     m: int, d: int, f: int, e: int, matrices: int, itemsize: int, info: pltpu.TpuInfo
 ) -> Tiling:
     """Block sizes for the backward of expert_ffn."""
-    rows = block_rows(m, e, itemsize)
+    base, mxu = block_rows(m, e, itemsize), info.mxu_column_size
+
+    def cost(t: Tiling) -> tuple[Any, ...]:
+        moved = ffn_backward_bytes(t, m, f, e, matrices, itemsize)
+        steps = (-(-m // t.m) + e - 1) * -(-f // t.n)
+        rows = executed_rows(t.m, m, e, info, sub_size=mxu)
+        summed = executed_rows(t.m, m, e, info, contracted=True, sub_size=mxu)
+        tiles = tiles_of(d, d, mxu) * tiles_of(f, t.n, mxu)
+        work = matrices * summed + (2 * matrices - 1) * rows
+        time = seconds(info, moved, work, tiles, steps)
+        return time * (1 if t.m == base else MARGIN), moved, t.m
+
     return best(
-        (Tiling(rows, d, bf) for bf in shared_splits(f, info)),
+        (
+            Tiling(rows, d, bf)
+            for rows in heights(base, m, TALLEST)
+            for bf in shared_splits(f, info)
+        ),
         lambda t: ffn_backward_vmem_bytes(t, matrices, itemsize),
-        lambda t: ffn_backward_bytes(t, m, f, e, matrices, itemsize),
+        cost,
+        3 * matrices - 1,
         info,
         Tiling(sublanes(itemsize), d, min(f, LANES)),
     )

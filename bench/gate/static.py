@@ -101,7 +101,8 @@ def _added_up(result: Compiled) -> dict[str, float | str]:
         "spills": result.spills,
         "VMEM bytes": result.vmem_bytes,
         "HBM bytes (modelled)": result.moved_bytes or 0,
-        "us (modelled)": round(result.modelled_us or 0.0, 3),
+        "cycles outside kernels": result.outside_cycles or 0,
+        "us, all regions (modelled)": round(result.modelled_us or 0.0, 3),
     }
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from taskmoe.bench.harness.shapes import MODELS, Sizes
 from taskmoe.bench.ops import baselines, pytorch
 from taskmoe.kernels import combine, dispatch, expert_ffn, gmm, tgmm, top_k_gating
 from taskmoe.moe import MoEConfig, apply, init
@@ -52,14 +53,7 @@ class OpCase:
         return f"{shape}{self.op} {self.direction} T={self.tokens} E={self.experts} {self.groups}"
 
 
-#: Sizes of models' layers: tokens, experts, D, F, experts of a token, and whether they are gated.
-SHAPES = {
-    "wmt": (8192, 32, 512, 2048, 2, False),
-    "mixtral": (8192, 8, 4096, 14336, 2, True),
-    "qwen3": (4096, 128, 2048, 768, 8, True),
-    "deepseek-v3": (1024, 64, 7168, 2048, 8, True),
-    "decode": (32, 128, 2048, 768, 8, True),
-}
+SHAPES = MODELS | {"decode": Sizes(32, 2048, 768, 128, 8, gated=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +97,10 @@ def shape_cases(shapes: Sequence[str]) -> list[OpCase]:
     ]
     cases = []
     for shape in shapes:
-        tokens, experts, d_model, d_ff, top_k, gated = SHAPES[shape]
+        s = SHAPES[shape]
         for op, direction, groups in spread:
-            rows = tokens if op == "moe_layer" else tokens * top_k
-            sizes = (rows, experts, groups, d_model, d_ff, top_k, gated, shape)
+            rows = s.tokens if op == "moe_layer" else s.tokens * s.top_k
+            sizes = (rows, s.experts, groups, s.d_model, s.d_ff, s.top_k, s.gated, shape)
             cases.append(OpCase(op, direction, *sizes))
     return cases
 

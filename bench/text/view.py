@@ -35,10 +35,10 @@ def view(result: Prepared) -> View:
         ("on the way, at most, GB", *_sizes(result.part_bytes, larger), "the same"),
         ("the set, GB", *_sizes(result.set_bytes, larger), "the same"),
         (
-            "memory, GB",
+            "memory, the generator's included, GB",
             f"{result.memory_bytes / GB:.2f}",
             f"{(result.memory_bytes + 10 * LARGEST * (PAPER - pairs)) / GB:.2f}",
-            f"{(result.memory_bytes * CORES / result.workers + 10 * LARGEST * PAPER) / GB:.1f}",
+            "not known: each worker adds its own",
         ),
         ("seconds to the first batch", f"{result.open_s:.2f}", "the same", "the same"),
     ]
@@ -61,8 +61,9 @@ def view(result: Prepared) -> View:
     right = result.planted_left == result.lost == 0
     said = (
         f"Preparing {pairs:,} pairs takes {(rest + fixed) / 60:.1f} minutes and "
-        f"{result.memory_bytes / GB:.1f} GB; WMT's {PAPER / 1e6:.0f} million would take "
-        f"{(rest * larger + fixed) / 3600:.1f} hours on the same cores. Training then starts in "
+        f"{result.memory_bytes / GB:.1f} GB with the text's generator; WMT's "
+        f"{PAPER / 1e6:.0f} million would take {(rest * larger + fixed) / 3600:.1f} hours on the "
+        "same cores. Training then starts in "
         f"{result.open_s:.2f} s, and one thread makes {result.batches_per_s:,.0f} batches, "
         f"{result.tokens_per_s:,.0f} tokens, a second."
     )

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
+from taskmoe.bench.harness.shapes import MODELS, Sizes
 from taskmoe.kernels import Quantized, combine, dispatch, expert_ffn, gmm, tgmm, top_k_gating
 from taskmoe.kernels.tiling import Tiling
 
@@ -40,22 +41,10 @@ OTHERS = {"megablox": ("gmm", "tgmm"), "tokamax": ("gmm",)}
 MEGABLOX = "jax.experimental.pallas.ops.tpu.megablox.gmm"
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """T tokens to top_k of E experts, of width D and hidden width F."""
-
-    tokens: int
-    d_model: int
-    d_ff: int
-    experts: int
-    top_k: int = 2
-
-
-SHAPES = {
-    "wmt": Sizes(8192, 512, 2048, 32),
+SHAPES = MODELS | {
     "decode": Sizes(32, 512, 2048, 32),
     "awkward": Sizes(37, 131, 261, 5, 3),
-    # Of published measurements: see tpu_published.
+    # Of published measurements: see `published`.
     "groups-8": Sizes(8192, 4096, 14336, 8, 1),
     "groups-128": Sizes(393216, 2048, 768, 128, 1),
     "groups-128-long": Sizes(524288, 4096, 1536, 128, 1),
@@ -115,6 +104,15 @@ def result_shapes(function: Callable[..., Any], arguments: list[Any]) -> Any:
 def chip_info(chip: str) -> pltpu.TpuInfo:
     """Limits and rates of one core of the chip."""
     return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(CHIPS[chip][1]), 1)
+
+
+def clock_hz(info: pltpu.TpuInfo) -> float:
+    """Cycles a second: what the peak comes to with four MXUs a core, two on v3.
+
+    Pallas counts two of 256 x 256 on v6e and tpu7x, which for their published clocks is half.
+    """
+    mxus = 2 if info.generation == 3 else 4
+    return info.bf16_ops_per_second / (2 * info.mxu_column_size**2 * mxus)
 
 
 def cases(chips: list[str], ops: list[str], dtypes: list[str], shapes: list[str]) -> list[Case]:

@@ -17,11 +17,14 @@ from taskmoe.bench.harness.results import from_json
 from taskmoe.bench.harness.worker import Died, Worker
 from taskmoe.bench.tpu import schedule
 from taskmoe.bench.tpu.cases import Case
+from taskmoe.bench.tpu.regions import Bundles
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 
 #: Compilers at once: each keeps one core busy.
 WORKERS = 2
+#: How the error of a case begins whose arguments and results exceed the chip's HBM.
+TOO_LARGE = "does not fit one chip"
 #: libtpu ends a process that loads it where this file is missing.
 CPUS_FILE = Path("/sys/devices/system/cpu/possible")
 #: The compiler asks no server about a TPU, and several may be loaded at once.
@@ -38,6 +41,7 @@ class Kernel:
     filled: dict[str, float]
     spills: int
     vmem_bytes: int
+    regions: Bundles | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Compiled:
     """What compiler and model say of a case: why it does not compile, or its kernels.
 
     Bytes and times are modelled, and there where the grid can be walked; see `kernels.worker`.
+    outside_cycles: of what XLA runs around the kernels, by the compiler's estimate
     """
 
     error: str | None = None
@@ -54,8 +59,14 @@ class Compiled:
     moved_bytes: int | None = None
     floor_bytes: int | None = None
     flops: int | None = None
+    outside_cycles: int | None = None
     modelled_us: float | None = None
     roofline_us: float | None = None
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether it was not compiled because one chip cannot hold it."""
+        return self.error is not None and self.error.startswith(TOO_LARGE)
 
     @property
     def main_bundles(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from taskmoe.bench.tpu.regions import Trips
 from taskmoe.kernels import for_chip
+from taskmoe.kernels.group_visits import SUB_ROWS, Visits, sub_rows
+from taskmoe.kernels.platforms import chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,9 @@ class KernelCall:
     steps: of its grid
     walked_bytes: bytes of all operands that travel in blocks
     copies_by_hand: whether it also has operands in HBM that it copies from itself
+    trips: of a grouped kernel, how often its regions run
+    rows_share: rows that its products have, over rows that it declares: above 1 where blocks
+      straddle groups
     """
 
     name: str
@@ -38,6 +45,8 @@ class KernelCall:
     steps: int
     walked_bytes: int
     copies_by_hand: bool
+    trips: Trips | None = None
+    rows_share: float = 1.0
 
     @property
     def moved_bytes(self) -> int:
@@ -63,7 +72,7 @@ def recording(chip: str) -> Iterator[list[KernelCall]]:
             if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
                 return real_call(kernel, out_shape=out_shape, **options)(*operands)
             calls.append(_record(kernel, out_shape, options, operands))
-            return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), out_shape)
+            return jax.tree.map(lambda s: unwritten_zeros(s.shape, s.dtype), out_shape)
 
         return call
 
@@ -75,6 +84,14 @@ def recording(chip: str) -> Iterator[list[KernelCall]]:
             yield calls
     finally:
         pl.pallas_call = real_call
+
+
+def unwritten_zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Zeros in pages that nobody has written, which take no memory however many they are."""
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    pages = mmap.mmap(-1, max(size, 1))
+    # `device_put` reads them in place, `asarray` would copy them.
+    return jax.device_put(np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape))
 
 
 def _record(
@@ -105,7 +122,33 @@ def _record(
     # The compiler names a kernel without a name after the function that it was called in.
     name = options.get("name") or getattr(kernel, "__qualname__", "kernel").split(".")[0]
     steps = math.prod(int(size) for size in grid)
-    return KernelCall(name, options.get("cost_estimate"), steps, sum(walked), any(by_hand))
+    call = KernelCall(name, options.get("cost_estimate"), steps, sum(walked), any(by_hand))
+    if not scalars or not isinstance(scalars[0], Visits):
+        return call
+    (first, array), (last, _) = pairs[0], pairs[-1]
+    rows = first.block_shape[-2]
+    sums_over_rows = name in ("taskmoe_tgmm", "taskmoe_expert_ffn_backward")
+    size = sub_rows(rows, chip().mxu_column_size if sums_over_rows else SUB_ROWS)
+    whole, part = own_blocks(scalars[0], rows, size)
+    sweeps = steps // max(int(scalars[0].num[0]), 1)
+    results = int(changes(last, [int(size) for size in grid], scalars)[1].sum())
+    worked = whole * rows + part * size
+    return dataclasses.replace(
+        call,
+        trips=Trips(steps, whole * sweeps, part * sweeps, results),
+        rows_share=worked / array.shape[-2],
+    )
+
+
+def own_blocks(walk: Visits, rows: int, size: int) -> tuple[int, int]:
+    """Visits that own their whole block of rows, and sub-blocks of a size that others work on."""
+    count = int(walk.num[0])
+    group, first = walk.group[:count], walk.block[:count] * rows
+    low = np.maximum(walk.starts[group] - first, 0)
+    high = np.minimum(walk.ends[group] - first, rows)
+    whole = (low == 0) & (high == rows)
+    parts = np.where(whole | (high <= low), 0, -(-high // size) - low // size)
+    return int(whole.sum()), int(parts.sum())
 
 
 def walk_bytes(block: pl.BlockSpec, array: Any, grid: Sequence[int], scalars: Sequence[Any]) -> int:
@@ -116,19 +159,28 @@ def walk_bytes(block: pl.BlockSpec, array: Any, grid: Sequence[int], scalars: Se
     itemsize = jnp.dtype(array.dtype).itemsize
     if block.index_map is None or block.block_shape is None:
         return math.prod(array.shape) * itemsize
-    steps = math.prod(grid)
-    if steps == 0:
+    if math.prod(grid) == 0:
         return 0
-    coordinates = [axis.reshape(-1) for axis in np.indices(tuple(grid))]
-    index = block.index_map(*coordinates, *scalars)
-    index = np.stack([np.broadcast_to(np.asarray(i), (steps,)) for i in index])
-    changed = np.ones(steps, bool)
-    changed[1:] = (index[:, 1:] != index[:, :-1]).any(axis=0)
-    extent = np.ones(steps, np.int64)
+    index, changed = changes(block, grid, scalars)
+    extent = np.ones(changed.size, np.int64)
     for size, part, at in zip(array.shape, block.block_shape, index, strict=True):
         length = part if isinstance(part, int) else 1
         extent = extent * np.clip(size - at * length, 0, length)
     return int(extent[changed].sum()) * itemsize
+
+
+def changes(
+    block: pl.BlockSpec, grid: Sequence[int], scalars: Sequence[Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Index of an operand's block at each step, [axes, steps], and where it is another, [steps]."""
+    steps = math.prod(grid)
+    coordinates = [axis.reshape(-1) for axis in np.indices(tuple(grid))]
+    index_map: Any = block.index_map
+    index = index_map(*coordinates, *scalars)
+    index = np.stack([np.broadcast_to(np.asarray(i), (steps,)) for i in index])
+    changed = np.ones(steps, bool)
+    changed[1:] = (index[:, 1:] != index[:, :-1]).any(axis=0)
+    return index, changed
 
 
 def record(chip: str, f: Callable[..., Any], *args: Any) -> list[KernelCall]:

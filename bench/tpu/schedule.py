@@ -11,6 +11,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+from taskmoe.bench.tpu import regions
 from taskmoe.cli.errors import InputError
 
 #: One bundle: address, what control target it is, if any, and how deep in loops it lies.
@@ -24,8 +25,7 @@ _CUSTOM_CALL = re.compile(
 _VMEM = re.compile(
     r"used_scoped_memory_configs\":\[\{\"memory_space\":\"1\"[^}]*\"size\":\"(\d+)\""
 )
-
-
+_CYCLES = re.compile(r"\"estimated_cycles\":\"(\d+)\"")
 #: What autodiff puts around the name of a kernel.
 _DIFFERENTIATED = re.compile(r"^(?:transpose_|jvp_)+(?P<kernel>.+?)_+$")
 
@@ -44,6 +44,7 @@ class Schedule:
       that fills most MXU slots, and the longest where no run fills any
     filled: share of each unit's slots that the main loop fills, by the compiler's unit names
     spills: vector stores and loads in the main loop because registers did not suffice
+    regions: of a grouped kernel, see `regions`; None for another
     """
 
     kernel: str
@@ -51,11 +52,13 @@ class Schedule:
     main_bundles: int
     filled: dict[str, float]
     spills: int
+    regions: regions.Bundles | None = None
 
 
 def dump_flags(folder: Path) -> str:
     """What LIBTPU_INIT_ARGS must hold before JAX is imported for dumps to land in this folder."""
-    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    only_last = "--xla_jf_dump_llo_pass_label_regex=final"  # a twentieth of the text
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {only_last}"
 
 
 def plain_name(kernel: str) -> str:
@@ -91,7 +94,8 @@ def read_schedules(folder: Path, kernels: set[str]) -> list[Schedule]:
 def read_schedule(kernel: str, bundles: str, utilization: str) -> Schedule:
     """The schedule in the text of a final_bundles file and of its utilization file."""
     units, rows = _utilization(kernel, utilization)
-    marks = [match for line in bundles.splitlines() if (match := _BUNDLE.match(line))]
+    lines = [line for line in bundles.splitlines() if _BUNDLE.match(line)]
+    marks = [match for line in lines if (match := _BUNDLE.match(line))]
     if len(marks) != len(rows):
         raise ScheduleError(
             f"the dump of {kernel} has {len(marks)} bundles but slots of {len(rows)}: "
@@ -112,6 +116,11 @@ def read_schedule(kernel: str, bundles: str, utilization: str) -> Schedule:
     )
     main = rows[begin:end]
     totals = [sum(row[i] for row in main) for i in range(len(names))]
+    bundle, depth = [], 0
+    for line, mark, row in zip(lines, marks, rows, strict=True):
+        if not line.rstrip().endswith("{}"):  # an empty bundle does not say how deep it lies
+            depth = mark[3].count(">")
+        bundle.append(regions.Bundle(line, depth, row[mxu]))
     spill_units = [i for i, name in enumerate(names) if name.endswith((":SPILL", ":FILL"))]
     return Schedule(
         kernel=kernel,
@@ -122,6 +131,7 @@ def read_schedule(kernel: str, bundles: str, utilization: str) -> Schedule:
             for name, total in zip(names, totals, strict=True)
         },
         spills=sum(totals[i] for i in spill_units),
+        regions=regions.find(bundle),
     )
 
 
@@ -139,6 +149,13 @@ def _utilization(kernel: str, text: str) -> tuple[dict[str, int], list[list[int]
     if "MXU" not in units or any(len(row) != len(names) for row in rows):
         raise ScheduleError(f"the slot utilization of {kernel} is not of the known format")
     return units, rows
+
+
+def outside_cycles(hlo: str) -> int:
+    """Cycles that the compiler estimates for what XLA runs around a program's Mosaic kernels."""
+    entry = hlo[hlo.find("\nENTRY ") :]
+    around = (line for line in entry.splitlines() if not _CUSTOM_CALL.search(line))
+    return sum(int(cycles) for line in around for cycles in _CYCLES.findall(line))
 
 
 def kernel_vmem_bytes(hlo: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taskmoe.kernels import expert_ffn, gmm
+from taskmoe.kernels import expert_ffn, ffn_backward_kernel, gmm
 from taskmoe.kernels.ffn_backward_kernel import expert_ffn_backward_mosaic
 from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import Experts, FFNOptions
@@ -182,11 +182,9 @@ def test_any_groups(implementation: str, shape: tuple[int, int, int, int, bool],
     check(implementation, "silu", gated, operands(m, d, f, sizes, jnp.float32))
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_hidden_dimension_cut_with_a_tail(gated: bool) -> None:
-    args = operands(50, 24, 300, [20, 0, 13], jnp.float32)
-    x, w_in, w_out, w_gate, sizes, grad = args
-    tiling = Tiling(16, 24, 128)
+def cut(gated: bool, rows: int) -> Any:
+    """`expert_ffn` and its gradients with hidden units cut into blocks of 128."""
+    tiling = Tiling(rows, 24, 128)
 
     def f(x: Any, w_in: Any, w_out: Any, w_gate: Any, sizes: Any, grad: Any) -> Any:
         gate = w_gate if gated else None
@@ -201,11 +199,42 @@ def test_hidden_dimension_cut_with_a_tail(gated: bool) -> None:
         d_gate = jnp.zeros_like(w_gate) if d_gate is None else d_gate
         return {"out": out, "x": d_x, "w_in": d_in, "w_out": d_out, "w_gate": d_gate}
 
+    return f
+
+
+#: Blocks of rows few enough that each block of hidden units writes its own part of dx, and enough
+#: that all add to one.
+APART = {32: False, 16: True}
+
+
+@pytest.mark.parametrize("rows", APART)
+@pytest.mark.parametrize("gated", [False, True])
+def test_hidden_dimension_cut_with_a_tail(gated: bool, rows: int) -> None:
+    assert (-(-50 // rows) >= ffn_backward_kernel.BLOCKS_APART) == APART[rows]
+    args = operands(50, 24, 300, [20, 0, 13], jnp.float32)
     truth = support.in_float64(run("reference", "silu", gated), *args)
     plain = support.call("reference", run("reference", "silu", gated), *args)
+    x, *weights, sizes, grad = args
     x, grad = support.poison_tail(x, 33), support.poison_tail(grad, 33)
-    ours = support.call("mosaic", f, x, w_in, w_out, w_gate, sizes, grad)
+    ours = support.call("mosaic", cut(gated, rows), x, *weights, sizes, grad)
     support.assert_as_good(ours, plain, truth)
+
+
+def test_what_earlier_blocks_of_hidden_units_added_to_dx_is_kept() -> None:
+    args = operands(50, 24, 300, [20, 0, 13], jnp.float32)
+    truth = support.in_float64(run("reference", "silu", False), *args)
+    plain = support.call("reference", run("reference", "silu", False), *args)
+    right = ffn_backward_kernel.kernel
+
+    def forgetful(
+        walk: Any, x: Any, dy: Any, experts: Any, _: Any, *out: Any, **sizes: Any
+    ) -> None:
+        right(walk, x, dy, experts, None, *out, **sizes)
+
+    with support.planted(ffn_backward_kernel, "kernel", forgetful):
+        ours = support.call("mosaic", cut(False, 16), *args)
+    with pytest.raises(AssertionError, match=r"\['x'\].* exceeds"):
+        support.assert_as_good(ours, plain, truth)
 
 
 @pytest.mark.parametrize("implementation", ["reference", *FAST])

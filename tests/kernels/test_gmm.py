@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taskmoe.kernels import gmm, hopper_products, tgmm
+from taskmoe.kernels import for_chip, gmm, hopper_products, tgmm
 from taskmoe.kernels.tiling import Tiling
 from taskmoe.tests.kernels import support
 
@@ -177,6 +177,25 @@ def test_explicit_tiling_with_tails(tiling: Tiling) -> None:
     plain = support.call("reference", f("reference", None), lhs, rhs, d_out)
     truth = support.in_float64(f("reference", None), lhs, rhs, d_out)
     support.assert_as_good(ours, plain, truth)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_sub_blocks_are_as_deep_as_the_mxu(chip: str) -> None:
+    lhs, _, d_out, _, sizes = operands(520, 24, 40, [100, 280, 0, 120], jnp.float32)
+
+    def f(implementation: str, tiling: Any) -> Any:
+        options: Any = {"tiling": tiling, "implementation": implementation}
+        return lambda lhs, d_out: tgmm(lhs, d_out, sizes, **options)
+
+    with for_chip(chip):
+        ours = support.call("mosaic", f("mosaic", Tiling(256, 24, 40)), lhs, d_out)
+    plain = support.call("reference", f("reference", None), lhs, d_out)
+    truth = support.in_float64(f("reference", None), lhs, d_out)
+    support.assert_as_good(ours, plain, truth)
+    faulty = ours.copy()
+    faulty[1] += lhs[99][:, None] * d_out[99]  # a row of the group before, in the same block
+    with pytest.raises(AssertionError, match="exceeds"):
+        support.assert_as_good(faulty, plain, truth)
 
 
 @pytest.mark.parametrize("implementation", ["reference", *FAST])

@@ -16,11 +16,13 @@ V5E = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
 
 
 def walk_of(sizes: list[int], offset: int, held: int, m: int, block: int, kind: str) -> list:
-    bounds = group_bounds(Groups(jnp.asarray(sizes, jnp.int32), jnp.int32(offset)), held, m)
+    groups = Groups(jnp.asarray(sizes, jnp.int32), jnp.int32(offset))
     if kind == "groups":
-        visits = visit_groups(bounds, m, block)
+        visits = visit_groups(groups, held, m, block)
     else:
-        visits = visit_blocks(bounds, m, block, every_group=kind == "both")
+        visits = visit_blocks(groups, held, m, block, every_group=kind == "both")
+    for have, want in zip(visits[:2], group_bounds(groups, held, m), strict=True):
+        np.testing.assert_array_equal(have, want)
     num = int(visits.num[0])
     assert num <= visits.group.shape[0]
     return list(zip(np.asarray(visits.group)[:num], np.asarray(visits.block)[:num], strict=True))

@@ -11,6 +11,7 @@ import pytest
 
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.config import ModelConfig
+from taskmoe.wmt.model.cache import Cache
 from taskmoe.wmt.model.decoding import search, search_n_best
 from taskmoe.wmt.model.transformer import Tasks, decode, encode
 from taskmoe.wmt.text.tokenizer import BOS, EOS, PAD
@@ -199,6 +200,32 @@ def test_a_sentence_with_a_limit_is_found_as_alone_with_it(
         np.testing.assert_array_equal(ids[row, :, :limit], alone[0])
         assert not np.asarray(ids[row, :, limit:]).any()
         np.testing.assert_allclose(scores[row], score[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_long_search_finds_what_it_finds_without_a_cache(
+    fault: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scores are those of all positions at once, though hypotheses change places."""
+    if fault:  # each hypothesis goes on from what stands at its own place
+        monkeypatch.setattr(Cache, "inherited", lambda self, _: self)
+    params = support.params(CONFIG, 1)
+    params = params | {"embedding": params["embedding"].at[EOS].multiply(0.3)}
+    options: Any = {"max_length": 44, "beam": 4, "n_best": 4, "alpha": 2.0}
+    find = functools.partial(search_n_best, params, CONFIG, tasks=NO_TASKS, **options)
+    ids, scores = map(np.asarray, jax.jit(find)(SOURCE))
+    assert (ids != PAD).sum(2).max() > 22  # to the last of the stages
+    worst = 0.0
+    for row in range(3):
+        for output, score in zip(ids[row], scores[row], strict=True):
+            if score < -1e8:
+                continue
+            end = int(np.argmax(output == EOS)) + 1 if EOS in output else len(output)
+            inputs = np.array([[BOS, *output[:-1]]], np.int32)
+            log_probs = np.asarray(teacher_forced(params, SOURCE[row : row + 1], inputs))
+            true = log_probs[0, np.arange(end), output[:end]].sum() / penalty(end, 2.0)
+            worst = max(worst, abs(float(true) - float(score)))
+    assert (worst > 1e-2) if fault else (worst < 1e-4)
 
 
 @pytest.mark.parametrize(

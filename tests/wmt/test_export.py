@@ -18,9 +18,9 @@ from taskmoe.wmt.model.translation import Decoding, translate
 
 FULL = support.model(tie_embeddings=False)
 
-#: The program in the documentation, which takes a folder, a language and sentences as arguments.
+#: The first program in the documentation, which takes a folder, a language and sentences.
 TRAINER = (support.ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
-(PROGRAM,) = re.findall(r"```py\n(.*?)```", TRAINER, re.DOTALL)
+PROGRAM, _ = re.findall(r"```py\n(.*?)```", TRAINER, re.DOTALL)
 ALONE = 'assert not any(name.startswith("taskmoe") for name in sys.modules)'
 
 

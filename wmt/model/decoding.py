@@ -16,9 +16,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from taskmoe.wmt.config import ModelConfig
+from taskmoe.wmt.model.cache import Cache
+from taskmoe.wmt.model.ranking import best_continuations
 from taskmoe.wmt.model.subnetwork import one_task
 from taskmoe.wmt.model.transformer import (
-    Cache,
     Params,
     Tasks,
     decode_step,
@@ -114,6 +115,16 @@ def search_n_best(
     return _beam(params, config, memory, valid, tasks.decoder, max_length, limit, search, on)
 
 
+def _stages(max_length: int) -> list[int]:
+    """Positions that the cache has room for, in turn: attention reads no more than twice what is.
+
+    Each stage is compiled by itself, so they are few.
+    """
+    if max_length <= 32:
+        return [max_length]
+    return [-(-max_length // 4), -(-max_length // 2), max_length]
+
+
 class Spread(NamedTuple):
     """Where the experts lie, and how rows travel to them, as in `moe.apply`."""
 
@@ -189,7 +200,7 @@ class _Beam(NamedTuple):
     live_score: jax.Array  # [B, K] log probability
     done: jax.Array  # [B, K, L + 1]
     done_score: jax.Array  # [B, K] log probability over the length penalty
-    cache: Cache  # rows are B*K
+    cache: Cache
 
 
 def _beam(
@@ -222,9 +233,6 @@ def _beam(
         live = s.live_score > _NEVER / 2
         return live if limit is None else live & (s.position < limit)[:, None]
 
-    def running(s: _Beam) -> jax.Array:
-        return (s.position < max_length) & alive(s)[:, 0].any()
-
     def step(s: _Beam) -> _Beam:
         token = jax.lax.dynamic_index_in_dim(s.live, s.position, 2, keepdims=False).reshape(-1)
         # A sentence with no live hypothesis left takes no expert's time.
@@ -240,12 +248,8 @@ def _beam(
             valid=growing,
             **on._asdict(),
         )
-        log_probs = jax.nn.log_softmax(logits).reshape(batch, beam, -1)
-        vocab = log_probs.shape[-1]
-        total = (s.live_score[:, :, None] + log_probs).reshape(batch, -1)
         # 2K candidates hold at least K that do not end.
-        score, flat = jax.lax.top_k(total, 2 * beam)
-        origin, chosen = flat // vocab, (flat % vocab).astype(jnp.int32)
+        score, origin, chosen = best_continuations(logits, s.live_score, 2 * beam)
         grown = jnp.take_along_axis(s.live, origin[:, :, None], axis=1)
         grown = jax.lax.dynamic_update_slice_in_dim(grown, chosen[:, :, None], s.position + 1, 2)
         ended = chosen == EOS
@@ -266,12 +270,8 @@ def _beam(
             over = (s.position >= limit)[:, None]
             live_score = jnp.where(over, s.live_score, live_score)
             live = jnp.where(over[:, :, None], s.live, live)
-        rows = jnp.arange(batch)[:, None] * beam + jnp.take_along_axis(origin, best, axis=1)
-        rows = rows.reshape(-1)
-        cache = cache._replace(
-            self_key=tuple(k[rows] for k in cache.self_key),
-            self_value=tuple(v[rows] for v in cache.self_value),
-        )
+        parent = jnp.take_along_axis(origin, best, axis=1)
+        cache = cache.inherited(parent)
         return _Beam(s.position + 1, live, live_score, done, done_score, cache)
 
     empty = jnp.full((batch, beam, max_length + 1), PAD, jnp.int32)
@@ -283,9 +283,15 @@ def _beam(
         jnp.where(padding, _NEVER, first),
         empty,
         jnp.where(padding, 0.0, jnp.full((batch, beam), _NEVER)),
-        start_cache(params, config, memory, valid, max_length, beam=beam),
+        start_cache(params, config, memory, valid, 0, beam=beam),
     )
-    end = jax.lax.while_loop(running, step, start)
+    end = start
+    for room in _stages(max_length):
+
+        def going(s: _Beam, room: int = room) -> jax.Array:
+            return (s.position < room) & alive(s)[:, 0].any()
+
+        end = jax.lax.while_loop(going, step, end._replace(cache=end.cache.grown(room)))
     # A sentence none of whose hypotheses ended in time gets its best live one.
     none = end.done_score[:, :1] <= _NEVER / 2
     ids = end.done[:, :n_best, 1:]

@@ -53,9 +53,7 @@ def export(
             f"export wants a model that is not task-routed (encoder is {config.encoder}, decoder "
             f"is {config.decoder}): extract a task first"
         )
-    for name, value in (("batch", batch), ("length", length), ("max_length", max_length)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
+    check_sizes(batch=batch, length=length, max_length=max_length)
     for platform in platforms:
         if platform not in PLATFORMS:
             raise InputError(f"platforms must be of {', '.join(PLATFORMS)}, got {platform!r}")
@@ -97,3 +95,10 @@ def export(
     }
     save_model(model, folder, more=files)
     return len(program_bytes)
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Raise InputError that names the first size below 1; None is not looked at."""
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -46,17 +47,27 @@ def save_model(
     replace: an older model in that folder gives way; without it InputError is raised where the
     folder already holds something. more: other files to lie in the folder.
     """
-    if not replace:
-        check_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder, replace=replace) as beside:
         (beside / CONFIG).write_text(model.config.to_json() + "\n", encoding="utf-8")
         (beside / VOCABULARY).write_bytes(model.tokenizer.model)
         save_file({k: np.asarray(v) for k, v in flatten(model.params).items()}, beside / PARAMS)
         for name, data in (more or {}).items():
             (beside / name).write_bytes(data)
         (beside / PARAMS).chmod(0o644)  # safetensors makes files that their owner alone reads
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` once all is written.
+
+    replace: as in `save_model`. An error inside leaves what was there.
+    """
+    if not replace:
+        check_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield beside
         beside.chmod(0o755)
         if replace and folder.exists():
             old = folder.with_name(f".{folder.name}.old")

@@ -25,6 +25,7 @@ from taskmoe.wmt.model.attention import (
     query,
     rms_norm,
 )
+from taskmoe.wmt.model.cache import Cache
 
 Params = dict[str, Any]
 
@@ -37,22 +38,6 @@ class Tasks(NamedTuple):
 
     encoder: ArrayLike | None
     decoder: ArrayLike | None
-
-
-class Cache(NamedTuple):
-    """Keys and values of the decoder's layers while decoding, in the order that attention reads.
-
-    self_key, self_value: one [B*K, H, L, D/H] a layer, filled up to the present position; K is the
-      number of hypotheses of each sentence.
-    cross_key, cross_value: one [B, H, S, D/H] a layer, of the encoder's output.
-    sentence: [B, D], what a sentence-routed decoder gates by; None where it is not sentence-routed.
-    """
-
-    self_key: tuple[jax.Array, ...]
-    self_value: tuple[jax.Array, ...]
-    cross_key: tuple[jax.Array, ...]
-    cross_value: tuple[jax.Array, ...]
-    sentence: jax.Array | None
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
@@ -220,14 +205,17 @@ def start_cache(
     beam: hypotheses K of each sentence; they share what the encoder gave.
     """
     heads = config.num_heads
-    shape = (memory.shape[0] * beam, heads, length, config.d_model // heads)
+    batch = memory.shape[0]
+    shape = (batch, heads, length * beam, config.d_model // heads)
     empty = tuple(jnp.zeros(shape, memory.dtype) for _ in params["decoder"])
     cross = [
         [by_head(x) for x in cross_key_value(layer["cross"], memory, config)]
         for layer in params["decoder"]
     ]
     sentence = _sentence(config, memory, memory_valid)
-    return Cache(empty, empty, tuple(k for k, _ in cross), tuple(v for _, v in cross), sentence)
+    ancestors = None if beam == 1 else jnp.zeros((batch, beam, length), jnp.int32)
+    keys, values = (tuple(pair[i] for pair in cross) for i in range(2))
+    return Cache(empty, empty, keys, values, sentence, ancestors)
 
 
 def decode_step(
@@ -253,22 +241,35 @@ def decode_step(
     """
     x = _embed(_target_embedding(params), token[:, None], position[None])
     rows, sentences = token.shape[0], memory_valid.shape[0]
-    length = cache.self_key[0].shape[2]
+    beam = rows // sentences
+    length = cache.self_key[0].shape[2] // beam
     seen = (jnp.arange(length) <= position)[None, None, None, :]
+    ancestors = cache.ancestors
+    if ancestors is not None:
+        own = jnp.broadcast_to(jnp.arange(beam, dtype=jnp.int32)[:, None], (sentences, beam, 1))
+        ancestors = jax.lax.dynamic_update_slice_in_dim(ancestors, own, position, 2)
+        theirs = (ancestors[..., None] == jnp.arange(beam)) & seen[0, ..., None]
+        seen = theirs.reshape(sentences, 1, beam, length * beam)
+
+    def together(x: jax.Array) -> jax.Array:
+        """A sentence's hypotheses read the same keys: to attention they are its positions."""
+        return x.reshape(sentences, beam, *x.shape[2:])
+
     cross_mask = memory_valid[:, None, None, :]
     alive = jnp.ones_like(token, bool) if valid is None else valid
     sentence = None
     if cache.sentence is not None:
-        sentence = jnp.repeat(cache.sentence, rows // sentences, axis=0)
+        sentence = jnp.repeat(cache.sentence, beam, axis=0)
     keys, values = [], []
     for i, layer in enumerate(params["decoder"]):
         q, k, v = qkv(layer["attention"], x, config)
-        k, v = by_head(k), by_head(v)
-        keys.append(jax.lax.dynamic_update_slice_in_dim(cache.self_key[i], k, position, 2))
-        values.append(jax.lax.dynamic_update_slice_in_dim(cache.self_value[i], v, position, 2))
-        x = x + attend_cached(layer["attention"], q, keys[-1], values[-1], seen)
-        # A sentence's hypotheses read the same keys: to attention they are its positions.
-        q = query(layer["cross"], x, config).reshape(sentences, rows // sentences, *q.shape[2:])
+        k, v = by_head(together(k)), by_head(together(v))
+        at = position * beam
+        keys.append(jax.lax.dynamic_update_slice_in_dim(cache.self_key[i], k, at, 2))
+        values.append(jax.lax.dynamic_update_slice_in_dim(cache.self_value[i], v, at, 2))
+        y = attend_cached(layer["attention"], together(q), keys[-1], values[-1], seen)
+        x = x + y.reshape(x.shape)
+        q = together(query(layer["cross"], x, config))
         y = attend_cached(layer["cross"], q, cache.cross_key[i], cache.cross_value[i], cross_mask)
         x = x + y.reshape(x.shape)
         y, _ = _feed_forward(
@@ -282,7 +283,8 @@ def decode_step(
             sentence,
         )
         x = x + y
-    return _logits(params, x)[:, 0], cache._replace(self_key=tuple(keys), self_value=tuple(values))
+    cache = cache._replace(self_key=tuple(keys), self_value=tuple(values), ancestors=ancestors)
+    return _logits(params, x)[:, 0], cache
 
 
 class _Dropout:
@@ -312,10 +314,14 @@ def _drop_embedded(
 def _embed(embedding: jax.Array, ids: jax.Array, positions: jax.Array) -> jax.Array:
     """Scaled embeddings plus sinusoidal positions (Vaswani et al. 2017, 3.4, 3.5): [B, S, D]."""
     d = embedding.shape[1]
-    rate = jnp.exp(jnp.arange(0, d, 2) * (-jnp.log(10000.0) / d))
+    return embedding[ids] * d**0.5 + position_waves(positions, d).astype(embedding.dtype)
+
+
+def position_waves(positions: jax.Array, width: int) -> jax.Array:
+    """What is added to the embeddings at positions [S]: all sines, then all cosines, [S, width]."""
+    rate = jnp.exp(jnp.arange(0, width, 2) * (-jnp.log(10000.0) / width))
     angle = positions[:, None] * rate
-    wave = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    return embedding[ids] * d**0.5 + wave.astype(embedding.dtype)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 def with_softmax(params: Params) -> Params:

@@ -44,6 +44,10 @@ class Tokenizer:
         """Number of pieces."""
         return int(self._processor.vocab_size())
 
+    def pieces(self) -> list[str]:
+        """All pieces in the order of their ids."""
+        return [str(self._processor.id_to_piece(i)) for i in range(self.vocab_size)]
+
     def piece_id(self, piece: str) -> int:
         """Id of a piece; UNK for one that is not there."""
         return int(self._processor.piece_to_id(piece))

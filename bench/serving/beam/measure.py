@@ -84,7 +84,7 @@ def bytes_a_step(params: Params, config: ModelConfig, batch: int, beam: int) -> 
     """Bytes that a step must read at least: the decoder's weights, softmax, and cache, once each.
 
     Keys and values of the source were projected before the first step, so their weights are not
-    read. The cache is as long as the long search.
+    read. The cache holds as many positions as there are halfway from the short to the long search.
     """
     layers = [
         layer | {"cross": {k: v for k, v in layer["cross"].items() if k != "kv"}}
@@ -92,10 +92,10 @@ def bytes_a_step(params: Params, config: ModelConfig, batch: int, beam: int) -> 
     ]
     memory = jax.ShapeDtypeStruct((batch, SOURCE, config.d_model), jnp.float32)
     valid = jax.ShapeDtypeStruct((batch, SOURCE), jnp.bool_)
-    make = functools.partial(start_cache, length=LONG, beam=beam)
+    make = functools.partial(start_cache, length=(SHORT + LONG) // 2, beam=beam)
     cache = jax.eval_shape(lambda p, m, v: make(p, config, m, v), params, memory, valid)
     softmax = with_softmax(params)["softmax"]
-    leaves = jax.tree.leaves((layers, softmax, cache))
+    leaves = jax.tree.leaves((layers, softmax, cache._replace(ancestors=None)))
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 

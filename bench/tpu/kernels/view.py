@@ -19,19 +19,22 @@ def view(result: Kernels) -> View:
     rows = sorted(result.kernels, key=_beside)
     headings = (
         *("op", "direction", "by", "chip", "dtype", "shape", "compiled", "VMEM MiB", "bundles"),
-        *("MXU filled", "spills", "modelled MB", "over floor", "modelled µs", "roofline µs"),
+        *("MXU filled", "spills", "modelled MB", "over floor", "outside", "modelled µs"),
+        *("roofline µs",),
     )
     compiled = Table(
         "Kernels compiled ahead of time (modelled)",
         headings,
         [
-            (r.op, r.direction, r.by, r.chip, r.dtype, r.shape, *_figures(r), *[""] * 9)[:15]
+            (r.op, r.direction, r.by, r.chip, r.dtype, r.shape, *_figures(r), *[""] * 10)[:16]
             for r in rows
         ],
         "Bundles, MXU slots and spills (vector spills and fills) are of the main loops of the "
         "case's kernels, added up; VMEM is the largest. Bytes and times are modelled: bytes "
         "by walking the grid (copies made by hand as declared), time as the larger of bytes at "
-        "the HBM's rate and FLOPs at the bf16 peak times the share of MXU slots filled. Floor: "
+        "the HBM's rate and work, plus the cycles that XLA runs outside the kernels. Work: the "
+        "bundles of each region times how often it runs, partial blocks included, or the FLOPs "
+        "executed at the bf16 peak times the share of MXU slots filled, if that is more. Floor: "
         "arguments and results once, untouched experts left out; roofline: floor and full peak. "
         "tokamax is compiled with the tiling that it takes untuned, and cannot be walked.",
     )
@@ -60,7 +63,7 @@ def view(result: Kernels) -> View:
     ] * bool(result.expert_bytes)
     about = "Compiled for TPUs that were not there. Schedules are the compiler's; bytes and times "
     chart = Chart("kernels", "Kernels against the roofline", lambda: _chart(result))
-    failed = any(r.error for r in rows if r.by == "taskmoe")
+    failed = any(r.error for r in rows if r.by == "taskmoe" and not r.is_too_large)
     about += "are modelled."
     return View(answer, about, tables, [chart], findings, short, int(failed))
 
@@ -100,6 +103,7 @@ def _figures(r: Row) -> tuple[str, ...]:
         *figures,
         f"{moved / 1e6:,.1f}",
         f"{moved / (r.floor_bytes or 1):.2f}",
+        "" if r.outside_cycles is None else f"{r.outside_cycles:,}",
         f"{r.modelled_us:,.1f}",
         f"{r.roofline_us:,.1f}",
     )

@@ -26,7 +26,9 @@ from taskmoe.bench.harness.worker import serve
 from taskmoe.bench.tpu import cases as kernel_cases
 from taskmoe.bench.tpu import schedule
 from taskmoe.bench.tpu.cases import Case
-from taskmoe.bench.tpu.grid_walk import KernelCall, recording
+from taskmoe.bench.tpu.compiler import TOO_LARGE
+from taskmoe.bench.tpu.grid_walk import KernelCall, recording, unwritten_zeros
+from taskmoe.bench.tpu.regions import Bundles
 
 
 @functools.cache
@@ -43,12 +45,18 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
     """What the compiler makes of the case: `error`, or seconds and each kernel's schedule."""
     for path in dumps.iterdir():
         path.unlink()
-    whole = NamedSharding(mesh, P())
+    needed, there = held_bytes(case), kernel_cases.chip_info(case.chip).hbm_capacity_bytes
+    if needed > there:
+        return {
+            "error": f"{TOO_LARGE}: arguments and results take {needed / 1e9:.1f} "
+            f"GB, its HBM is {there / 1e9:.1f} GB"
+        }
     start = time.perf_counter()
     try:
         # Pallas asks the mesh which chip it compiles for, tokamax the default device.
         with jax.set_mesh(mesh), jax.default_device(mesh.devices.flat[0]):
             function, arguments = kernel_cases.program(case).directed(case.direction)
+            whole = NamedSharding(mesh, P())
             placed = jax.tree.map(
                 lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), arguments
             )
@@ -60,6 +68,7 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
     kernels = schedule.read_schedules(dumps, set(vmem))
     return {
         "compile_s": seconds,
+        "outside_cycles": schedule.outside_cycles(hlo),
         "kernels": [
             {**dataclasses.asdict(kernel), "vmem_bytes": vmem[kernel.kernel]} for kernel in kernels
         ],
@@ -67,23 +76,34 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
 
 
 def model(
-    chip: str, calls: list[KernelCall], floor: int, kernels: list[dict[str, Any]]
+    chip: str, calls: list[KernelCall], floor: int, kernels: list[dict[str, Any]], outside: int
 ) -> dict[str, Any]:
     """Modelled bytes and times of these kernel calls, with the schedules that were compiled.
 
-    A kernel takes as long as the larger of its bytes at the HBM's bandwidth and its declared FLOPs
-    at the bf16 peak times the share of MXU slots that its main loop fills. The roofline is the same
-    with the least bytes and every slot filled. bundles_run: main loops times steps of the grid.
+    A kernel takes as long as the larger of its bytes at the HBM's bandwidth and its work. Work is
+    the larger of the bundles that its regions run, one a cycle, and the FLOPs that it executes, of
+    rows that it multiplies twice included, at the bf16 peak times the share of MXU slots that its
+    main loop fills: chips with narrow MXUs issue bundles faster than these take products. Of a
+    kernel without known regions the second counts alone. What XLA runs outside adds its cycles.
+    The roofline has the least bytes, the declared FLOPs and every slot filled.
+
+    bundles_run: main loops times steps of the grid.
     """
     info = kernel_cases.chip_info(chip)
     filled = {kernel["kernel"]: kernel["filled"]["MXU"] for kernel in kernels}
+    found = {kernel["kernel"]: kernel["regions"] for kernel in kernels}
     bandwidth, peak = info.mem_bw_bytes_per_second, info.bf16_ops_per_second
+    clock = kernel_cases.clock_hz(info)
     multiplies = any(share > 0 for share in filled.values())
     flops = sum(call.cost.flops for call in calls if call.cost is not None)
 
     def seconds(call: KernelCall) -> float:
-        share = filled.get(call.name, 0.0)
-        work = 0.0 if call.cost is None or not share else call.cost.flops / (peak * share)
+        share, regions = filled.get(call.name, 0.0), found.get(call.name)
+        work = 0.0
+        if call.cost is not None and share:
+            work = call.cost.flops * call.rows_share / (peak * share)
+        if regions is not None and call.trips is not None:
+            work = max(work, Bundles(**regions).run(call.trips) / clock)
         return max(call.moved_bytes / bandwidth, work)
 
     bundles = {kernel["kernel"]: kernel["main_bundles"] for kernel in kernels}
@@ -92,9 +112,18 @@ def model(
         "moved_bytes": sum(call.moved_bytes for call in calls),
         "floor_bytes": floor,
         "flops": flops,
-        "modelled_us": 1e6 * sum(map(seconds, calls)),
+        "outside_cycles": outside,
+        "modelled_us": 1e6 * (sum(map(seconds, calls)) + outside / clock),
         "roofline_us": 1e6 * max(floor / bandwidth, flops / peak if multiplies else 0.0),
     }
+
+
+def held_bytes(case: Case) -> int:
+    """HBM that arguments and results of the case's op take at once, before any temporary."""
+    ours = kernel_cases.program(dataclasses.replace(case, by="taskmoe"))
+    function, arguments = ours.directed(case.direction)
+    held = arguments, kernel_cases.result_shapes(function, arguments)
+    return sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(held))
 
 
 def walk(case: Case) -> tuple[list[KernelCall], int]:
@@ -109,9 +138,9 @@ def walk(case: Case) -> tuple[list[KernelCall], int]:
     touched = sum(size > 0 for size in sizes) / len(sizes)
     order = np.random.default_rng(0).permutation(shape.tokens * shape.top_k).astype(np.int32)
 
-    def value(s: Any) -> np.ndarray:
+    def value(s: Any) -> Any:
         if s.dtype != jnp.int32:
-            return np.zeros(s.shape, s.dtype)
+            return unwritten_zeros(s.shape, s.dtype)
         is_sizes = s.shape == (shape.experts,)
         return np.asarray(sizes, np.int32) if is_sizes else order.reshape(s.shape)
 
@@ -141,7 +170,8 @@ def answer(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
         calls, floor = walk(case)
         names = {call.name for call in calls}  # of a gradient: without its forward kernels
         result["kernels"] = [k for k in result["kernels"] if k["kernel"] in names]
-        result |= model(case.chip, calls, floor, result["kernels"])
+        outside = result["outside_cycles"]
+        result |= model(case.chip, calls, floor, result["kernels"], outside)
     yield result
 
 

@@ -48,6 +48,6 @@ def verdict(rows: Sequence[Row]) -> str:
     if not errors:
         return "Nothing compiled, so nothing was compared."
     return (
-        f"The model is off by {min(errors):+.0%} to {max(errors):+.0%}: it leaves out what is "
-        "neither a byte from HBM nor an MXU slot, so read its times as least times."
+        f"The model is off by {min(errors):+.0%} to {max(errors):+.0%}: it leaves out what "
+        "copies wait for and what a call takes to start."
     )

@@ -20,7 +20,7 @@ SMALL = {"vocab_size": 64, "d_model": 16, "d_ff": 16, "num_heads": 2, "encoder_l
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "tiny", (SMALL, {}))
-    monkeypatch.setattr(beam, "LONG", 10)
+    monkeypatch.setattr(beam, "LONG", 12)
 
 
 def test_bytes_by_hand() -> None:
@@ -30,7 +30,7 @@ def test_bytes_by_hand() -> None:
     norms = 3 * 16
     layers = 2 * (attention + attention // 2 + norms) + ffn + wide
     for batch in (1, 3):
-        cache = 2 * 2 * 16 * (batch * 4 * beam.LONG + batch * beam.SOURCE)
+        cache = 2 * 2 * 16 * (batch * 4 * 10 + batch * beam.SOURCE)
         want = 4 * (layers + 16 * 64 + cache)
         assert beam.bytes_a_step(params, config, batch, 4) == want
 
@@ -54,7 +54,7 @@ def test_a_search_that_ends_early_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
 
     def ended(*args: Any, **_: Any) -> Any:
         source = args[2]
-        return jax.numpy.full((len(source), 10), EOS), jax.numpy.zeros(len(source))
+        return jax.numpy.full((len(source), 12), EOS), jax.numpy.zeros(len(source))
 
     monkeypatch.setattr(beam, "search", ended)
     with pytest.raises(RuntimeError, match="ended before its last position"):

@@ -1,5 +1,6 @@
 """The compile lab: one kernel compiled, bytes counted, crashes and bad input told in a line."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -14,8 +15,8 @@ from taskmoe.bench.__main__ import main
 from taskmoe.bench.harness.worker import Died
 from taskmoe.bench.tpu import cases as kernel_cases
 from taskmoe.bench.tpu import grid_walk
-from taskmoe.bench.tpu.compiler import death_note
-from taskmoe.bench.tpu.kernels import expert_bytes
+from taskmoe.bench.tpu.compiler import Compiled, death_note
+from taskmoe.bench.tpu.kernels import expert_bytes, worker
 from taskmoe.cli.errors import InputError
 from taskmoe.kernels import expert_ffn, gmm, quantize, quantized
 from taskmoe.kernels.tiling import Tiling
@@ -37,6 +38,8 @@ def test_one_kernel_is_compiled_and_modelled(tmp_path: Path, capsys: Any) -> Non
     assert 0 < kernel["filled"]["MXU"] <= 1
     assert kernel["main_bundles"] <= kernel["bundles"]
     assert ours["modelled_us"] >= ours["roofline_us"] * 0.99
+    assert kernel["regions"]["whole"] > kernel["regions"]["step"] > 0
+    assert ours["outside_cycles"] > 0
     assert {row["by"] for row in rows} >= {"taskmoe", "megablox"}
 
 
@@ -112,13 +115,32 @@ def test_a_compiler_that_dies_is_a_result() -> None:
         death_note(Died(1, "taskmoe.bench.tpu.schedule.ScheduleError: no schedule of gmm\n"))
 
 
+def test_zeros_that_nobody_has_written_are_zeros_of_any_shape() -> None:
+    for shape, dtype in (((3, 5), jnp.bfloat16), ((0, 4), np.float32), ((), np.int32)):
+        zeros = grid_walk.unwritten_zeros(shape, dtype)
+        assert (zeros.shape, zeros.dtype) == (shape, np.dtype(dtype))
+        assert not np.asarray(zeros, np.float32).any()
+
+
+def test_what_no_chip_holds_is_said_and_not_compiled(tmp_path: Path) -> None:
+    case = kernel_cases.Case("expert_ffn", "taskmoe", "backward", "v5e", "bf16", "nllb")
+    no_mesh: Any = None  # it would be needed to compile
+    found = Compiled(**worker.compile_case(case, no_mesh, tmp_path))
+    assert found.error is not None
+    assert "arguments and results take 17.4 GB, its HBM is 17.2 GB" in found.error
+    assert found.is_too_large
+    forward = dataclasses.replace(case, direction="forward")
+    assert worker.held_bytes(forward) < 9e9  # which does fit
+    assert not Compiled(error="Mosaic refuses it").is_too_large
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "say what to compile: --kernels"),
         (["--kernels", "--chips", "v5e,v9"], "unknown chip 'v9'; known: v3, v4, v5e"),
         (["--kernels", "--ops", "conv"], "unknown op 'conv'"),
-        (["--kernels", "--shapes", "huge"], "unknown shape 'huge'; known: wmt"),
+        (["--kernels", "--shapes", "huge"], "unknown shape 'huge'; known: wmt, mixtral"),
         (["--kernels", "--chips", "v3", "--dtypes", "bf16"], "v3 takes kernels in f32 only"),
     ],
 )

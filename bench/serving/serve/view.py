@@ -1,0 +1,94 @@
+"""Speeds of the engines: table, chart, and how far ours is ahead or behind."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from taskmoe.bench.harness.view import Chart, Table, View
+from taskmoe.bench.serving.serve.engines import OURS, THEIRS
+from taskmoe.bench.serving.serve.measure import Row, Served
+
+HEADINGS = (
+    *("beam", "sentences", "engine", "sentences/s", "tokens/s (p10 to p90)"),
+    *("over CTranslate2, float32", "one sentence, p50 and p95 ms", "as ours"),
+)
+
+
+def view(result: Served) -> View:
+    """A row a beam, batch and engine."""
+    table = Table(
+        f"{result.source}, {result.parameters:,} parameters (measured)",
+        HEADINGS,
+        [_cells(row) for row in result.rows],
+    )
+    said = []
+    engine = result.machine.get("ctranslate2")
+    if engine is None:
+        answer = (
+            "CTranslate2 is not installed, so nothing was compared with it: "
+            "pip install 'taskmoe[ctranslate2]'."
+        )
+    else:
+        answer = " ".join(_beside(result.rows, name) for name in THEIRS)
+        different = [r for r in result.rows if r.system in list(THEIRS)[:1] and r.identical < 1]
+        if different:
+            said.append(
+                f"CTranslate2 in float32 translates at least "
+                f"{min(r.identical for r in different):.1%} of the sentences as we do in every "
+                "case: it looks at fewer ended hypotheses, and ties may fall otherwise."
+            )
+    about = (
+        f"{result.source}; {result.parameters:,} parameters, all cores, no length penalty, "
+        f"{result.rounds} rounds in turns"
+        + (f", CTranslate2 {engine}" if engine else "")
+        + ". Tokenization is not timed."
+    )
+    short = table.only(HEADINGS[:6], lambda row: row[0] == str(result.rows[-1].beam))
+    chart = Chart("serve", "Tokens a second by engine and batch", lambda: _chart(result))
+    return View(answer, about, [table], [chart], said, short)
+
+
+def _cells(r: Row) -> tuple[str, ...]:
+    return (
+        str(r.beam),
+        str(r.batch),
+        r.system,
+        f"{r.sentences_per_s.median:.2f}",
+        r.tokens_per_s.words(".0f"),
+        "" if r.over_float32 is None else r.over_float32.words(".2f"),
+        "" if r.latency_ms is None else f"{r.latency_ms[0]:.0f}, {r.latency_ms[1]:.0f}",
+        f"{r.identical:.1%}",
+    )
+
+
+def _beside(rows: list[Row], name: str) -> str:
+    """Our speed over an engine's at each beam and batch, in a sentence."""
+    speed = {(r.system, r.beam, r.batch): r.tokens_per_s.median for r in rows}
+    parts = []
+    for beam in dict.fromkeys(r.beam for r in rows):
+        sizes = [r.batch for r in rows if r.system == OURS and r.beam == beam]
+        times = [speed[OURS, beam, n] / speed[name, beam, n] for n in sizes]
+        of = ", ".join(f"{time:.2f} at {n}" for time, n in zip(times, sizes, strict=True))
+        parts.append(f"{of} with beam {beam}")
+    return f"Our float32 makes this many times the tokens of {name}: {'; '.join(parts)}."
+
+
+def _chart(result: Served) -> Figure:
+    """Tokens a second over the batch, a panel a beam."""
+    beams = list(dict.fromkeys(r.beam for r in result.rows))
+    figure, panels = plt.subplots(
+        1, len(beams), figsize=(4 * len(beams), 3.6), layout="constrained", squeeze=False
+    )
+    for axes, beam in zip(panels[0], beams, strict=True):
+        for system in dict.fromkeys(r.system for r in result.rows):
+            rows = [r for r in result.rows if r.system == system and r.beam == beam]
+            sizes = [r.batch for r in rows]
+            axes.plot(sizes, [r.tokens_per_s.median for r in rows], marker="o", label=system)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(n) for n in sizes])
+        axes.set_xlabel(f"sentences at once, beam {beam}")
+        axes.set_ylabel("tokens/s")
+        axes.set_ylim(bottom=0)
+    panels[0][0].legend(fontsize=8)
+    return figure

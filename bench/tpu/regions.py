@@ -1,0 +1,106 @@
+"""How long a grouped kernel runs: bundles of its schedule's regions, times how often each runs.
+
+A grid step makes a visit (see `taskmoe.kernels.group_visits`). Its schedule falls into what runs at
+every step, the path of a block of rows that is all the visit's own, the loop over sub-blocks where
+only a part of it is, and what runs once a result: setting sums to zero, writing them out. The
+compiler marks them: a conditional branch skips to the label that ends the region, and loops are
+marked by their depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+
+_LABEL = re.compile(r"Start(?:/End empty)? region (\d+)")
+_BRANCH = re.compile(r"sbr\.rel \([^)]*\) target = \$region(\d+)")
+#: Skipped regions without products that are shorter start and await copies: part of every step.
+SHORT = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundles:
+    """Bundles of one run of each region, 0 where there is none.
+
+    step: at every grid step. whole: rows of a block that is the visit's own. part: one sub-block of
+    rows where it is not. result: once a block of results.
+    """
+
+    step: int
+    whole: int
+    part: int
+    result: int
+
+    def run(self, trips: Trips) -> int:
+        """Bundles that run in so many trips."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(trips), strict=True)
+        return sum(bundles * trip for bundles, trip in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trips:
+    """How often each region runs, over the whole grid; fields as in `Bundles`."""
+
+    step: int
+    whole: int
+    part: int
+    result: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A bundle: its text, how deep in loops it lies, and MXU slots that it fills."""
+
+    text: str
+    depth: int
+    mxu: int
+
+
+def find(schedule: Sequence[Bundle]) -> Bundles | None:
+    """The regions of a kernel; None where it has no path of whole blocks, so is not of this kind.
+
+    Of regions that lie side by side in one path (a first, a middle and a last block of depth) one
+    runs, of those with products and of those without: the longest counts.
+    """
+
+    def multiplies(region: range) -> bool:
+        return any(schedule[i].mxu for i in region)
+
+    labels = {n: i for i, b in enumerate(schedule) for n in _LABEL.findall(b.text)}
+    skips = []
+    for start, bundle in enumerate(schedule):
+        for label in _BRANCH.findall(bundle.text):
+            end = labels.get(label, 0)
+            region = range(start + 1, end)
+            depths = {schedule[i].depth for i in region if schedule[i].mxu}
+            if bundle.depth and region and len(depths) < 2:  # more: what all of a step lies in
+                skips.append(region)
+    top = [r for r in skips if not any(_inside(r, other) for other in skips)]
+    whole = part = result = skipped = 0
+    for region in top:
+        loop = [i for i in region if schedule[i].depth > 1]
+        if loop and multiplies(region):
+            part += _length(range(loop[0], loop[-1] + 1), skips, multiplies)
+        elif multiplies(region):
+            whole += _length(region, skips, multiplies)
+        elif len(region) >= SHORT:
+            result += len(region)
+        else:
+            continue
+        skipped += len(region)
+    step = sum(b.depth > 0 for b in schedule) - skipped
+    return Bundles(step, whole, part, result) if whole else None
+
+
+def _inside(inner: range, outer: range) -> bool:
+    return inner != outer and outer.start <= inner.start and inner.stop <= outer.stop
+
+
+def _length(region: range, skips: Sequence[range], multiplies: Callable[[range], bool]) -> int:
+    """Bundles of a path: what all runs of it share, and the longest of each kind inside it."""
+    inside = [r for r in skips if _inside(r, region)]
+    inside = [r for r in inside if not any(_inside(r, other) for other in inside)]
+    shared = len(region) - sum(map(len, inside))
+    kinds = [[len(r) for r in inside if multiplies(r) == kind] for kind in (True, False)]
+    return shared + sum(max(kind, default=0) for kind in kinds)

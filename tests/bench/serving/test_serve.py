@@ -1,0 +1,134 @@
+"""`bench serve`: engines agree before they are timed, numbers add up, and bad input is told."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from taskmoe.bench.__main__ import main
+from taskmoe.bench.harness.results import from_json
+from taskmoe.bench.serving.serve import engines, measure, spec
+from taskmoe.bench.serving.serve.engines import OURS, THEIRS, Batch
+from taskmoe.bench.serving.serve.measure import Served
+from taskmoe.bench.serving.serve.view import view
+from taskmoe.tests.wmt import support
+from taskmoe.wmt.config import PRESETS
+from taskmoe.wmt.model.saved import save_model
+from taskmoe.wmt.model.subnetwork import extract
+
+SMALL = {"vocab_size": 64, "d_model": 16, "d_ff": 16, "num_heads": 2, "encoder_layers": 2,
+         "decoder_layers": 2, "num_experts": 4}  # fmt: skip
+HERE = engines.ctranslate2_version() is not None
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", (SMALL, {}))
+    monkeypatch.setattr(measure, "TARGET", 10)
+    monkeypatch.setattr(measure, "LATENCIES", 3)
+
+
+def small_spec(**fields: Any) -> spec.Spec:
+    sizes: dict[str, Any] = {"model": None, "pair": None, "text": None, "config": "tiny"}
+    sizes |= {"batches": (1, 2), "beams": (1, 2), "sentences": 9, "rounds": 2}
+    return spec.Spec(**(sizes | fields))
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> spec.Spec:
+    """A sub-network's folder and text."""
+    save_model(extract(support.model(tie_embeddings=False), "de"), tmp_path / "small")
+    (tmp_path / "text.en").write_text("\n".join([*support.sentences("en", 12), ""]))
+    return small_spec(model=tmp_path / "small", text=tmp_path / "text.en")
+
+
+def check(result: Served) -> None:
+    systems = [OURS, *THEIRS] if HERE else [OURS]
+    cases = [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert [(r.beam, r.batch, r.system) for r in result.rows] == [
+        (*case, system) for case in cases for system in systems
+    ]
+    for row in result.rows:
+        assert row.tokens_per_s.median >= row.sentences_per_s.median > 0
+        assert (row.latency_ms is not None) == (row.batch == 1)
+        if row.system in (OURS, *list(THEIRS)[:1]):
+            assert row.identical >= measure.ALIKE
+    assert from_json(Served, json.loads(json.dumps(result.to_json()))) == result
+    told = view(result)
+    assert ("CTranslate2 is not installed" in told.answer) != HERE
+    assert ("times the tokens of CTranslate2, int8" in told.answer) == HERE
+
+
+def test_random_weights() -> None:
+    result = measure.measure(small_spec())
+    check(result)
+    for row in result.rows:
+        ratio = row.tokens_per_s.median / row.sentences_per_s.median
+        assert ratio == pytest.approx(measure.TARGET)
+
+
+def test_a_model_and_its_text(served: spec.Spec) -> None:
+    result = measure.measure(served)
+    check(result)
+    assert result.source == "small, en-de, 9 sentences of text.en"
+
+
+def test_the_command_writes_json_and_picture(tmp_path: Path, capsys: Any) -> None:
+    found, picture = tmp_path / "serve.json", tmp_path / "serve.png"
+    words = ["serve", "--config", "tiny", "--batches", "2", "--beams", "2", "--rounds", "1"]
+    assert main([*words, "--json", str(found), "--png", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = json.loads(found.read_text())["rows"]
+    assert len(rows) == (3 if HERE else 1)
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_without_ctranslate2_ours_alone_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "ctranslate2_version", lambda: None)
+    result = measure.measure(small_spec(batches=(1,), beams=(1,)))
+    assert [r.system for r in result.rows] == [OURS]
+    assert "pip install 'taskmoe[ctranslate2]'" in view(result).answer
+
+
+def test_another_translation_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def planted(*_: Any) -> Callable[[Batch, int], Any]:
+        return lambda batch, _: [[7] * measure.TARGET for _ in range(batch.rows)]
+
+    monkeypatch.setattr(engines, "ctranslate2_version", lambda: "planted")
+    monkeypatch.setattr(measure, "specification", lambda *_: _Saved())
+    monkeypatch.setattr(engines, "theirs", planted)
+    assert main(["serve", "--config", "tiny", "--batches", "2", "--beams", "1"]) == 2
+    assert "nothing is timed below 90%" in capsys.readouterr().err
+
+
+class _Saved:
+    def save(self, folder: str) -> None:
+        assert Path(folder).is_dir()
+
+
+def test_batches_hold_every_sentence_once_in_order_of_length() -> None:
+    ids = [list(range(4, 4 + n)) for n in (20, 3, 5, 17, 4)]
+    work = measure.Workload({}, None, [], ids, "", ends=True)  # type: ignore[arg-type]
+    found = measure.batches(work, 2)
+    assert [b.source.shape for b in found] == [(2, 16), (2, 32), (2, 32)]
+    assert [len(row) for b in found for row in b.sentences] == [3, 4, 5, 17, 20]
+    assert [b.max_length for b in found] == [48, 80, 80]
+    assert np.count_nonzero(found[-1].source[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "x"], "--model and --text go together"),
+        (["--pair", "en-de"], "--pair is a direction of --model, which is not given"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--batches", "a"], "--batches must be numbers like 64,512, got a"),
+        (["--model", "nowhere", "--text", "x"], "nowhere is no model folder"),
+    ],
+)
+def test_bad_input(capsys: Any, words: list[str], message: str) -> None:
+    assert main(["serve", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""Ranking in two stages finds what sorting all continuations finds, ties and all."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taskmoe.wmt.model import ranking
+from taskmoe.wmt.model.ranking import BLOCK, best_continuations
+
+BATCH = 3
+
+
+def sorted_all(logits: Any, scores: Any, count: int) -> Any:
+    """By its definition."""
+    batch, beam = scores.shape
+    log_probs = jax.nn.log_softmax(logits).reshape(batch, beam, -1)
+    total = (scores[:, :, None] + log_probs).reshape(batch, -1)
+    score, at = jax.lax.top_k(total, count)
+    return score, at // log_probs.shape[-1], at % log_probs.shape[-1]
+
+
+def inputs(vocab: int, beam: int, ties: bool, seed: int = 0) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    logits = 3 * rng.standard_normal((BATCH * beam, vocab)).astype(np.float32)
+    scores = rng.standard_normal((BATCH, beam)).astype(np.float32)
+    if ties:
+        logits, scores = np.round(logits / 3), np.zeros_like(scores)
+        logits[1::2] = logits[::2]  # two hypotheses whose words are as likely
+    scores[1, 1:] = -1e9  # as at the beginning of a search
+    return logits, scores
+
+
+def differs(logits: Any, scores: Any, count: int, *, jit: bool) -> bool:
+    find: Any = functools.partial(best_continuations, count=count)
+    want = functools.partial(sorted_all, count=count)
+    if jit:
+        find, want = jax.jit(find), jax.jit(want)
+    got, expected = find(logits, scores), want(logits, scores)
+    same = all(np.array_equal(a, b) for a, b in zip(got[1:], expected[1:], strict=True))
+    return not (same and np.allclose(got[0], expected[0], rtol=1e-6))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("beam", [2, 4])
+@pytest.mark.parametrize("vocab", [5, BLOCK, 3 * BLOCK, 10 * BLOCK + 7, 40 * BLOCK - 1])
+def test_it_finds_what_a_sort_finds(vocab: int, beam: int, ties: bool, jit: bool) -> None:
+    for seed in range(3):
+        assert not differs(*inputs(vocab, beam, ties, seed), 2 * beam, jit=jit)
+
+
+def test_the_last_block_may_hold_the_best() -> None:
+    logits, scores = inputs(10 * BLOCK + 7, 4, False)
+    logits[:, -1] += 50
+    assert not differs(logits, scores, 8, jit=True)
+    assert (best_continuations(logits, scores, 8)[2][0, :4] == 10 * BLOCK + 6).all()
+
+
+def test_a_block_that_is_not_looked_at_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ranking._block_maxima
+
+    def blind(logits: Any) -> Any:
+        return right(logits).at[:, 3].set(-jnp.inf)
+
+    monkeypatch.setattr(ranking, "_block_maxima", blind)
+    logits, scores = inputs(10 * BLOCK, 4, False)
+    logits[:, 3 * BLOCK] += 50
+    assert differs(logits, scores, 8, jit=False)
