@@ -7,7 +7,7 @@ import importlib
 import json
 
 from taskmoe.bench.harness.console import out
-from taskmoe.bench.harness.view import View, draw, save_figure, show, whole
+from taskmoe.bench.harness.view import View, draw, page, save_figure, show, whole
 from taskmoe.cli.command_line import write_text
 
 
@@ -28,7 +28,8 @@ def run(package: str, a: argparse.Namespace) -> int:
         question = str(importlib.import_module(package).__doc__).splitlines()[0]
         write_text(folder / f"{a.command}.json", told)
         write_text(folder / "report.md", f"# {question}\n\n{whole(view, '.')}\n")
+        write_text(folder / "report.html", page(view, question))
         draw(view, folder)
         show(View(view.answer, "", [view.short or view.tables[0]]), out)
-        out.print(f"The report is {folder / 'report.md'}.")
+        out.print(f"The report is {folder / 'report.html'}, and report.md beside it.")
     return int(view.code)

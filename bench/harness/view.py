@@ -1,11 +1,13 @@
-"""What a result means, and the one renderer: on the terminal, as Markdown, and as PNG.
+"""What a result means, and the one renderer: on the terminal, as Markdown, HTML and PNG.
 
 A benchmark's `view(result)` gives a `View`: every table, chart and sentence is written there, once.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import html
 import io
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -110,6 +112,54 @@ def whole(view: View, charts: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def page(view: View, title: str) -> str:
+    """Everything as one HTML page with its charts inside: a file to open or to send."""
+    parts = [f"<p class=answer>{html.escape(view.answer)}</p>", f"<p>{html.escape(view.about)}</p>"]
+    for chart in view.charts:
+        png = base64.b64encode(_png(chart.draw())).decode()
+        name = html.escape(chart.title, quote=True)
+        parts.append(f'<img alt="{name}" src="data:image/png;base64,{png}">')
+    for table in view.tables:
+        parts += [f"<h2>{html.escape(table.title)}</h2>", _html(table)]
+        parts += [f"<p>{html.escape(table.note)}</p>"] if table.note else []
+    parts += [f"<p>{html.escape(finding)}</p>" for finding in view.findings]
+    return _PAGE.format(title=html.escape(title), body="\n".join(parts))
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; }}
+.answer {{ font-size: 1.2rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; }}
+th, td {{ text-align: left; padding: 0.2rem 0.8rem; border-bottom: 1px solid #ddd; }}
+.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
+img {{ max-width: 100%; display: block; margin: 1rem 0; }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+
+
+def _html(table: Table) -> str:
+    right = [_numeric(table.rows, place) for place in range(len(table.headings))]
+
+    def line(cells: Sequence[str], kind: str) -> str:
+        each = (
+            f"<{kind}{' class=number' if number else ''}>{html.escape(cell)}</{kind}>"
+            for cell, number in zip(cells, right, strict=True)
+        )
+        return f"<tr>{''.join(each)}</tr>"
+
+    rows = [line(table.headings, "th"), *(line(row, "td") for row in table.rows)]
+    return "<div class=wide><table>\n" + "\n".join(rows) + "\n</table></div>"
+
+
 def draw(view: View, folder: Path) -> None:
     """Write all charts as PNG into a folder."""
     for chart in view.charts:
@@ -118,10 +168,14 @@ def draw(view: View, folder: Path) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG beside its place, rename it there, and let go of it."""
+    write_bytes(path, _png(figure))
+
+
+def _png(figure: Figure) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     plt.close(figure)
-    write_bytes(path, png.getvalue())
+    return png.getvalue()
 
 
 def paragraph(*sentences: str) -> str:

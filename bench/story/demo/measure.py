@@ -33,8 +33,9 @@ from taskmoe.wmt.text.tokenizer import BOS, PAD, Tokenizer, train_tokenizer
 from taskmoe.wmt.training.loop import Progress, train
 
 DEVICES = 8
-#: Model -> routing of its encoder and decoder. The dense one is as wide as two experts.
-ROUTING = {"dense": "dense", "token": "token", "task": "target"}
+#: Model -> routing of its encoder and decoder. "dense" is as wide as the two experts that a token
+#: goes to, so that all but "narrow" compute the same; "narrow" has the paper's baseline's width.
+ROUTING = {"narrow": "dense", "dense": "dense", "token": "token", "task": "target"}
 VOCABULARY = 3000
 MODEL: dict[str, Any] = {
     "d_model": 128,
@@ -130,7 +131,7 @@ def measure(spec: Spec) -> Demo:
     config = TrainConfig(steps=spec.steps, **TRAIN)
     data = TrainingData.encoded(text, tokenizer, config)
 
-    _stage("2/5", "training three models of equal compute per token")
+    _stage("2/5", "training a small dense model, and three of equal compute per token")
     trained = {name: _train(name, work, config, data, tokenizer) for name in ROUTING}
     models = {name: model for name, (model, _) in trained.items()}
 
@@ -190,12 +191,14 @@ def _train(
 ) -> tuple[Model, Facts]:
     """The trained model and what is to be told of it: parameters, losses and seconds."""
     side: Any = ROUTING[name]
+    narrow = {f"{x}_wide_d_ff": MODEL["d_ff"] for x in ("encoder", "decoder")}
     model_config = ModelConfig(
         pairs=cldr.PAIRS,
         vocab_size=tokenizer.vocab_size,
         encoder=side,
         decoder=side,
         **MODEL,
+        **(narrow if name == "narrow" else {}),
     )
     began, log = time.perf_counter(), []
     with bar(f"{name:5}", "steps") as progress:

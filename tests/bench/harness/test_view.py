@@ -1,4 +1,4 @@
-"""A view is the same on the terminal, as Markdown and as PNG; charts are whole or not there."""
+"""A view is the same on the terminal, as Markdown, HTML and PNG; charts are whole or not there."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from taskmoe.bench.harness.view import Chart, Table, View, brief, draw, show, whole
+from taskmoe.bench.harness.view import Chart, Table, View, brief, draw, page, show, whole
 
 
 def figure() -> Figure:
@@ -61,3 +61,14 @@ def test_charts_are_drawn_whole_into_a_folder_that_was_not_there(
     plt.close("all")
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["speed.png"]
+
+
+def test_a_page_has_everything_inside_and_escapes_what_could_be_markup() -> None:
+    odd = Table("a < b", ("way", "ms"), [("<b>", "1.5")])
+    text = page(View("So & so.", "", [odd], VIEW.charts, ["x > y"]), "Is it <fast>?")
+    assert text.count('<img alt="Speeds" src="data:image/png;base64,') == 1
+    assert "<title>Is it &lt;fast&gt;?</title>" in text
+    assert "<td>&lt;b&gt;</td><td class=number>1.5</td>" in text
+    for words in ("So &amp; so.", "<h2>a &lt; b</h2>", "x &gt; y"):
+        assert words in text
+    assert not plt.get_fignums()

@@ -18,6 +18,10 @@ def test_the_demo_tells_its_story_with_charts_and_json(tmp_path: Path) -> None:
     report = (tmp_path / "report.md").read_text()
     assert "translations identical" in report
     assert "BLEU lost by extraction" in report
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page  # it needs nothing else
+    assert "token-MoE over dense of equal compute" in page
     charts = sorted(tmp_path.rglob("*.png"))
     assert charts
     for chart in charts:
