@@ -4,8 +4,9 @@
 #   runs/study-multi30k.sh FOLDER [WORKDIR]
 #
 # FOLDER holds train.{en,de,fr,cs} (29,000 lines) and val.{en,de,fr,cs} (1,014 lines). The first half
-# of val is for validation, the second half is the test text. See study.sh for SEEDS and SYSTEMS. A
-# study that was stopped goes on when the same command is given again.
+# of val is for validation, the second half is the test text. See study.sh for what the environment
+# may set, SEEDS and SYSTEMS among it. A study that was stopped goes on when the same command is
+# given again.
 set -euo pipefail
 from=$(realpath "${1:?give the folder of Multi30k}")
 export WORK=${2:-work/study-multi30k}
@@ -15,5 +16,5 @@ for language in en de fr cs; do
   head -n 507 "$from/val.$language" > "$WORK/data/valid.$language"
   tail -n +508 "$from/val.$language" > "$WORK/data/test.$language"
 done
-export DATA="--data $WORK/data" STEPS=6000 VOCAB=4000 TEACHING=10000 LIMIT=250
+export DATA="--data $WORK/data" STEPS=${STEPS:-6000} VOCAB=${VOCAB:-4000} TEACHING=10000 LIMIT=250
 "$(dirname "$0")/study.sh"

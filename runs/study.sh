@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's comparison on one corpus: eight systems of equal compute per token, after equally many
-# steps. Called by study-multi30k.sh and study-news.sh, which say what the corpus is:
+# The paper's comparison on one corpus: nine systems after equally many steps, all of equal compute
+# per token but the paper's narrower dense model. Called by study-*.sh, which say what the corpus is:
 #
 #   WORK       folder of the results, one folder a system and seed; what is there is not done again
 #   DATA       --data arguments with train, valid and test text
@@ -8,31 +8,38 @@
 #   VOCAB      words of the vocabulary
 #   TEACHING   sentences a direction that the teacher translates for its student
 #   LIMIT      first test sentences of each direction that are scored
+#   SETTINGS   more arguments of every training: sizes of the model, batches; they go over those here
+#   D_FF       width of an expert, default 256
 #   SEEDS      default "0 1 2"
-#   SYSTEMS    default all; some of them, to share the work between machines or cores
+#   ALL        the study's systems, default all nine
+#   SYSTEMS    default ALL; some of them, to share the work between machines or cores
 #   PHASES     default "train test": test text is scored once every system is trained and has its
 #              score on the validation text
 set -euo pipefail
 python=${PYTHON:-python}
-all="dense token sentence target token-target static distilled pruned"
+all=${ALL:-narrow dense token sentence target token-target static distilled pruned}
 systems=${SYSTEMS:-$all}
 read -ra data <<< "$DATA"
 settings=(--config tiny --steps "$STEPS" --set batch_tokens=1024 --set row_multiple=8
   --set schedule=cosine --set learning_rate=2e-3 --set warmup_steps=400
-  --set checkpoint_every=1000 --set keep_checkpoints=1)
+  --set checkpoint_every=1000 --set keep_checkpoints=1 --set d_ff=${D_FF:=256} ${SETTINGS:-})
 
 train() { # system, seed
   local to=$WORK/$1-$2 encoder=$1 decoder=$1
+  local width=()
   [ "$1" = token-target ] && encoder=token decoder=target
+  [ "$1" = narrow ] && encoder=dense decoder=dense &&
+    width=(--set "encoder_wide_d_ff=$D_FF" --set "decoder_wide_d_ff=$D_FF")
   [ -d "$to/model" ] || "$python" -m taskmoe.wmt train "${data[@]}" --workdir "$to" \
-    --encoder "$encoder" --decoder "$decoder" --seed "$2" "${settings[@]}" --set "vocab_size=$VOCAB"
+    --encoder "$encoder" --decoder "$decoder" --seed "$2" "${settings[@]}" --set "vocab_size=$VOCAB" "${width[@]}"
 }
 
 distilled() { # seed; the student is as wide as the dense model
   local to=$WORK/distilled-$1
   [ -d "$to/model" ] || "$python" -m taskmoe.wmt distill "${data[@]}" --workdir "$to" \
     --teacher "$WORK/token-$1" --beam 1 --seed "$1" "${settings[@]}" \
-    --set "max_sentences=$TEACHING" --set encoder_wide_d_ff=512 --set decoder_wide_d_ff=512
+    --set "max_sentences=$TEACHING" \
+    --set "encoder_wide_d_ff=$((2 * D_FF))" --set "decoder_wide_d_ff=$((2 * D_FF))"
 }
 
 pruned() { # seed; the busiest 2 of 8 experts for each target language

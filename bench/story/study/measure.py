@@ -15,7 +15,7 @@ from taskmoe.bench.harness import machine
 from taskmoe.bench.harness.results import Result, Spread
 from taskmoe.bench.harness.timing import alternate
 from taskmoe.bench.serving import systems as serving
-from taskmoe.bench.story.study.spec import Spec
+from taskmoe.bench.story.study.spec import SYSTEMS, Spec
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.shared import load
@@ -28,19 +28,9 @@ from taskmoe.wmt.text.folders import Columns, Pairs
 from taskmoe.wmt.text.sources import open_sources, read_split
 from taskmoe.wmt.text.tokenizer import BOS, PAD
 
-#: System -> what it is: routing of its encoder and decoder, or how it came about.
-SYSTEMS = {
-    "dense": "dense",
-    "token": "token/token",
-    "sentence": "sentence/sentence",
-    "target": "target/target",
-    "token-target": "token/target",
-    "static": "static by target",
-    "distilled": "dense, distilled from token/token",
-    "pruned": "token/token, pruned for each target",
-}
 #: System that is cut out of another -> that one, whose parameters are the whole.
 WHOLE = {"pruned": "token"}
+MIXTURES = ("token", "sentence", "target", "token-target", "static")
 ROWS = 256  # sentences of one direction that are decoded in a round
 
 
@@ -87,12 +77,12 @@ RESULT = Studied
 
 def measure(spec: Spec) -> Studied:
     """Gather, check and time."""
-    finished = {name: finished_seeds(spec.workdir, name) for name in SYSTEMS}
+    finished = {name: finished_seeds(spec.workdir, name) for name in spec.systems}
     seeds = sorted(set.intersection(*map(set, finished.values())))
     if not seeds:
         raise InputError(f"{spec.workdir} has no seed that every system has a test.json of")
     left_out = sorted({seed for found in finished.values() for seed in found} - set(seeds))
-    systems = [gather(spec.workdir, name, seeds) for name in SYSTEMS]
+    systems = [gather(spec.workdir, name, seeds) for name in SYSTEMS if name in finished]
     settings = same_training(spec.workdir, systems)
     pairs = load(systems[0].folders[0]).config.pairs
     models = {s.name: _model_of(s, pairs[0]) for s in systems}
@@ -174,7 +164,8 @@ def gather(workdir: Path, name: str, seeds: list[int]) -> System:
 def same_training(workdir: Path, systems: list[System]) -> dict[str, Any]:
     """What all systems were trained with. Raises InputError where one differs in more than it must.
 
-    Returns "training" (TrainConfig's fields) and "model" (ModelConfig's, of the token-routed one).
+    Returns "training" (TrainConfig's fields), "model" (ModelConfig's, of the first mixture, or of
+    the dense one), and "taught".
     """
     found = {
         run: _read(workdir / run / "config.json", "train", "model")
@@ -182,11 +173,10 @@ def same_training(workdir: Path, systems: list[System]) -> dict[str, Any]:
         if system.name not in WHOLE
         for run in (f"{system.name}-{seed}" for seed in system.seeds)
     }
-    dense, token, student = (
-        next(c for run, c in found.items() if run.rpartition("-")[0] == name)
-        for name in ("dense", "token", "distilled")
-    )
-    taught = student["train"].get("max_sentences")
+    first = {run.rpartition("-")[0]: config for run, config in reversed(found.items())}
+    dense, student = first["dense"], first.get("distilled")
+    mixture = next((first[name] for name in MIXTURES if name in first), dense)
+    taught = None if student is None else student["train"].get("max_sentences")
     for run, config in found.items():
         # A student's text is its teacher's, of as much as the students of the other seeds had.
         own = {"max_sentences": taught} if run.startswith("distilled-") else {}
@@ -196,7 +186,7 @@ def same_training(workdir: Path, systems: list[System]) -> dict[str, Any]:
                     f"{workdir / run}: {field} is {config['train'].get(field)!r}, not {value!r} as "
                     "in the other runs: not the same training"
                 )
-    return {"training": dense["train"], "model": token["model"], "taught": taught}
+    return {"training": dense["train"], "model": mixture["model"], "taught": taught}
 
 
 def _scores(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -6,7 +6,21 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from taskmoe.bench.harness.options import chosen
 from taskmoe.cli.errors import InputError
+
+#: System -> what it is: routing of its encoder and decoder, or how it came about.
+SYSTEMS = {
+    "narrow": "dense, d_ff (the paper's)",
+    "dense": "dense, equal compute",
+    "token": "token/token",
+    "sentence": "sentence/sentence",
+    "target": "target/target",
+    "token-target": "token/target",
+    "static": "static by target",
+    "distilled": "dense, distilled from token/token",
+    "pruned": "token/token, pruned for each target",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +31,16 @@ class Spec:
     data: list[str]
     rounds: int
     sentences: int | None
+    systems: list[str]
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """What the command takes."""
     p.add_argument("workdir", type=Path, help="folder that runs/study-*.sh wrote")
     p.add_argument("--data", action="append", required=True, help="its sources, as for evaluate")
+    p.add_argument(
+        "--systems", help=f"those that were trained, comma-separated: {','.join(SYSTEMS)} (all)"
+    )
     p.add_argument("--rounds", type=int, default=5, help="times that each is measured")
     p.add_argument("--quick", action="store_true", help="20 validation sentences a direction only")
     p.add_argument("--json", type=Path, help="write the results here")
@@ -33,4 +51,9 @@ def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where a number does not fit."""
     if a.rounds < 1:
         raise InputError(f"--rounds must be at least 1, got {a.rounds}")
-    return Spec(a.workdir, a.data, a.rounds, 20 if a.quick else None)
+    systems = chosen("system", a.systems, SYSTEMS, SYSTEMS)
+    if "dense" not in systems:
+        raise InputError(
+            f"--systems must hold dense, which others are held against, got {a.systems}"
+        )
+    return Spec(a.workdir, a.data, a.rounds, 20 if a.quick else None, systems)

@@ -12,14 +12,16 @@ from matplotlib.figure import Figure
 from taskmoe.bench.harness import paper
 from taskmoe.bench.harness.view import Chart, Table, View
 from taskmoe.bench.serving.systems import POSITIONS
-from taskmoe.bench.story.study.measure import ROWS, SYSTEMS, Row, Studied
+from taskmoe.bench.story.study.measure import ROWS, Row, Studied
+from taskmoe.bench.story.study.spec import SYSTEMS
 from taskmoe.wmt.training.distillation import gain_kept
 
 HEADINGS = (
-    *("system", "BLEU", "seeds", "over dense", "paper", "over dense there"),
+    *("system", "BLEU", "seeds", "over equal compute", "over the paper's dense", "paper"),
+    "over its dense there",
     *("parameters", "to serve one direction", "tokens/s", "extracted alike"),
 )
-SHORT = ("system", "BLEU", "over dense", "over dense there", "to serve one direction")
+SHORT = ("system", "BLEU", *HEADINGS[3:5], "over its dense there", "to serve one direction")
 
 
 def view(*results: Studied) -> View:
@@ -45,11 +47,14 @@ def view(*results: Studied) -> View:
 def _answer(rows: Sequence[Row]) -> str:
     bleu = {r.system: float(np.mean(r.test)) for r in rows}
     best = max(bleu, key=lambda name: bleu[name])
-    return (
-        f"The best system is {SYSTEMS[best]}, with {bleu[best]:.2f} BLEU. Routing by target gains "
-        f"{bleu['target'] - bleu['dense']:+.2f} over dense, routing by token gains "
-        f"{bleu['token'] - bleu['dense']:+.2f}."
-    )
+    said = f"The best system is {SYSTEMS[best]}, with {bleu[best]:.2f} BLEU."
+    for name, what in (("target", "by target"), ("token", "by token")):
+        if name in bleu:
+            over = f"{bleu[name] - bleu['dense']:+.2f} over the dense model of equal compute"
+            if "narrow" in bleu:
+                over += f", {bleu[name] - bleu['narrow']:+.2f} over the paper's"
+            said += f" Routing {what} gains {over}."
+    return said
 
 
 def _about(result: Studied) -> str:
@@ -73,10 +78,10 @@ def _about(result: Studied) -> str:
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """A line a system, as words under `HEADINGS`."""
-    dense = float(np.mean(rows[0].test))
+    bleu = {r.system: float(np.mean(r.test)) for r in rows}
     lines: list[tuple[str, ...]] = []
     for r in rows:
-        name, mean, speed = r.system, float(np.mean(r.test)), r.tokens_per_s
+        name, mean, speed = r.system, bleu[r.system], r.tokens_per_s
         spread = f" ± {np.std(r.test, ddof=1):.2f}" if len(r.test) > 1 else ""
         theirs = paper.STUDY.get(name)
         lines.append(
@@ -84,9 +89,11 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 SYSTEMS[name],
                 f"{mean:.2f}{spread}",
                 str(len(r.seeds)),
-                f"{mean - dense:+.2f}" if name != "dense" else "",
+                *(over(mean, bleu.get(b)) if name != b else "" for b in ("dense", "narrow")),
                 "" if theirs is None else f"{theirs[0]:.2f}",
-                f"{theirs[0] - theirs[1]:+.2f}" if theirs and theirs[1] and name != "dense" else "",
+                f"{theirs[0] - theirs[1]:+.2f}"
+                if theirs and theirs[1] and name != "narrow"
+                else "",
                 f"{r.parameters:,}",
                 f"{r.served:,}",
                 speed.words(",.0f"),
@@ -96,22 +103,30 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return lines
 
 
+def over(mean: float, base: float | None) -> str:
+    """The difference to a baseline, where there is one."""
+    return "" if base is None else f"{mean - base:+.2f}"
+
+
 def findings(rows: Sequence[Row]) -> list[str]:
     """What the scores say, sentence by sentence."""
     bleu = {r.system: float(np.mean(r.test)) for r in rows}
     order = sorted(bleu, key=lambda name: -bleu[name])
     lines = ["Best first: " + ", ".join(f"{SYSTEMS[n]} {bleu[n]:.2f}" for n in order) + "."]
+    base = "narrow" if "narrow" in bleu else "dense"
     otherwise = [
         SYSTEMS[n]
         for n, (theirs, dense) in paper.STUDY.items()
-        if dense is not None and (bleu[n] > bleu["dense"]) != (theirs > dense)
+        if n in bleu and n != base and dense and (bleu[n] > bleu[base]) != (theirs > dense)
     ]
     lines.append(
-        "These compare with dense otherwise than in the paper: " + ", ".join(otherwise) + "."
+        f"These compare with {SYSTEMS[base]}, otherwise than in the paper: {', '.join(otherwise)}."
         if otherwise
-        else "Every system compares with dense as in the paper."
+        else f"Every system compares with {SYSTEMS[base]}, as in the paper."
     )
     lines += _doubtful(rows)
+    if not {"token", "target", "distilled"} <= set(bleu):
+        return lines
     gain = gain_kept(bleu["dense"], bleu["token"], bleu["distilled"], bleu["target"])
     for whose, share, theirs in (
         ("the token-routed teacher's", gain.of_teacher, paper.DISTILLATION_KEEPS["teacher"]),

@@ -10,6 +10,7 @@ import pytest
 from taskmoe.bench.__main__ import main
 from taskmoe.bench.harness.results import Spread, from_json
 from taskmoe.bench.story.study import measure as study
+from taskmoe.bench.story.study.spec import SYSTEMS
 from taskmoe.bench.story.study.view import cells, findings
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.model.pruning import expert_usage, prune
@@ -17,6 +18,7 @@ from taskmoe.wmt.model.saved import Model, save_model
 from taskmoe.wmt.model.subnetwork import extract
 
 ROUTINGS = {
+    "narrow": ("dense", "dense"),
     "dense": ("dense", "dense"),
     "token": ("token", "token"),
     "sentence": ("sentence", "sentence"),
@@ -25,7 +27,7 @@ ROUTINGS = {
     "static": ("static", "static"),
     "distilled": ("dense", "dense"),
 }
-BLEU = dict(zip(study.SYSTEMS, (20.0, 24.0, 19.0, 25.0, 26.0, 21.0, 22.0, 18.0), strict=True))
+BLEU = dict(zip(SYSTEMS, (19.5, 20.0, 24.0, 19.0, 25.0, 26.0, 21.0, 22.0, 18.0), strict=True))
 
 
 def row(name: str, test: list[float]) -> study.Row:
@@ -72,7 +74,7 @@ def test_what_is_gathered(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     result = json.loads(found.read_text())
     rows = {r["system"]: r for r in result["rows"]}
-    assert list(rows) == list(study.SYSTEMS)
+    assert list(rows) == list(SYSTEMS)
     for name, row in rows.items():
         assert row["test"] == [BLEU[name], BLEU[name] + 1]
         assert row["directions"] == dict.fromkeys(support.PAIRS, BLEU[name] + 0.5)
@@ -89,10 +91,10 @@ def test_what_is_gathered(folder: Path, tmp_path: Path, capsys: Any) -> None:
     said = capsys.readouterr().out
     assert "Best first: token/target 26.50" in said
     assert "keeps 50% of the token-routed teacher's gain (the paper: 43%)" in said
-    assert "Every system compares with dense as in the paper." in said
+    assert "Every system compares with dense, d_ff (the paper's), as in the paper." in said
     lines = {line[0]: line for line in cells(from_json(study.Studied, result).rows)}
-    assert lines["token/target"][1:6] == ("26.50 ± 0.71", "2", "+6.00", "23.52", "+2.92")
-    assert lines["static by target"][5] == ""
+    assert lines["token/target"][1:7] == ("26.50 ± 0.71", "2", "+6.00", "+6.50", "23.52", "+2.92")
+    assert lines["static by target"][6] == ""
 
 
 def test_differences_within_their_spread_are_named() -> None:
@@ -122,6 +124,17 @@ def test_a_seed_that_not_all_systems_have_is_left_out(
     assert "no seed that every system has a test.json of" in capsys.readouterr().err
 
 
+def test_some_systems_alone(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    found = tmp_path / "study.json"
+    options = ["--quick", "--systems", "target,dense", "--json", str(found)]
+    assert main(words(folder, *options)) == 0
+    result = json.loads(found.read_text())
+    assert [r["system"] for r in result["rows"]] == ["dense", "target"]
+    said = capsys.readouterr().out
+    assert "Routing by target gains +5.00 over the dense model of equal compute." in said
+    assert "The student" not in said
+
+
 def test_pruned_models_are_timed_on_a_direction_of_theirs(folder: Path) -> None:
     pruned = study.gather(folder, "pruned", [0])
     assert len(pruned.folders) == 3
@@ -132,7 +145,7 @@ def test_pruned_models_are_timed_on_a_direction_of_theirs(folder: Path) -> None:
 def test_a_system_on_the_other_side_of_dense_is_named() -> None:
     worse = [row(name, [level]) for name, level in (BLEU | {"token": 1.0}).items()]
     said = " ".join(findings(worse))
-    assert "These compare with dense otherwise than in the paper: token/token." in said
+    assert "the paper's), otherwise than in the paper: token/token." in said
     assert "There is nothing to keep of the token-routed teacher's gain over dense" in said
 
 
@@ -181,7 +194,9 @@ def test_what_does_not_fit(
 
 def test_no_results_and_no_rounds(tmp_path: Path, capsys: Any) -> None:
     assert main(words(tmp_path)) == 2
-    assert "has no dense-SEED with a test.json" in capsys.readouterr().err
+    assert "has no narrow-SEED with a test.json" in capsys.readouterr().err
+    assert main([*words(tmp_path), "--systems", "token,target"]) == 2
+    assert "--systems must hold dense" in capsys.readouterr().err
     assert main([*words(tmp_path), "--rounds", "0"]) == 2
     assert "--rounds must be at least 1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
