@@ -13,16 +13,22 @@
 #   SEEDS      default "0 1 2"
 #   ALL        the study's systems, default all nine
 #   SYSTEMS    default ALL; some of them, to share the work between machines or cores
-#   PHASES     default "train test": test text is scored once every system is trained and has its
-#              score on the validation text
+#   PHASES     default "prepare train test": text is prepared once, into WORK/set; test text is scored
+#              once every system is trained and has its score on the validation text
 set -euo pipefail
 python=${PYTHON:-python}
 all=${ALL:-narrow dense token sentence target token-target static distilled pruned}
 systems=${SYSTEMS:-$all}
-read -ra data <<< "$DATA"
+read -ra from <<< "$DATA"
+data=(--data "$WORK/set")
 settings=(--config tiny --steps "$STEPS" --set batch_tokens=1024 --set row_multiple=8
   --set schedule=cosine --set learning_rate=2e-3 --set warmup_steps=400
   --set checkpoint_every=1000 --set keep_checkpoints=1 --set d_ff=${D_FF:=256} ${SETTINGS:-})
+
+prepare() {
+  [ -f "$WORK/set/manifest.json" ] || "$python" -m taskmoe.wmt prepare "${from[@]}" \
+    --out "$WORK/set" --set "vocab_size=$VOCAB"
+}
 
 train() { # system, seed
   local to=$WORK/$1-$2 encoder=$1 decoder=$1
@@ -67,7 +73,11 @@ evaluate() { # system, seed, split, beam
 }
 
 for seed in ${SEEDS:-0 1 2}; do
-  for phase in ${PHASES:-train test}; do
+  for phase in ${PHASES:-prepare train test}; do
+    if [ "$phase" = prepare ]; then
+      prepare
+      continue
+    fi
     for system in $systems; do
       if [ "$phase" = train ]; then
         case $system in
