@@ -57,6 +57,9 @@ BENCHMARKS = {
     "training": Benchmark("training", {"training": "training --sizes demo,tiny --rounds 5"}),
     "text": Benchmark("text", {"text": "text --pairs 2000000"}),
     "ops": Benchmark("ops", {"ops": "ops --quick"}),
+    "ops-gpu": Benchmark(
+        "ops", {"ops-gpu": "ops --quick --ops gmm,expert_ffn,moe_layer --shapes decode,qwen3,wmt"}
+    ),
     "kernels": Benchmark("tpu.kernels", {"kernels": "tpu --kernels --quick"}),
     "published": Benchmark("tpu.published", {"published": "tpu --published"}),
     "model": Benchmark("tpu.model", {"tpu-model": "tpu --model wmt"}),

@@ -3,7 +3,8 @@
 `jax.experimental.pallas.ops.gpu` holds a grouped matmul and its counterpart for gradients of
 matrices, both made of the tensor cores' asynchronous products. They leave rows of no group as the
 memory was, and sum over whole blocks of rows with what lies outside a group times zero; the
-contract of `gmm` and `tgmm` is kept by masks around them.
+contract of `gmm` and `tgmm` is kept by masks around them. They take whole swizzled tiles of rows:
+others are padded.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 
 #: Depth of the blocks that the kernels multiply, in elements: 128 bytes, a swizzled line.
 BLOCK_K = 64
+#: Rows of a swizzled tile.
+TILE_ROWS = 8
 
 
 def unfit(dtype: Any, out_dtype: Any, *widths: Any) -> str | None:
@@ -41,16 +44,20 @@ def rows_times_matrices(
     width = matrices.shape[1 if transposed else 2]
     kernels = importlib.import_module("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu")
     blocks = _blocks(rows.shape[0], sizes.shape[0], width)
-    return kernels.ragged_dot(
-        rows, matrices, group_sizes=sizes, transpose_rhs=transposed, block_k=BLOCK_K, **blocks
-    )
+    more = {"group_sizes": sizes, "transpose_rhs": transposed, "block_k": BLOCK_K, **blocks}
+    return kernels.ragged_dot(_in_tiles(rows), matrices, **more)[: rows.shape[0]]
 
 
 def sums_of_groups(lhs: jax.Array, grad: jax.Array, sizes: jax.Array) -> jax.Array:
     """[M, K] and [M, N] to [E, K, N], with finite rows only."""
     kernels = importlib.import_module("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
     blocks = _blocks(lhs.shape[1], 1, grad.shape[1])
+    lhs, grad = _in_tiles(lhs), _in_tiles(grad)
     return kernels.transposed_ragged_dot(lhs, grad, group_sizes=sizes, block_k=BLOCK_K, **blocks)
+
+
+def _in_tiles(rows: jax.Array) -> jax.Array:
+    return jnp.pad(rows, ((0, -rows.shape[0] % TILE_ROWS), (0, 0)))
 
 
 def _blocks(height: int, num_groups: int, width: int) -> dict[str, int]:

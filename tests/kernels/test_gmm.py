@@ -101,6 +101,18 @@ def test_group_sizes_may_be_a_list_and_not_a_number() -> None:
         tgmm(lhs, grad, 9)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("rows", [1, 50, 300, 1031])
+def test_hopper_kernels_take_any_number_of_rows(rows: int) -> None:
+    """They are lowered here, which is where JAX's kernels refuse what is no whole tile."""
+    shapes = [(rows, 128), (3, 128, 192)]
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    run = jax.jit(lambda x, w: gmm(x, w, [rows, 0, 0], implementation="mosaic_gpu"))
+    kernel = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+    module = jax.export.export(run, platforms=["cuda"], disabled_checks=[kernel])(*args)
+    assert module.out_avals[0].shape == (rows, 192)
+    assert "mosaic_gpu" in module.mlir_module()
+
+
 def test_what_hopper_kernels_do_not_take() -> None:
     args = jnp.ones((64, 64)), jnp.ones((2, 64, 64)), [32, 32]
     with pytest.raises(ValueError, match=r"'mosaic_gpu' of gmm takes and gives bfloat16.*float32"):

@@ -239,7 +239,7 @@ def _bleu(result: Demo) -> Figure:
     )
     right.set_xticks(range(len(order)), order, rotation=90, fontsize=8)
     right.set_title("each direction")
-    right.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, frameon=False, fontsize=9)
+    figure.legend(loc="outside upper right", ncols=4, frameon=False, fontsize=9)
     for axis in (left, right):
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)

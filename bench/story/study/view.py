@@ -62,14 +62,16 @@ def _about(result: Studied) -> str:
     if not model:
         return ""
     seeds = max(len(r.seeds) for r in result.rows)
-    taught = result.taught
+    taught = ""
+    if result.taught is not None:
+        taught = f"The student learns from {result.taught:,} translated sentences a direction. "
     return (
         f"{len(model['pairs'])} directions, {training['steps']:,} steps of at most "
         f"{training['batch_tokens']:,} tokens for every system, {model['encoder_layers']} + "
         f"{model['decoder_layers']} layers, d_model {model['d_model']}, {model['num_experts']} "
         f"experts of width {model['d_ff']}, {model['vocab_size']:,} words, beam 4; "
         + ("one seed. " if seeds == 1 else f"± is the standard deviation over {seeds} seeds. ")
-        + (f"The student learns from {taught:,} translated sentences a direction. " if taught else "")
+        + taught
         + f"Tokens/s: the decoder, {ROWS} sentences of one direction, {POSITIONS} positions, "
         f"median of {result.rounds} rounds in turns, one device. Extracted alike: translations of "
         "the validation text that sub-networks and the whole model share."
