@@ -239,13 +239,8 @@ def _bleu(result: Demo) -> Figure:
     )
     right.set_xticks(range(len(order)), order, rotation=90, fontsize=8)
     right.set_title("each direction")
-    figure.legend(
-        *right.get_legend_handles_labels(),
-        loc="outside upper right",
-        ncols=4,
-        frameon=False,
-        fontsize=9,
-    )
+    keys = right.get_legend_handles_labels()
+    figure.legend(*keys, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
     for axis in (left, right):
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
