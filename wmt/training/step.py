@@ -19,12 +19,14 @@ from taskmoe.wmt.text.tokenizer import PAD
 from taskmoe.wmt.training import parallel
 
 Sums = dict[str, jax.Array]
-#: The loop ends a run long before the optimiser would take a step that is not finite.
-_NEVER = 1 << 30
 
 
 class State(NamedTuple):
-    """What a checkpoint holds. step: [] i32, steps taken, those left out included."""
+    """What a checkpoint holds. step: [] i32, steps taken, those left out included.
+
+    optimizer: counts of steps left out, and in inner_state[1] what `make_optimizer` keeps; the
+      place before it is empty and stays, because a checkpoint's names count places.
+    """
 
     params: Params
     optimizer: optax.ApplyIfFiniteState
@@ -33,10 +35,7 @@ class State(NamedTuple):
 
 @functools.cache
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Adafactor or AdamW with clipping, linear warm-up and the configured decay.
-
-    A step whose gradients are not all finite changes nothing and is counted.
-    """
+    """Adafactor or AdamW with linear warm-up and the configured decay, for clipped gradients."""
     peak, warmup = config.learning_rate, config.warmup_steps
 
     def inverse_sqrt(step: Any) -> Any:
@@ -60,9 +59,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             rule = _sum_of(rule, decay)
     else:
         rule = optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=config.weight_decay)
-    clipped = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
-    made: optax.GradientTransformation = optax.apply_if_finite(clipped, _NEVER)
-    return made
+    return rule
 
 
 def _sum_of(
@@ -88,7 +85,9 @@ def init_state(
 
     def make(key: jax.Array, params: Params | None) -> State:
         params = init(key, config) if params is None else params
-        return State(params, optimizer.init(params), jnp.int32(0))
+        kept = optax.EmptyState(), optimizer.init(params)
+        counts = optax.ApplyIfFiniteState(jnp.int32(0), jnp.bool_(True), jnp.int32(0), kept)
+        return State(params, counts, jnp.int32(0))
 
     key = jax.random.key(train_config.seed)
     places = parallel.shardings(jax.eval_shape(make, key, params), config.num_experts, mesh)
@@ -154,7 +153,6 @@ def make_train_step(
       source and target tokens; dropped, busiest and entropy [] f32, see `Progress`; load
       [layers, E] f32; skipped and skipped_in_row [] i32, steps left out so far.
     """
-    optimizer = make_optimizer(config)
     objective = make_objective(model_config, config, mesh, strategy)
     gradients = jax.value_and_grad(objective, has_aux=True)
 
@@ -169,15 +167,12 @@ def make_train_step(
                 batch,
                 config.accumulate,
             )
-        finite = jnp.isfinite(loss)
-        grads = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), grads)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        taken = optimizer_state.last_finite
-        sums |= {name: jnp.where(taken, sums[name], 0) for name in ("loss", "tokens")}
-        sums["skipped"] = optimizer_state.total_notfinite
-        sums["skipped_in_row"] = optimizer_state.notfinite_count
-        return State(params, optimizer_state, state.step + 1), sums
+        state = _updated(config, state, grads, loss)
+        counts = state.optimizer
+        sums |= {name: jnp.where(counts.last_finite, sums[name], 0) for name in ("loss", "tokens")}
+        sums["skipped"] = counts.total_notfinite
+        sums["skipped_in_row"] = counts.notfinite_count
+        return state, sums
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
@@ -185,6 +180,35 @@ def make_train_step(
     places = parallel.shardings(shapes, model_config.num_experts, mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+
+
+def _updated(config: TrainConfig, state: State, grads: Params, loss: jax.Array) -> State:
+    """The state after a step; nothing but counts changes where loss or gradients are not finite.
+
+    One branch clips, moves and adds, so that XLA updates all arrays in place. `apply_if_finite` and
+    `clip_by_global_norm` in front of the same rule take three times as long on CPU.
+    """
+    optimizer, counts = make_optimizer(config), state.optimizer
+    squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
+    norm = jnp.sqrt(jnp.sum(jnp.stack(squares)))  # not finite where any gradient is not
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    scale = jnp.minimum(1.0, config.clip_norm / norm)
+
+    def take(params: Params, kept: Any, grads: Params) -> tuple[Params, Any]:
+        clipped = jax.tree.map(lambda g: g * scale, grads)
+        updates, kept = optimizer.update(clipped, kept, params)
+        return optax.apply_updates(params, updates), kept
+
+    empty, kept = counts.inner_state
+    params, kept = jax.lax.cond(finite, take, lambda p, k, _: (p, k), state.params, kept, grads)
+    left_out = jnp.where(finite, 0, 1)
+    counts = optax.ApplyIfFiniteState(
+        notfinite_count=(counts.notfinite_count + 1) * left_out,
+        last_finite=finite,
+        total_notfinite=counts.total_notfinite + left_out,
+        inner_state=(empty, kept),
+    )
+    return State(params, counts, state.step + 1)
 
 
 def cross_entropy(
