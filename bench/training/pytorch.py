@@ -24,7 +24,7 @@ def is_present() -> bool:
 
 
 class Training:
-    """A dense model with tied embeddings, its batch and its optimiser (AdamW, clipping)."""
+    """A dense model, its batch and its optimiser (AdamW, clipping)."""
 
     def __init__(
         self, params: Params, config: ModelConfig, train_config: TrainConfig, batch: Batch
@@ -70,17 +70,19 @@ class Training:
         """Label-smoothed cross-entropy, the mean over target tokens: [] f32."""
         functional = self.torch.nn.functional
         mask = (self._source != PAD)[:, None, None, :]
-        x = self._embed(self._source)
+        x = self._embed(self._source, "embedding")
         for i in range(self._config.encoder_layers):
             x = x + self._attention(f"encoder/{i}/attention", x, mask=mask)
             x = x + self._feed_forward(f"encoder/{i}/feed_forward", x)
         memory = self._norm(x, "encoder_norm")
-        x = self._embed(self._in)
+        tied = self._config.tie_embeddings
+        x = self._embed(self._in, "embedding" if tied else "target_embedding")
         for i in range(self._config.decoder_layers):
             x = x + self._attention(f"decoder/{i}/attention", x, causal=True)
             x = x + self._cross(f"decoder/{i}/cross", x, memory, mask)
             x = x + self._feed_forward(f"decoder/{i}/feed_forward", x)
-        logits = self._norm(x, "decoder_norm") @ self._p["embedding"].T
+        softmax = self._p["embedding"].T if tied else self._p["softmax"]
+        logits = self._norm(x, "decoder_norm") @ softmax
         return functional.cross_entropy(
             logits.flatten(0, 1),
             self._out.flatten(),
@@ -88,12 +90,12 @@ class Training:
             label_smoothing=self._train.label_smoothing,
         )
 
-    def _embed(self, ids: Any) -> Any:
+    def _embed(self, ids: Any, name: str) -> Any:
         d = self._config.d_model
         rate = self.torch.exp(self.torch.arange(0, d, 2) * (-math.log(10000.0) / d))
         angle = self.torch.arange(ids.shape[1])[:, None] * rate
         wave = self.torch.cat([angle.sin(), angle.cos()], dim=-1)
-        return self.torch.nn.functional.embedding(ids, self._p["embedding"]) * d**0.5 + wave
+        return self.torch.nn.functional.embedding(ids, self._p[name]) * d**0.5 + wave
 
     def _norm(self, x: Any, name: str) -> Any:
         return x * self.torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * self._p[name]

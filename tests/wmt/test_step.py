@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from taskmoe.cli.errors import InputError
@@ -111,6 +112,79 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
         (x != y).any()
         for x, y in zip(*map(jax.tree.leaves, (state.params, unbroken.params)), strict=True)
     )
+
+
+def numbers(config: TrainConfig, width: int = 8) -> tuple[step.State, Any]:
+    """A state of random arrays that no model has, and gradients for it, larger than the clip."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"norm": (5,), "matrix": (width, 2 * width)}
+    params, grads = (
+        {
+            name: jax.random.normal(k, shape)
+            for k, (name, shape) in zip(two, shapes.items(), strict=True)
+        }
+        for two in (keys[:2], keys[2:])
+    )
+    kept = optax.EmptyState(), step.make_optimizer(config).init(params)
+    counts = optax.ApplyIfFiniteState(jnp.int32(0), jnp.bool_(True), jnp.int32(0), kept)
+    return step.State(params, counts, jnp.int32(0)), grads
+
+
+def by_optax(config: TrainConfig) -> optax.GradientTransformation:
+    rule = step.make_optimizer(config)
+    clipped = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+    return optax.apply_if_finite(clipped, 1 << 30)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_gradients_do_what_optax_would_do_with_them(name: str, jitted: bool) -> None:
+    config = support.train_config(optimizer=name, weight_decay=0.1)
+    state, grads = numbers(config)
+    params, theirs = state.params, by_optax(config).init(state.params)
+    take = functools.partial(step.apply_gradients, config)
+    take = jax.jit(take) if jitted else take
+    for factor in (1.0, 0.01, jnp.nan, -1.0):
+        scaled = jax.tree.map(lambda g, factor=factor: g * factor, grads)
+        state = take(state, scaled, jnp.float32(1))
+        updates, theirs = by_optax(config).update(scaled, theirs, params)
+        params = optax.apply_updates(params, updates)
+        for x, y in zip(*map(jax.tree.leaves, (state[:2], (params, theirs))), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+    assert int(state.step) == 4
+    assert int(state.optimizer.total_notfinite) == 1
+    looser = dataclasses.replace(config, clip_norm=2.0)
+    other = step.apply_gradients(looser, numbers(config)[0], grads, jnp.float32(1))
+    moments = (jax.tree.leaves(s.optimizer) for s in (other, take(numbers(config)[0], grads, 1.0)))
+    assert any((x != y).any() for x, y in zip(*moments, strict=True))  # the clip is seen
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient"), [(jnp.inf, 1.0), (1.0, -jnp.inf), (1.0, jnp.nan), (1.0, 1e30)]
+)
+def test_one_number_that_is_not_finite_stops_the_whole_step(loss: float, gradient: float) -> None:
+    state, grads = numbers(CONFIG)
+    grads["matrix"] = grads["matrix"].at[3, 4].set(gradient)
+    got = jax.jit(functools.partial(step.apply_gradients, CONFIG))(state, grads, loss)
+    assert int(got.optimizer.notfinite_count) == 1
+    jax.tree.map(np.testing.assert_array_equal, got.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, *(s.optimizer.inner_state for s in (got, state)))
+
+
+def test_arrays_are_updated_in_place() -> None:
+    state, grads = numbers(CONFIG, width=512)
+
+    def theirs(state: step.State, grads: Any, loss: Any) -> step.State:
+        updates, kept = by_optax(CONFIG).update(grads, state.optimizer, state.params)
+        return step.State(optax.apply_updates(state.params, updates), kept, state.step + 1)
+
+    def copied(update: Any) -> int:
+        compiled = jax.jit(update, donate_argnums=0).lower(state, grads, jnp.float32(1)).compile()
+        return int(compiled.memory_analysis().temp_size_in_bytes)
+
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    assert copied(functools.partial(step.apply_gradients, CONFIG)) < size / 10
+    assert copied(theirs) >= size
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])

@@ -167,7 +167,7 @@ def make_train_step(
                 batch,
                 config.accumulate,
             )
-        state = _updated(config, state, grads, loss)
+        state = apply_gradients(config, state, grads, loss)
         counts = state.optimizer
         sums |= {name: jnp.where(counts.last_finite, sums[name], 0) for name in ("loss", "tokens")}
         sums["skipped"] = counts.total_notfinite
@@ -182,8 +182,11 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
 
 
-def _updated(config: TrainConfig, state: State, grads: Params, loss: jax.Array) -> State:
+def apply_gradients(config: TrainConfig, state: State, grads: Params, loss: jax.Array) -> State:
     """The state after a step; nothing but counts changes where loss or gradients are not finite.
+
+    grads: as params; clipped to `config.clip_norm` here. Those whose squares' sum is not finite in
+    float32 count as not finite.
 
     One branch clips, moves and adds, so that XLA updates all arrays in place. `apply_if_finite` and
     `clip_by_global_norm` in front of the same rule take three times as long on CPU.
