@@ -17,30 +17,41 @@ RouterFunction = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 
 @with_plain_settings
 def sparse_mixer(
-    logits: jax.Array, top_k: int, *, jitter: float = 0.01
+    logits: jax.Array, top_k: int, *, jitter: float = 0.01, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """SparseMixer-v2's choice where nothing is drawn: each weight is a softmax over near rivals.
+    """SparseMixer-v2: each weight is a softmax over near rivals.
 
-        e_j = argmax z of experts not chosen yet, m its logit
-        w_j = exp(m) / sum exp(z_i),  i not chosen yet with (m - z_i) / max(|z_i|, m) <= 2 jitter
+        m = max z of experts not chosen yet
+        p = softmax(z) over i not chosen yet with (m - z_i) / max(|z_i|, m) <= 2 jitter
+        e_j = argmax p, w_j = p[e_j]
 
-    logits: [U, E] f32. Returns experts [U, k] i32, best first, and weights [U, k] f32.
+    key: while training. Then `e_j` is drawn from p, and three times of four a weight is a third
+    where the draw is not the best: Heun's third-order estimate of the gate's gradient, which stays
+    that of p[e_j]. A layer takes what was drawn by routing "given".
 
-    Liu et al. 2024, GRIN (arXiv 2409.12136); PhiMoE serves with it. Its training draws experts and
-    estimates the gate's gradient by Heun's method, which this does not.
+    logits: [U, E] f32. Returns experts [U, k] i32, in the order of choice, and weights [U, k] f32.
+
+    Liu et al. 2024, GRIN (arXiv 2409.12136); PhiMoE.
     """
     lane = jnp.arange(logits.shape[1])
     left = jnp.ones(logits.shape, bool)
     experts, weights = [], []
-    for _ in range(top_k):
+    for turn in range(top_k):
         open_ = jnp.where(left, logits, -jnp.inf)
         best = jnp.max(open_, axis=1, keepdims=True)
-        expert = jnp.argmax(open_, axis=1).astype(jnp.int32)
+        expert = first = jnp.argmax(open_, axis=1).astype(jnp.int32)
         near = (best - logits) / jnp.maximum(jnp.abs(logits), best) <= 2 * jitter
-        odds = jax.nn.softmax(jnp.where(left & near, logits, -jnp.inf), axis=1)
+        rivals = jnp.where(left & near, logits, -jnp.inf)
+        whole = jnp.ones(expert.shape, bool)
+        if key is not None:
+            draw, step = jax.random.split(jax.random.fold_in(key, turn))
+            expert = jax.random.categorical(draw, rivals, axis=1).astype(jnp.int32)
+            whole = (expert == first) | (jax.random.uniform(step, expert.shape) > 0.75)
         chosen = lane == expert[:, None]
+        weight = jnp.sum(jnp.where(chosen, jax.nn.softmax(rivals, axis=1), 0), axis=1)
         experts.append(expert)
-        weights.append(jnp.sum(jnp.where(chosen, odds, 0), axis=1))
+        # Value and gradient part: the gradient is that of the whole weight.
+        weights.append(weight - jax.lax.stop_gradient(jnp.where(whole, 0, weight * (2 / 3))))
         left &= ~chosen
     return jnp.stack(experts, axis=1), jnp.stack(weights, axis=1)
 

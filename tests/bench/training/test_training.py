@@ -38,6 +38,16 @@ def test_a_step_in_parts(small: None) -> None:
     assert "trains this much faster than PyTorch's: 1.50 at demo" in view(beside).answer
 
 
+def test_embeddings_may_be_three_matrices(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    fields, train = measure.PRESETS["tiny"]
+    untied = fields | {"tie_embeddings": False}
+    monkeypatch.setitem(measure.PRESETS, "tiny", (untied, train))  # else another loss is an error
+    rows = measure.measure(spec.Spec(["demo"], 1)).rows
+    assert [row.system for row in rows[:2]] == ["dense", TORCH]
+    assert rows[1].parameters == rows[0].parameters
+
+
 def test_another_loss_than_pytorchs_is_an_error(
     small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
