@@ -44,11 +44,18 @@ class Training:
             lr=train_config.learning_rate,
             betas=(0.9, 0.98),
             weight_decay=train_config.weight_decay,
+            fused=True,  # its fastest on CPU too
         )
 
     def parts(self) -> dict[str, Callable[[], Any]]:
-        """The forward pass, that and the backward pass, and the whole step."""
-        return {"forward": self._forward, "gradient": self._gradient, "step": self._step}
+        """The forward pass, that and the backward pass, the optimiser, and the whole step."""
+        self._gradient()  # which the optimiser alone goes on with
+        return {
+            "forward": self._forward,
+            "gradient": self._gradient,
+            "optimiser": self._optimiser,
+            "step": self._step,
+        }
 
     def _forward(self) -> Any:
         with self.torch.no_grad():
@@ -62,9 +69,12 @@ class Training:
 
     def _step(self) -> Any:
         loss = self._gradient()
+        self._optimiser()
+        return loss
+
+    def _optimiser(self) -> None:
         self.torch.nn.utils.clip_grad_norm_(self._p.values(), self._train.clip_norm)
         self._adam.step()
-        return loss
 
     def loss(self) -> Any:
         """Label-smoothed cross-entropy, the mean over target tokens: [] f32."""
