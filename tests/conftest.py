@@ -40,6 +40,12 @@ atexit.register(shutil.rmtree, _PROGRAMS, ignore_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+import jax  # noqa: E402  the settings above stand now
+
+# A kernel that is interpreted computes in callbacks. While it runs in the background, they and what
+# a test does next were seen to wait for each other for good, on two busy cores.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 _CPUS_FILE = Path("/sys/devices/system/cpu/possible")
 _MAPS = Path("/proc/self/maps")
 _MANY_MAPPINGS = 15_000
@@ -60,7 +66,5 @@ def forget_programs() -> Iterator[None]:
     """
     yield
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPPINGS:
-        import jax  # not before the settings above stand
-
         jax.clear_caches()
         gc.collect()
