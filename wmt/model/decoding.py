@@ -115,12 +115,18 @@ def prepared(params: Params, config: ModelConfig, tasks: Tasks) -> Params:
 
 
 def search_leaving(
-    params: Params, config: ModelConfig, how: Search, source: np.ndarray, tasks: Tasks
+    params: Params,
+    config: ModelConfig,
+    how: Search,
+    source: np.ndarray,
+    tasks: Tasks,
+    factor: int = 2,
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `search_n_best`, on the host: sentences that have ended leave the batch.
 
-    params: from `prepared`. config: the model's. source: [B, S] i32. Batches of B sentences and of
-    powers of two below it are compiled, once each for a length of the source and room in the cache.
+    params: from `prepared`. config: the model's. source: [B, S] i32. factor: a power of two, above
+    1; batches of B sentences and of its powers below are compiled, once each for a length of the
+    source and room in the cache.
     Returns ids [B, n_best, max_length] i32 and scores [B, n_best] f32. Raises ValueError as that.
 
     Experts of a limited capacity have room by the size of the batch, and drop what is beyond: where
@@ -136,7 +142,7 @@ def search_leaving(
     for room in how.stages():
         batch = _moved(batch, None, room)
         while True:
-            smaller = 0 if limited else smaller_size(len(names))
+            smaller = 0 if limited else _smaller(len(names), factor)
             batch = _advance(params, config, how, batch, smaller)
             ended = np.asarray(batch.ended)
             left = len(ended) - int(ended.sum())
@@ -146,16 +152,24 @@ def search_leaving(
             if not left:
                 return ids, scores
             # Of those that have ended some may have to fill a batch; they are found already.
-            kept = np.argsort(ended, kind="stable")[: 1 << (left - 1).bit_length()]
+            kept = np.argsort(ended, kind="stable")[: _size(left, factor)]
             names = names[kept]
             batch = _moved(batch, kept, room)
     ids[names], scores[names] = jax.device_get(_found(how, batch))
     return ids, scores
 
 
-def smaller_size(rows: int) -> int:
-    """The largest power of two below so many rows; 0 below one."""
-    return 1 << (rows - 1).bit_length() - 1 if rows > 1 else 0
+def _size(rows: int, factor: int) -> int:
+    """The least power of the factor that holds so many rows."""
+    size = 1
+    while size < rows:
+        size *= factor
+    return size
+
+
+def _smaller(rows: int, factor: int) -> int:
+    """The largest power of the factor below so many rows; 0 of one row."""
+    return _size(rows, factor) // factor
 
 
 def _with_room(batch: Batch, room: int) -> Batch:

@@ -25,6 +25,7 @@ from taskmoe.wmt.text.tokenizer import EOS, PAD
 
 TaskIds = tuple[int | None, int | None]
 _ENDS_OF_LINES = str.maketrans("\r\n", "  ")  # byte pieces, which would break a line in two
+_FEW = 4  # batches, up to which few sizes of batches are compiled
 _SHORT = 128  # source tokens up to which a batch is full; of longer ones it has fewer rows
 
 
@@ -129,6 +130,8 @@ def translate_n_best(
     if not any(config.tasks(side) for side in ("encoder", "decoder")):
         # Search does not look at directions then: one compilation serves every sub-network.
         config = dataclasses.replace(config, pairs=("source-target",))
+    # What few sentences gain by smaller batches, compiling many sizes would cost.
+    factor = 2 if len(encoded) > _FEW * decoding.batch else 4
     out: list[list[Hypothesis]] = [[] for _ in requests]
     done = 0
     for one_task, widths in groups.items():
@@ -146,7 +149,7 @@ def translate_n_best(
                 rows = [ids[requests[i][0]] for i in chunk]
                 rows += rows[:1] * (rows_a_batch - len(chunk))
                 tasks = _tasks(rows, one_task)
-                found, scores = search_leaving(params, config, how, source, tasks)
+                found, scores = search_leaving(params, config, how, source, tasks, factor)
                 for i, best in zip(chunk, _hypotheses(model, found, scores), strict=False):
                     out[i] = best
                 done += len(chunk)
