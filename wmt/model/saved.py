@@ -110,9 +110,7 @@ def with_arrays(
 
     where: the arrays are from, for that error.
     """
-    template = jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
-    if "embedding/values" in arrays:
-        template = jax.eval_shape(quantized, template)
+    template = structure_of(config, int8="embedding/values" in arrays)
     wanted = flatten(template)
     for name, leaf in wanted.items():
         got = arrays[name].shape if name in arrays else None
@@ -127,6 +125,12 @@ def with_arrays(
     leaves = [jax.numpy.asarray(arrays[name]) for name in wanted]
     params = jax.tree.unflatten(jax.tree.structure(template), leaves)
     return Model(params, config, tokenizer)
+
+
+def structure_of(config: ModelConfig, *, int8: bool) -> Params:
+    """Shapes and dtypes of a model's parameters. int8: of a quantised one's."""
+    template: Params = jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
+    return jax.eval_shape(quantized, template) if int8 else template
 
 
 def flatten(params: Params) -> dict[str, jax.Array]:
