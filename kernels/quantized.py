@@ -142,6 +142,49 @@ def both_dense(rows: Any, w: Any) -> tuple[jax.Array, jax.Array]:
     return rows, dense(w, rows.dtype)
 
 
+def product(x: jax.Array, w: Quantized) -> jax.Array:
+    """x [..., K] bf16|f32 times a `Quantized` matrix [K, N]: [..., N] f32.
+
+    With activations="int8" and a scale a column, both sides of the product are int8 and its sums
+    int32; else what the matrix and the rows stand for is multiplied in x's dtype. Gradients reach
+    x, as if nothing had rounded it, and the scales.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    w = dataclasses.replace(w, values=jax.lax.stop_gradient(w.values))
+    of_bytes = quantises_rows(w) and w.blocks == 1
+    found = _of_bytes(flat, w) if of_bytes else _of_floats(flat, w)
+    return found.reshape(*x.shape[:-1], -1)
+
+
+@with_plain_settings
+def _of_floats(rows: jax.Array, w: Quantized) -> jax.Array:
+    """What rounds the rows, if it does, has slope 1."""
+    met, held = both_dense(rows_to_meet(w, rows), w)
+    if quantises_rows(w):
+        exact = rows.astype(met.dtype)
+        met = exact + jax.lax.stop_gradient(met - exact)
+    return jnp.matmul(met, held, preferred_element_type=jnp.float32)
+
+
+#: XLA's CPU code multiplies fewer int8 rows ten times slower than so many.
+_FEWEST_ROWS = 4
+
+
+@jax.custom_jvp
+@with_plain_settings
+def _of_bytes(rows: jax.Array, w: Quantized) -> jax.Array:
+    met = rows_to_meet(w, rows)
+    missing = max(0, _FEWEST_ROWS - rows.shape[0])
+    values = jnp.pad(met.values, ((0, missing), (0, 0)))
+    found = jnp.matmul(values, w.values, preferred_element_type=jnp.int32)[: rows.shape[0]]
+    return found.astype(jnp.float32) * met.scales * w.scales[0]
+
+
+@_of_bytes.defjvp
+def _of_bytes_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _of_bytes(*primals), jax.jvp(_of_floats, primals, tangents)[1]
+
+
 def itemsize(w: Any) -> int:
     """Bytes of a value of w, an array or quantised."""
     values = w.values if isinstance(w, Quantized | QuantizedRows) else w

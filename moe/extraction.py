@@ -27,7 +27,7 @@ from taskmoe.kernels import Router
 from taskmoe.kernels.checks import as_floats
 from taskmoe.kernels.options import Activation, hidden_units
 from taskmoe.kernels.platforms import with_plain_settings
-from taskmoe.kernels.quantized import Quantized, both_dense, dense, quantises_rows, rows_to_meet
+from taskmoe.kernels.quantized import Quantized, dense, product, quantises_rows
 from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.gates import Params, gate, task_logits, unscaled_gate
 from taskmoe.moe.mesh import EXPERT_PARAMS, SHARED_PARAMS
@@ -76,8 +76,8 @@ def dense_ffn(params: FFNParams, x: jax.Array, out_dtype: Any) -> jax.Array:
     """`ffn` with a result of this dtype."""
 
     def times(rows: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
-        product = _frozen_matmul(rows, w) if isinstance(w, Quantized) else _matmul(rows, w)
-        return product if bias is None else product + bias.astype(jnp.float32)
+        found = product(rows, w) if isinstance(w, Quantized) else _matmul(rows, w)
+        return found if bias is None else found + bias.astype(jnp.float32)
 
     gate = None if params.w_gate is None else times(x, params.w_gate, params.b_gate)
     hidden = hidden_units(params.activation, times(x, params.w_in, params.b_in), gate)
@@ -287,20 +287,6 @@ def _times(w: Any, weights: jax.Array) -> Any:
         return dataclasses.replace(w, scales=_times(w.scales, weights))
     each = weights.reshape(-1, *[1] * (w.ndim - 1)) if weights.ndim else weights
     return (w.astype(jnp.float32) * each).astype(w.dtype)
-
-
-def _frozen_matmul(x: jax.Array, w: Quantized) -> jax.Array:
-    """Rows times a matrix whose values are frozen; scales, into which gates may be folded, are not.
-
-    What rounds the rows, if it does, has slope 1.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    w = dataclasses.replace(w, values=jax.lax.stop_gradient(w.values))
-    rows, held = both_dense(rows_to_meet(w, flat), w)
-    if quantises_rows(w):
-        exact = flat.astype(rows.dtype)
-        rows = exact + jax.lax.stop_gradient(rows - exact)
-    return _matmul(rows, held).reshape(*x.shape[:-1], -1)
 
 
 def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """An exported model translates in a process that knows nothing of this library."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.model.decoding import length_limit
 from taskmoe.wmt.model.export import export
+from taskmoe.wmt.model.quantization import quantized
 from taskmoe.wmt.model.saved import load_model
 from taskmoe.wmt.model.subnetwork import extract
 from taskmoe.wmt.model.translation import Decoding, translate
@@ -24,9 +26,11 @@ PROGRAM, _ = re.findall(r"```py\n(.*?)```", TRAINER, re.DOTALL)
 ALONE = 'assert not any(name.startswith("taskmoe") for name in sys.modules)'
 
 
-@pytest.mark.parametrize("beam", [1, 2])
-def test_a_clean_process_translates_identically(tmp_path: Path, beam: int) -> None:
+@pytest.mark.parametrize(("beam", "int8"), [(1, False), (2, False), (2, True)])
+def test_a_clean_process_translates_identically(tmp_path: Path, beam: int, int8: bool) -> None:
     small = extract(FULL, "de")
+    if int8:
+        small = dataclasses.replace(small, params=quantized(small.params))
     size = export(small, tmp_path / "m", batch=8, length=40, beam=beam)
     assert size == (tmp_path / "m" / "translate.stablehlo").stat().st_size
     # Short and long ones, which end at limits of their own; one that is cut, and an empty one.

@@ -48,7 +48,8 @@ def test_long_sentences_have_fewer_rows_and_an_end() -> None:
     requests = [("en-de", f"{long} {word}") for word in ("one", "two", "six")] + REQUESTS
     how = Decoding(max_length=4, batch=4, max_source=256)
     found = translate(small, requests, how, lambda *at: seen.append(at), said.append)
-    assert seen == [(2, 9), (3, 9), (7, 9), (9, 9)]  # 256 tokens: half as many rows
+    # Short ones first; of 256 tokens half as many rows.
+    assert seen == [(4, 9), (6, 9), (8, 9), (9, 9)]
     assert found[3:] == translate(small, REQUESTS, how)
     assert [line.split(":")[0] for line in said] == [f"en-de, line {n}" for n in (1, 2, 3)]
     assert found[0] == found[1] == found[2]  # they differ in what was cut off

@@ -16,7 +16,7 @@ from rich.console import Console
 from taskmoe.cli.errors import InputError
 from taskmoe.moe.exchange import STRATEGIES
 from taskmoe.wmt.config import ModelConfig
-from taskmoe.wmt.model.decoding import HERE, Spread
+from taskmoe.wmt.model.beams import HERE, Spread
 from taskmoe.wmt.model.saved import Model, load_model
 from taskmoe.wmt.model.translation import Decoding
 from taskmoe.wmt.text.scoring import TOKENIZERS

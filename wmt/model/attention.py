@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from taskmoe.wmt.config import ModelConfig
+from taskmoe.wmt.model.products import times
 
 Params = dict[str, Any]
 EPSILON = 1e-6  # of RMS norm
@@ -27,24 +28,24 @@ def heads(x: jax.Array, config: ModelConfig) -> jax.Array:
 
 def qkv(p: Params, x: jax.Array, config: ModelConfig) -> list[jax.Array]:
     """Queries, keys and values of self-attention over x [B, S, D]: [B, S, H, D/H] each."""
-    fused = rms_norm(x, p["norm"]) @ p["qkv"]
+    fused = times(rms_norm(x, p["norm"]), p["qkv"])
     return [heads(part, config) for part in jnp.split(fused, 3, axis=-1)]
 
 
 def query(p: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     """Queries of cross-attention: [B, S, H, D/H]."""
-    return heads(rms_norm(x, p["norm"]) @ p["query"], config)
+    return heads(times(rms_norm(x, p["norm"]), p["query"]), config)
 
 
 def cross_key_value(p: Params, memory: jax.Array, config: ModelConfig) -> list[jax.Array]:
     """Keys and values of cross-attention over the encoder's output: [B, S, H, D/H] each."""
-    return [heads(part, config) for part in jnp.split(memory @ p["kv"], 2, axis=-1)]
+    return [heads(part, config) for part in jnp.split(times(memory, p["kv"]), 2, axis=-1)]
 
 
 def attend(p: Params, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """q [B, T, H, D/H], k and v [B, S, H, D/H], mask broadcasting to [B, H, T, S]."""
     out = jax.nn.dot_product_attention(q, k, v, mask=mask)
-    return out.reshape(*q.shape[:2], -1) @ p["out"]
+    return times(out.reshape(*q.shape[:2], -1), p["out"])
 
 
 def by_head(x: jax.Array) -> jax.Array:
@@ -62,4 +63,4 @@ def attend_cached(
     scores = jnp.swapaxes(scores, 2, 3)
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min))
     out = by_head(jnp.einsum("bhts,bhsd->bhtd", weights, v))
-    return out.reshape(*q.shape[:2], -1) @ p["out"]
+    return times(out.reshape(*q.shape[:2], -1), p["out"])

@@ -24,6 +24,7 @@ from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model.attention import EPSILON
 from taskmoe.wmt.model.decoding import MULTIPLE, length_limit
 from taskmoe.wmt.model.export import DESCRIPTION, check_sizes
+from taskmoe.wmt.model.quantization import is_quantized
 from taskmoe.wmt.model.saved import VOCABULARY, Model, whole_folder
 from taskmoe.wmt.model.transformer import Params, position_waves
 from taskmoe.wmt.text.tokenizer import BOS, EOS, UNK
@@ -40,8 +41,8 @@ def export_ctranslate2(
       is `decoding.length_limit` of each sentence, as `translate` has it. Weights are float32;
       CTranslate2 makes int8 or others of them as it loads.
     Returns the size of the weights in bytes. Raises InputError where a side is routed (a task's
-    sub-network is what is served), ctranslate2 is not installed, a number does not fit or the
-    folder is not empty.
+    sub-network is what is served) or the model is quantised, ctranslate2 is not installed, a number
+    does not fit or the folder is not empty.
     """
     config = model.config
     if {config.encoder, config.decoder} != {"dense"}:
@@ -49,6 +50,8 @@ def export_ctranslate2(
             f"CTranslate2 has no mixtures (encoder is {config.encoder}, decoder is "
             f"{config.decoder}): extract a task or distill a dense model first"
         )
+    if is_quantized(model.params):
+        raise InputError("the model is quantised: export what it was made of, in float32")
     check_sizes(length=length, max_length=max_length)
     longest = max_length or length_limit(length)
     spec = specification(model.params, config, model.tokenizer.pieces(), max(length, longest))

@@ -1,4 +1,7 @@
-"""A model on disk: a folder with `config.json`, `params.safetensors` and `spm.model`."""
+"""A model on disk: a folder with `config.json`, `params.safetensors` and `spm.model`.
+
+Of a quantised model each matrix is two arrays, `NAME/values` in int8 and `NAME/scales`.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import ModelConfig
+from taskmoe.wmt.model.quantization import quantized
 from taskmoe.wmt.model.transformer import Params, init
 from taskmoe.wmt.text.tokenizer import Tokenizer
 
@@ -106,7 +110,7 @@ def with_arrays(
 
     where: the arrays are from, for that error.
     """
-    template = jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
+    template = structure_of(config, int8="embedding/values" in arrays)
     wanted = flatten(template)
     for name, leaf in wanted.items():
         got = arrays[name].shape if name in arrays else None
@@ -115,9 +119,18 @@ def with_arrays(
                 f"{where}: {name} should be {list(leaf.shape)}, "
                 + ("is missing" if got is None else f"is {list(got)}")
             )
+        of_bytes = [dtype == np.int8 for dtype in (leaf.dtype, arrays[name].dtype)]
+        if of_bytes[0] != of_bytes[1]:
+            raise InputError(f"{where}: {name} should be {leaf.dtype}, is {arrays[name].dtype}")
     leaves = [jax.numpy.asarray(arrays[name]) for name in wanted]
     params = jax.tree.unflatten(jax.tree.structure(template), leaves)
     return Model(params, config, tokenizer)
+
+
+def structure_of(config: ModelConfig, *, int8: bool) -> Params:
+    """Shapes and dtypes of a model's parameters. int8: of a quantised one's."""
+    template: Params = jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
+    return jax.eval_shape(quantized, template) if int8 else template
 
 
 def flatten(params: Params) -> dict[str, jax.Array]:

@@ -24,21 +24,35 @@ def one_task(
     those that are not task-routed, stay as they are. Works under jit with traced tasks.
     """
     params = dict(params)
-    for side, task in tasks._asdict().items():
+    for side, task in _of_one(config, tasks).items():
         mixture = config.moe(side)
-        if task is None or jnp.ndim(task) or mixture is None:
-            continue
+        assert mixture is not None
         params[side] = [
             layer | {"feed_forward": _dense(layer["feed_forward"], mixture, task)}
             for layer in params[side]
         ]
+    return params, *without_tasks(config, tasks)
+
+
+def without_tasks(config: ModelConfig, tasks: Tasks) -> tuple[ModelConfig, Tasks]:
+    """Configuration and tasks of what `one_task` makes of parameters."""
+    for side in _of_one(config, tasks):
         if side == "encoder":
             config = dataclasses.replace(config, encoder="dense", encoder_wide_d_ff=None)
             tasks = tasks._replace(encoder=None)
         else:
             config = dataclasses.replace(config, decoder="dense", decoder_wide_d_ff=None)
             tasks = tasks._replace(decoder=None)
-    return params, config, tasks
+    return config, tasks
+
+
+def _of_one(config: ModelConfig, tasks: Tasks) -> dict[str, ArrayLike]:
+    """The sides with mixtures that run one task's, and that task."""
+    return {
+        side: task
+        for side, task in tasks._asdict().items()
+        if task is not None and not jnp.ndim(task) and config.moe(side) is not None
+    }
 
 
 def extract(model: Model, task: str) -> Model:

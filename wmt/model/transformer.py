@@ -26,6 +26,7 @@ from taskmoe.wmt.model.attention import (
     rms_norm,
 )
 from taskmoe.wmt.model.cache import Cache
+from taskmoe.wmt.model.products import logits_of, looked_up, transposed
 
 Params = dict[str, Any]
 
@@ -311,10 +312,11 @@ def _drop_embedded(
     return _Dropout(config.dropout, own)(x), key
 
 
-def _embed(embedding: jax.Array, ids: jax.Array, positions: jax.Array) -> jax.Array:
+def _embed(embedding: Any, ids: jax.Array, positions: jax.Array) -> jax.Array:
     """Scaled embeddings plus sinusoidal positions (Vaswani et al. 2017, 3.4, 3.5): [B, S, D]."""
     d = embedding.shape[1]
-    return embedding[ids] * d**0.5 + position_waves(positions, d).astype(embedding.dtype)
+    found = looked_up(embedding, ids)
+    return found * d**0.5 + position_waves(positions, d).astype(found.dtype)
 
 
 def position_waves(positions: jax.Array, width: int) -> jax.Array:
@@ -329,7 +331,7 @@ def with_softmax(params: Params) -> Params:
 
     For loops over `decode_step`: a tied embedding is transposed once, not at each step.
     """
-    return params if "softmax" in params else params | {"softmax": params["embedding"].T}
+    return params if "softmax" in params else params | {"softmax": transposed(params["embedding"])}
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
@@ -342,15 +344,13 @@ def most_likely(logits: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(logits == best, index, logits.shape[-1] - 1), axis=-1)
 
 
-def _target_embedding(params: Params) -> jax.Array:
-    table: jax.Array = params["target_embedding" if "target_embedding" in params else "embedding"]
-    return table
+def _target_embedding(params: Params) -> Any:
+    return params["target_embedding" if "target_embedding" in params else "embedding"]
 
 
 def _logits(params: Params, x: jax.Array) -> jax.Array:
     x = rms_norm(x, params["decoder_norm"])
-    softmax = params["softmax"] if "softmax" in params else params["embedding"].T
-    return jnp.matmul(x, softmax, preferred_element_type=jnp.float32)
+    return logits_of(x, with_softmax(params)["softmax"])
 
 
 def _sentence(config: ModelConfig, memory: jax.Array, valid: jax.Array) -> jax.Array | None:

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import ModelConfig, check_languages, split_pair
+from taskmoe.wmt.model.beams import HERE, Search, Spread
 from taskmoe.wmt.model.decoding import (
-    HERE,
     MULTIPLE,
-    Spread,
     check_alpha,
     length_limit,
-    search_n_best,
+    prepared,
+    search_leaving,
 )
 from taskmoe.wmt.model.saved import Model
-from taskmoe.wmt.model.transformer import Params, Tasks
+from taskmoe.wmt.model.transformer import Tasks
 from taskmoe.wmt.text.tokenizer import EOS, PAD
 
 TaskIds = tuple[int | None, int | None]
 _ENDS_OF_LINES = str.maketrans("\r\n", "  ")  # byte pieces, which would break a line in two
+_FEW = 4  # batches, up to which few sizes of batches are compiled
 _SHORT = 128  # source tokens up to which a batch is full; of longer ones it has fewer rows
 
 
@@ -116,55 +115,59 @@ def translate_n_best(
             line = before + number[pair]
             note(f"{pair}, line {line}: cut to {decoding.max_source} of {length:,} tokens")
             encoded[i] = [*encoded[i][: decoding.max_source - 1], EOS]
-    groups: dict[tuple[int, TaskIds | None], list[int]] = defaultdict(list)
-    for i in sorted(encoded):
+    groups: dict[TaskIds | None, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    # Sentences of like lengths end together.
+    for i in sorted(encoded, key=lambda i: (len(encoded[i]), i)):
         width = -(-len(encoded[i]) // MULTIPLE) * MULTIPLE
-        groups[width, None if decoding.mixed_tasks else ids[requests[i][0]]].append(i)
+        groups[None if decoding.mixed_tasks else ids[requests[i][0]]][width].append(i)
 
     # A full batch's shape for few sentences would be mostly padding; powers of two are few shapes.
-    largest = max(map(len, groups.values()), default=1)
+    largest = max(
+        (len(group) for widths in groups.values() for group in widths.values()), default=1
+    )
     most_rows = min(decoding.batch, 1 << (largest - 1).bit_length())
     config = model.config
     if not any(config.tasks(side) for side in ("encoder", "decoder")):
         # Search does not look at directions then: one compilation serves every sub-network.
         config = dataclasses.replace(config, pairs=("source-target",))
+    # What few sentences gain by smaller batches, compiling many sizes would cost.
+    factor = 2 if len(encoded) > _FEW * decoding.batch else 4
     out: list[list[Hypothesis]] = [[] for _ in requests]
     done = 0
-    for (width, one_task), group in groups.items():
-        rows_a_batch = max(1, min(most_rows, decoding.batch * _SHORT // width))
-        for at in range(0, len(group), rows_a_batch):
-            chunk = group[at : at + rows_a_batch]
-            source = np.full((rows_a_batch, width), PAD, np.int32)
-            for row, i in enumerate(chunk):
-                source[row, : len(encoded[i])] = encoded[i]
-            rows = [ids[requests[i][0]] for i in chunk]
-            rows += rows[:1] * (rows_a_batch - len(chunk))
-            found, scores = _search(
-                model.params,
-                config,
-                source,
-                _tasks(rows, one_task),
-                decoding.max_length or length_limit(width),
-                decoding.beam,
-                decoding.alpha,
-                n_best,
-                spread,
-            )
-            found, scores = np.asarray(found)[: len(chunk)], np.asarray(scores)[: len(chunk)]
-            rows_of_ids = [
-                [int(t) for t in row if t not in (PAD, EOS)]
-                for row in found.reshape(-1, found.shape[2])
-            ]
-            decoded = model.tokenizer.decode(rows_of_ids)
-            texts = iter(text.translate(_ENDS_OF_LINES) for text in decoded)
-            for i, row in zip(chunk, scores, strict=True):
-                best = [Hypothesis(next(texts), float(score)) for score in row]
-                # Places that no hypothesis reached in time have no score.
-                out[i] = [h for n, h in enumerate(best) if n == 0 or h.score > -1e8]
-            done += len(chunk)
-            if progress is not None:
-                progress(done, len(encoded))
+    for one_task, widths in groups.items():
+        alone = Tasks(None, None) if one_task is None else _tasks([], one_task)
+        params = prepared(model.params, config, alone)
+        for width, group in widths.items():
+            rows_a_batch = max(1, min(most_rows, decoding.batch * _SHORT // width))
+            positions = decoding.max_length or length_limit(width)
+            how = Search(positions, decoding.beam, decoding.alpha, n_best, spread)
+            for at in range(0, len(group), rows_a_batch):
+                chunk = group[at : at + rows_a_batch]
+                source = np.full((rows_a_batch, width), PAD, np.int32)
+                for row, i in enumerate(chunk):
+                    source[row, : len(encoded[i])] = encoded[i]
+                rows = [ids[requests[i][0]] for i in chunk]
+                rows += rows[:1] * (rows_a_batch - len(chunk))
+                tasks = _tasks(rows, one_task)
+                found, scores = search_leaving(params, config, how, source, tasks, factor)
+                for i, best in zip(chunk, _hypotheses(model, found, scores), strict=False):
+                    out[i] = best
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, len(encoded))
     return out
+
+
+def _hypotheses(model: Model, found: np.ndarray, scores: np.ndarray) -> Iterator[list[Hypothesis]]:
+    """Of each sentence, from ids [B, n_best, L] and scores [B, n_best]."""
+    rows = [
+        [int(t) for t in row if t not in (PAD, EOS)] for row in found.reshape(-1, found.shape[2])
+    ]
+    texts = iter(text.translate(_ENDS_OF_LINES) for text in model.tokenizer.decode(rows))
+    for row in scores:
+        best = [Hypothesis(next(texts), float(score)) for score in row]
+        # Places that no hypothesis reached in time have no score.
+        yield [h for n, h in enumerate(best) if n == 0 or h.score > -1e8]
 
 
 def task_ids(config: ModelConfig, pair: str) -> TaskIds:
@@ -192,20 +195,3 @@ def _tasks(rows: list[TaskIds], one_task: TaskIds | None) -> Tasks:
         return Tasks(*(None if t is None else np.int32(t) for t in one_task))
     sides = zip(*rows, strict=True)
     return Tasks(*(None if None in side else np.array(side, np.int32) for side in sides))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 4, 5, 6, 7, 8))
-def _search(
-    params: Params,
-    config: ModelConfig,
-    source: jax.Array,
-    tasks: Tasks,
-    max_length: int,
-    beam: int,
-    alpha: float,
-    n_best: int,
-    spread: Spread,
-) -> tuple[jax.Array, jax.Array]:
-    options: Any = {"max_length": max_length, "beam": beam, "alpha": alpha, "n_best": n_best}
-    options |= spread._asdict()
-    return search_n_best(params, config, source, tasks, **options)

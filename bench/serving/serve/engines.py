@@ -11,31 +11,35 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from taskmoe.wmt.config import ModelConfig
-from taskmoe.wmt.model.decoding import search
+from taskmoe.wmt.model.beams import Search
+from taskmoe.wmt.model.decoding import prepared, search_leaving
 from taskmoe.wmt.model.transformer import Params, Tasks
 from taskmoe.wmt.text.tokenizer import EOS, PAD
 
-OURS = "taskmoe, float32"
+OURS = {"taskmoe, float32": "float32", "taskmoe, int8": "int8"}
 THEIRS = {"CTranslate2, float32": "float32", "CTranslate2, int8": "int8"}
 Ids = list[list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Source ids, the first `rows` of them sentences [B, S] i32, and target positions at most."""
+    """Sentences, the most that are ever at once, source positions, and target positions at most."""
 
-    source: np.ndarray
+    sentences: Ids
     rows: int
+    width: int
     max_length: int
 
     @functools.cached_property
-    def sentences(self) -> Ids:
-        """The ids without padding."""
-        return [[int(t) for t in row if t != PAD] for row in self.source[: self.rows]]
+    def source(self) -> np.ndarray:
+        """Source ids [rows, width] i32, padded."""
+        found = np.full((self.rows, self.width), PAD, np.int32)
+        for row, ids in zip(found, self.sentences, strict=False):
+            row[: len(ids)] = ids
+        return found
 
 
 #: Translates a batch with so many hypotheses.
@@ -50,16 +54,14 @@ def ctranslate2_version() -> str | None:
 
 
 def ours(params: Params, config: ModelConfig) -> Translate:
-    """This library's search, compiled once for each shape."""
-
-    @functools.partial(jax.jit, static_argnums=(2, 3))
-    def run(params: Params, source: jax.Array, max_length: int, beam: int) -> jax.Array:
-        options: Any = {"max_length": max_length, "beam": beam, "alpha": 0.0}
-        return search(params, config, source, Tasks(None, None), **options)[0]
+    """This library's search as `translate` runs it, compiled once for each shape."""
+    alone = Tasks(None, None)
+    params = prepared(params, config, alone)
 
     def translate(batch: Batch, beam: int) -> Ids:
-        found = np.asarray(run(params, batch.source, batch.max_length, beam))[: batch.rows]
-        return [_until_end(row.tolist()) for row in found]
+        how = Search(batch.max_length, beam, alpha=0.0)
+        found, _ = search_leaving(params, config, how, batch.source, alone)
+        return [_until_end(row.tolist()) for row in found[: len(batch.sentences), 0]]
 
     return translate
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -15,14 +16,13 @@ from taskmoe.bench.harness import machine
 from taskmoe.bench.harness.results import Result, Spread
 from taskmoe.bench.serving.beam.measure import sub_network_config
 from taskmoe.bench.serving.serve import engines
-from taskmoe.bench.serving.serve.engines import OURS, THEIRS, Batch, Ids, Translate
+from taskmoe.bench.serving.serve.engines import OURS, THEIRS, Batch, Ids
 from taskmoe.bench.serving.serve.spec import Spec
-from taskmoe.cli.devices import use_present_devices
+from taskmoe.bench.serving.serve.worker import Engine, write_workload
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model import transformer
-from taskmoe.wmt.model.ctranslate2_export import specification
 from taskmoe.wmt.model.decoding import MULTIPLE, length_limit
 from taskmoe.wmt.model.saved import load_model
 from taskmoe.wmt.model.transformer import Params, param_count
@@ -30,6 +30,7 @@ from taskmoe.wmt.model.translation import task_ids
 from taskmoe.wmt.text.tokenizer import BOS, EOS, PAD, UNK
 
 SOURCE, TARGET = 32, 32  # positions of random sentences, and of their translations
+QUIET_S = 0.3  # before each is timed: threads of the one before may still wait busily
 LATENCIES = 8  # random sentences that are translated one by one
 BATCHES_A_ROUND = 4  # at most, of a text
 #: Translations that CTranslate2 must share with ours: the rest are ties, and ended hypotheses of
@@ -42,8 +43,9 @@ class Row:
     """An engine at a beam and batch.
 
     sentences_per_s, tokens_per_s: of translations, over rounds. latency_ms: p50 and p95 of a call
-    with one sentence, None at larger batches. over_float32: speed over CTranslate2's in float32,
-    round by round. identical: share of translations that are ours.
+    with one sentence, None at larger batches. over: speed over CTranslate2's with the same numbers,
+    float32 or int8, round by round. identical: share of translations that are our float32's.
+    memory_bytes: of the engine's process at most, beyond what its libraries take.
     """
 
     system: str
@@ -53,7 +55,8 @@ class Row:
     tokens_per_s: Spread
     identical: float
     latency_ms: tuple[float, float] | None = None
-    over_float32: Spread | None = None
+    over: Spread | None = None
+    memory_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,6 @@ class Workload:
 
 def measure(spec: Spec) -> Served:
     """Every engine; InputError where CTranslate2's float32 does not translate as we do."""
-    use_present_devices()
     work = random_workload(spec) if spec.model is None else text_workload(spec)
     about = machine.describe()
     version = engines.ctranslate2_version()
@@ -93,8 +95,18 @@ def measure(spec: Spec) -> Served:
         about["ctranslate2"] = version
     cases = [(batch, beam) for beam in spec.beams for batch in spec.batches]
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder, bar("serving", "cases") as progress:
-        systems = _start(work, Path(folder), version is not None)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.ExitStack() as stack,
+        bar("serving", "cases") as progress,
+    ):
+        longest = max(length_limit(max(map(len, work.sentences))), TARGET) + MULTIPLE
+        positions = None if version is None else 2 * longest
+        write_workload(Path(folder), work.params, work.config, work.pieces, positions)
+        names = [*OURS, *([] if version is None else THEIRS)]
+        systems = {name: Engine(name, Path(folder)) for name in names}
+        for system in systems.values():
+            stack.enter_context(system)
         for done, (batch, beam) in enumerate(cases):
             progress(done, len(cases))
             rows += one_case(systems, batches(work, batch), beam, spec.rounds, work.ends)
@@ -106,9 +118,11 @@ def random_workload(spec: Spec) -> Workload:
     """Random weights and sentences; translations go on to their last position."""
     config = sub_network_config(spec.config)
     params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), config)
-    params = transformer.with_softmax(params)
     # A translation that ends early would look fast: `</s>` is made as likely as the average word.
-    params = params | {"softmax": params["softmax"].at[:, EOS].set(0)}
+    if config.tie_embeddings:
+        params = params | {"embedding": params["embedding"].at[EOS].set(0)}
+    else:
+        params = params | {"softmax": params["softmax"].at[:, EOS].set(0)}
     special = {PAD: "<pad>", UNK: "<unk>", BOS: "<s>", EOS: "</s>"}
     pieces = [special.get(i, f"word{i}") for i in range(config.vocab_size)]
     rows = max(*spec.batches, LATENCIES)
@@ -146,34 +160,21 @@ def batches(work: Workload, batch: int) -> list[Batch]:
     for at in range(0, len(ordered), batch):
         rows = ordered[at : at + batch]
         width = -(-len(rows[-1]) // MULTIPLE) * MULTIPLE
-        source = np.full((batch, width), PAD, np.int32)
-        for row, ids in zip(source, rows, strict=False):
-            row[: len(ids)] = ids
-        found.append(Batch(source, len(rows), length_limit(width) if work.ends else TARGET))
+        found.append(Batch(rows, batch, width, length_limit(width) if work.ends else TARGET))
     return found[:: -(-len(found) // most)]
 
 
-def _start(work: Workload, folder: Path, compare: bool) -> dict[str, Translate]:
-    """The engines by name; compare: CTranslate2's too, exported into a folder."""
-    systems = {OURS: engines.ours(work.params, work.config)}
-    if compare:
-        longest = max(length_limit(max(map(len, work.sentences))), TARGET) + MULTIPLE
-        spec = specification(work.params, work.config, work.pieces, 2 * longest)
-        spec.save(str(folder))
-        for name, compute_type in THEIRS.items():
-            systems[name] = engines.theirs(folder, compute_type, work.pieces)
-    return systems
-
-
 def one_case(
-    systems: dict[str, Translate], work: Sequence[Batch], beam: int, rounds: int, ends: bool
+    systems: Mapping[str, Engine], work: list[Batch], beam: int, rounds: int, ends: bool
 ) -> list[Row]:
     """Translate with every engine, compare, and time rounds over all batches in turns."""
-    found = {name: [row for b in work for row in run(b, beam)] for name, run in systems.items()}
-    if not ends and any(len(row) != TARGET for row in found[OURS]):
+    answers = {name: system.translate(work, beam) for name, system in systems.items()}
+    found: dict[str, Ids] = {name: answer["found"] for name, answer in answers.items()}
+    first = next(iter(OURS))
+    if not ends and any(len(row) != TARGET for row in found[first]):
         raise RuntimeError("a random translation ended early: its steps cannot be counted")
     same = {
-        name: float(np.mean([a == b for a, b in zip(rows, found[OURS], strict=True)]))
+        name: float(np.mean([a == b for a, b in zip(rows, found[first], strict=True)]))
         for name, rows in found.items()
     }
     reference = next(iter(THEIRS))
@@ -184,12 +185,15 @@ def one_case(
         )
     seconds: dict[str, list[list[float]]] = {name: [] for name in systems}
     for _ in range(rounds):
-        for name, run in systems.items():
-            seconds[name].append([_timed(run, b, beam) for b in work])
+        for name, system in systems.items():
+            time.sleep(QUIET_S)
+            seconds[name].append(system.time(work, beam))
     totals = {name: np.sum(times, axis=1) for name, times in seconds.items()}
-    size = work[0].source.shape[0]
+    size = work[0].rows
+    rivals = {kind: name for name, kind in THEIRS.items()}
     rows = []
     for name, total in totals.items():
+        rival = rivals[(OURS | THEIRS)[name]]
         tokens = sum(map(len, found[name])) + (len(found[name]) if ends else 0)  # and `</s>`
         p50, p95 = 1e3 * np.quantile(np.concatenate(seconds[name]), (0.5, 0.95))
         rows.append(
@@ -201,13 +205,8 @@ def one_case(
                 Spread.of(tokens / total),
                 same[name],
                 (float(p50), float(p95)) if size == 1 else None,
-                Spread.of(totals[reference] / total) if reference in totals else None,
+                Spread.of(totals[rival] / total) if rival in totals else None,
+                answers[name]["memory_bytes"],
             )
         )
     return rows
-
-
-def _timed(run: Translate, batch: Batch, beam: int) -> float:
-    began = time.perf_counter()
-    run(batch, beam)
-    return time.perf_counter() - began

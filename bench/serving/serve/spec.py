@@ -46,7 +46,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batches", help=f"sentences at once: {','.join(map(str, BATCHES))}")
     p.add_argument("--beams", help=f"hypotheses: {','.join(map(str, BEAMS))}")
     p.add_argument("--sentences", type=int, default=256, help="of the text at most")
-    p.add_argument("--rounds", type=int, default=5, help="times that each is measured")
+    p.add_argument("--rounds", type=int, default=3, help="times that each is measured")
     p.add_argument("--quick", action="store_true", help="up to four sentences, three rounds")
     p.add_argument("--json", type=Path, help="write the results here")
     p.add_argument("--png", type=Path, help="draw the speeds here")
