@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -313,7 +314,8 @@ def _logits(
 def _serve(models: dict[str, Model], batches: Sequence[int]) -> Serving:
     token, task = models["token"], models["task"]
     tight = dataclasses.replace(token.config, capacity_factor=2.0)
-    subs = [extract(task, name) for name in task.config.tasks("decoder")[:DEVICES]]
+    each = {name: extract(task, name) for name in task.config.tasks("decoder")}
+    subs = list(itertools.islice(itertools.cycle(each.values()), DEVICES))  # some serve twice
     mesh = serving.device_mesh(DEVICES)
     systems = {
         "token-MoE, dropless": serving.expert_parallel(token.params, token.config, mesh),
