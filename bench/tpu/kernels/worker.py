@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,7 +30,6 @@ from taskmoe.bench.tpu.cases import Case
 from taskmoe.bench.tpu.compiler import TOO_LARGE
 from taskmoe.bench.tpu.grid_walk import KernelCall, recording, unwritten_zeros
 from taskmoe.bench.tpu.regions import Bundles
-from taskmoe.moe import row_major
 
 
 @functools.cache
@@ -58,11 +58,10 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
         with jax.set_mesh(mesh), jax.default_device(mesh.devices.flat[0]):
             function, arguments = kernel_cases.program(case).directed(case.direction)
             whole = NamedSharding(mesh, P())
-            placed = _placed(arguments, whole)
-            results = _placed(kernel_cases.result_shapes(function, arguments), whole)
-            out = jax.tree.map(lambda s: s.format if s.ndim > 1 else s.sharding, results)
-            jitted = jax.jit(function, out_shardings=out)
-            hlo = jitted.lower(*placed).compile().as_text() or ""
+            results = kernel_cases.result_shapes(function, arguments)
+            there, out = _formats(arguments, whole), _formats(results, whole)
+            jitted = jax.jit(function, in_shardings=tuple(there), out_shardings=out)
+            hlo = jitted.lower(*arguments).compile().as_text() or ""
     except Exception as error:  # a refusal, the compiler's or the library's, is a result
         return {"error": " ".join(str(error).split())[:500]}
     seconds = time.perf_counter() - start
@@ -77,18 +76,13 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
     }
 
 
-def _placed(shapes: Any, whole: NamedSharding) -> Any:
-    """Shapes on the chip, lying as in a model that has its parameters as `row_major` puts them.
+def _formats(shapes: Any, whole: NamedSharding) -> Any:
+    """How arrays lie in a model that has its parameters as `row_major` puts them.
 
-    Rows are results there of what runs before, which gives them as the kernels want them.
+    Rows and logits are results there of what runs before: the compiler lays them out.
     """
-    there = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), shapes)
     return jax.tree.map(
-        lambda s, format: jax.ShapeDtypeStruct(
-            s.shape, s.dtype, sharding=format if s.ndim > 1 else whole
-        ),
-        there,
-        row_major(there),
+        lambda s: Format(Layout(tuple(range(s.ndim))) if s.ndim > 2 else Layout.AUTO, whole), shapes
     )
 
 
