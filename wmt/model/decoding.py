@@ -124,9 +124,9 @@ def search_leaving(
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `search_n_best`, on the host: sentences that have ended leave the batch.
 
-    params: from `prepared`. config: the model's. source: [B, S] i32. factor: a power of two, above
-    1; batches of B sentences and of its powers below are compiled, once each for a length of the
-    source and room in the cache.
+    params: from `prepared`. config: the model's. source: [B, S] i32. factor: a power of two;
+    batches of B sentences and of its powers below are compiled, once each for a length of the
+    source and room in the cache. With 1 all stay until the last has ended.
     Returns ids [B, n_best, max_length] i32 and scores [B, n_best] f32. Raises ValueError as that.
 
     Experts of a limited capacity have room by the size of the batch, and drop what is beyond: where
@@ -142,7 +142,7 @@ def search_leaving(
     for room in how.stages():
         batch = _moved(batch, None, room)
         while True:
-            smaller = 0 if limited else _smaller(len(names), factor)
+            smaller = 0 if limited or factor == 1 else _smaller(len(names), factor)
             batch = _advance(params, config, how, batch, smaller)
             ended = np.asarray(batch.ended)
             left = len(ended) - int(ended.sum())

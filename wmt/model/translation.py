@@ -25,7 +25,7 @@ from taskmoe.wmt.text.tokenizer import EOS, PAD
 
 TaskIds = tuple[int | None, int | None]
 _ENDS_OF_LINES = str.maketrans("\r\n", "  ")  # byte pieces, which would break a line in two
-_FEW = 4  # batches, up to which few sizes of batches are compiled
+_FEW, _MANY = 16, 64  # batches: below, no smaller sizes are worth compiling; above, all are
 _SHORT = 128  # source tokens up to which a batch is full; of longer ones it has fewer rows
 
 
@@ -38,6 +38,8 @@ class Decoding:
     max_source: tokens of a sentence, its language and `</s>` included; the rest is cut off.
     mixed_tasks: batches hold whatever directions come, as when one full model serves all; else a
       batch holds one combination of tasks and a task-routed model runs as that sub-network.
+    shrink: a power of two by which a batch shrinks as its sentences end; each size is compiled
+      once. 1 is never. None is 1 for few sentences, 4 from 16 batches on and 2 from 64 on.
     """
 
     beam: int = 1
@@ -46,12 +48,15 @@ class Decoding:
     max_length: int | None = None
     mixed_tasks: bool = False
     max_source: int = 512
+    shrink: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("beam", "batch", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.shrink is not None and (self.shrink < 1 or self.shrink & (self.shrink - 1)):
+            raise ValueError(f"shrink must be a power of two, got {self.shrink}")
         if self.max_source < 3:  # the language, a piece, </s>
             raise ValueError(f"max_source must be at least 3, got {self.max_source}")
         check_alpha(self.alpha)
@@ -130,8 +135,8 @@ def translate_n_best(
     if not any(config.tasks(side) for side in ("encoder", "decoder")):
         # Search does not look at directions then: one compilation serves every sub-network.
         config = dataclasses.replace(config, pairs=("source-target",))
-    # What few sentences gain by smaller batches, compiling many sizes would cost.
-    factor = 2 if len(encoded) > _FEW * decoding.batch else 4
+    batches = len(encoded) / decoding.batch
+    shrink = decoding.shrink or (1 if batches < _FEW else 4 if batches < _MANY else 2)
     out: list[list[Hypothesis]] = [[] for _ in requests]
     done = 0
     for one_task, widths in groups.items():
@@ -149,7 +154,7 @@ def translate_n_best(
                 rows = [ids[requests[i][0]] for i in chunk]
                 rows += rows[:1] * (rows_a_batch - len(chunk))
                 tasks = _tasks(rows, one_task)
-                found, scores = search_leaving(params, config, how, source, tasks, factor)
+                found, scores = search_leaving(params, config, how, source, tasks, shrink)
                 for i, best in zip(chunk, _hypotheses(model, found, scores), strict=False):
                     out[i] = best
                 done += len(chunk)

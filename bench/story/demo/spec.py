@@ -26,7 +26,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """What the command takes."""
     p.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report")
     p.add_argument("--steps", type=int, default=600, help="training steps of each model")
-    p.add_argument("--sentences", type=int, default=100, help="test sentences of each direction")
+    p.add_argument("--sentences", type=int, default=50, help="test sentences of each direction")
     p.add_argument("--quick", action="store_true", help="at most 60 steps and 5 sentences: a look")
     p.add_argument("--json", type=Path, help="write the results here too")
 
