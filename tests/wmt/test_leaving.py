@@ -14,6 +14,7 @@ from taskmoe.wmt.model import decoding
 from taskmoe.wmt.model.beams import Batch, Search, Spread
 from taskmoe.wmt.model.decoding import prepared, search_leaving, search_n_best
 from taskmoe.wmt.model.transformer import Tasks
+from taskmoe.wmt.model.translation import Decoding, translate
 from taskmoe.wmt.text.tokenizer import EOS
 from taskmoe.wmt.training.parallel import make_mesh, spread_model
 
@@ -132,3 +133,13 @@ def test_over_a_mesh(sizes: list[int], beam: int) -> None:
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="n_best must be in"):
         search_leaving({}, CONFIG, Search(8, 2, n_best=3), sources(2), NO_TASKS)
+
+
+def test_how_batches_shrink_changes_no_translation() -> None:
+    model = support.model()
+    requests = support.text(4)
+    lines = [(pair, line) for pair, (sources, _) in requests.items() for line in sources]
+    found = [translate(model, lines, Decoding(beam=2, batch=4, shrink=n)) for n in (None, 1, 2, 4)]
+    assert found[0] == found[1] == found[2] == found[3]
+    with pytest.raises(ValueError, match="shrink must be a power of two, got 3"):
+        Decoding(shrink=3)
