@@ -178,6 +178,7 @@ def _command(stem: str) -> str:
 
 def _where(facts: dict[str, str]) -> str:
     """The machine and the versions, in words."""
-    names = ("jax", "libtpu", "numpy")
+    names = ("jax", "libtpu", "numpy", "nvidia-cudnn-cu13", "torch", "tokamax")
     libraries = ", ".join(f"{name} {facts[name]}" for name in names if name in facts)
-    return f"{facts['cpu']}, {facts['cores']} cores, Python {facts['python']}, {libraries}"
+    gpu = f"{facts['gpu']} (driver {facts['driver']}), " if "gpu" in facts else ""
+    return f"{gpu}{facts['cpu']}, {facts['cores']} cores, Python {facts['python']}, {libraries}"

@@ -16,9 +16,9 @@ def row_major(params: Any) -> Any:
 
     Without it XLA lays out a program's arguments so that they take the least padding. On TPU that
     puts the experts last where their widths are no multiples of 128, like GPT-OSS's 2,880, and then
-    every matrix is copied before each call: for 128 such experts that takes ten times as long as
-    the products. A jitted function takes arrays as they lie; what it returns it lays out anew,
-    unless it is told.
+    every matrix is copied before each call, which by the compile lab's model takes longer than the
+    products themselves. A jitted function takes arrays as they lie; what it returns it lays out
+    anew, unless it is told.
 
     params: a tree of arrays, or of `jax.ShapeDtypeStruct` with shardings.
 

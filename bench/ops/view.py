@@ -49,7 +49,8 @@ def view(result: Ops) -> View:
         ],
     )
     means = ", ".join(f"{op} {_mean(cases):.2f}" for op, cases in speedups.items())
-    answer = f"Speedups over the fastest that does the same work, geometric means: {means}."
+    where = f"On an {result.machine['gpu']}: s" if "gpu" in result.machine else "S"
+    answer = f"{where}peedups over the fastest that does the same work, geometric means: {means}."
     return View(
         answer, about, [table, short], (), _findings(result) + wrong, short, int(bool(wrong))
     )

@@ -10,7 +10,7 @@ import pytest
 
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.config import ModelConfig
-from taskmoe.wmt.model import decoding
+from taskmoe.wmt.model import decoding, translation
 from taskmoe.wmt.model.beams import Batch, Search, Spread
 from taskmoe.wmt.model.decoding import prepared, search_leaving, search_n_best
 from taskmoe.wmt.model.transformer import Tasks
@@ -143,3 +143,18 @@ def test_how_batches_shrink_changes_no_translation() -> None:
     assert found[0] == found[1] == found[2] == found[3]
     with pytest.raises(ValueError, match="shrink must be a power of two, got 3"):
         Decoding(shrink=3)
+
+
+def test_a_stream_shrinks_its_batches_once_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def watched(*args: Any) -> Any:
+        seen.append(args[-1])
+        return search_leaving(*args)
+
+    monkeypatch.setattr(translation, "search_leaving", watched)
+    model, batch = support.model(), 4
+    line = (support.PAIRS[0], support.text(1)[support.PAIRS[0]][0][0])
+    for batches in (0, 16, 64):
+        translate(model, [line], Decoding(batch=batch), before=batches * batch)
+    assert seen == [1, 4, 2]

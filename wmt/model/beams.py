@@ -158,19 +158,29 @@ def found(how: Search, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return ids, score.at[:, :1].set(jnp.where(none, late, score[:, :1]))
 
 
-def _greedy_step(params: Params, config: ModelConfig, how: Search, b: Batch) -> Batch:
-    token = jax.lax.dynamic_index_in_dim(b.live[:, 0], b.position, 1, keepdims=False)
-    logits, cache = decode_step(
+def _logits(
+    params: Params, config: ModelConfig, how: Search, b: Batch, growing: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Of the next token of all hypotheses: [B*K, V] f32. growing: [B*K] bool, those that matter."""
+    token = jax.lax.dynamic_index_in_dim(b.live, b.position, 2, keepdims=False).reshape(-1)
+    task = b.task
+    if task is not None and jnp.ndim(task) == 1:
+        task = jnp.repeat(jnp.asarray(task), how.beam)
+    return decode_step(
         params,
         config,
         b.cache,
         b.valid,
         token,
         b.position,
-        b.task,
-        valid=~b.ended,
+        task,
+        valid=growing,
         **how.on._asdict(),
     )
+
+
+def _greedy_step(params: Params, config: ModelConfig, how: Search, b: Batch) -> Batch:
+    logits, cache = _logits(params, config, how, b, ~b.ended)
     chosen = most_likely(logits)
     gain = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.where(b.ended, PAD, chosen)
@@ -206,22 +216,8 @@ def _beam_step(params: Params, config: ModelConfig, how: Search, b: Batch) -> Ba
         live = score > _NEVER / 2
         return live if b.limit is None else live & (position < b.limit)[:, None]
 
-    token = jax.lax.dynamic_index_in_dim(b.live, b.position, 2, keepdims=False).reshape(-1)
-    task = b.task
-    if task is not None and jnp.ndim(task) == 1:
-        task = jnp.repeat(jnp.asarray(task), beam)
-    logits, cache = decode_step(
-        params,
-        config,
-        b.cache,
-        b.valid,
-        token,
-        b.position,
-        task,
-        # A sentence with no live hypothesis left takes no expert's time.
-        valid=alive(b.score, b.position).reshape(-1),
-        **how.on._asdict(),
-    )
+    # A sentence with no live hypothesis left takes no expert's time.
+    logits, cache = _logits(params, config, how, b, alive(b.score, b.position).reshape(-1))
     # 2K candidates hold at least K that do not end.
     score, origin, chosen = best_continuations(logits, b.score, 2 * beam)
     grown = jnp.take_along_axis(b.live, origin[:, :, None], axis=1)

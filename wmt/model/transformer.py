@@ -337,8 +337,10 @@ def with_softmax(params: Params) -> Params:
 def most_likely(logits: jax.Array) -> jax.Array:
     """Index of the largest of logits [..., V], the first of equals: [...] i32.
 
-    As a maximum and a search for it, which XLA's CPU code vectorises; its argmax it does not.
+    As a maximum and a search for it, which XLA's CPU code vectorises; its argmax it does not. Both
+    must see the same numbers: XLA may compute the softmax's product twice, rounded otherwise.
     """
+    logits = jax.lax.optimization_barrier(logits)
     best = jnp.max(logits, axis=-1, keepdims=True)
     index = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     return jnp.min(jnp.where(logits == best, index, logits.shape[-1] - 1), axis=-1)

@@ -39,7 +39,8 @@ class Decoding:
     mixed_tasks: batches hold whatever directions come, as when one full model serves all; else a
       batch holds one combination of tasks and a task-routed model runs as that sub-network.
     shrink: a power of two by which a batch shrinks as its sentences end; each size is compiled
-      once. 1 is never. None is 1 for few sentences, 4 from 16 batches on and 2 from 64 on.
+      once. 1 is never. None is 1 for few sentences, 4 from 16 batches on and 2 from 64 on, those
+      before in the same stream counted.
     """
 
     beam: int = 1
@@ -81,7 +82,7 @@ def translate(
     """Translate (direction, sentence) requests; results in their order, "" for an empty sentence.
 
     progress: called with (done, total) after each batch. note: called with a line for each sentence
-    that is cut to `decoding.max_source`. before: lines that stand before these, for that note.
+    that is cut to `decoding.max_source`. before: lines of the same stream that stand before these.
     spread: a mesh over which the model's experts lie, see `parallel.spread_model`.
     Raises InputError for a direction that the model cannot translate.
     """
@@ -135,7 +136,7 @@ def translate_n_best(
     if not any(config.tasks(side) for side in ("encoder", "decoder")):
         # Search does not look at directions then: one compilation serves every sub-network.
         config = dataclasses.replace(config, pairs=("source-target",))
-    batches = len(encoded) / decoding.batch
+    batches = (before + len(encoded)) / decoding.batch
     shrink = decoding.shrink or (1 if batches < _FEW else 4 if batches < _MANY else 2)
     out: list[list[Hypothesis]] = [[] for _ in requests]
     done = 0

@@ -54,7 +54,7 @@ def ctranslate2_version() -> str | None:
 
 
 def ours(params: Params, config: ModelConfig) -> Translate:
-    """This library's search as `translate` runs it, compiled once for each shape."""
+    """This library's search as `translate` runs it for many sentences, once compiled."""
     alone = Tasks(None, None)
     params = prepared(params, config, alone)
 

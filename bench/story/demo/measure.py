@@ -34,8 +34,7 @@ from taskmoe.wmt.text.tokenizer import BOS, PAD, Tokenizer, train_tokenizer
 from taskmoe.wmt.training.loop import Progress, train
 
 DEVICES = 8
-#: Few, so that minutes of training take every model past its beginnings: of all 30, 600 steps leave
-#: models at 7 to 17 BLEU, in an order that changes from run to run.
+#: Few, so that minutes of training take every model past its beginnings; see docs/tried.md.
 LANGUAGES = ("cs", "de", "es", "fi", "fr")
 PAIRS = tuple(pair for x in LANGUAGES for pair in (f"en-{x}", f"{x}-en"))
 #: Model -> routing of its encoder and decoder. "dense" is as wide as the two experts that a token

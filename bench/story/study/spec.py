@@ -11,8 +11,8 @@ from taskmoe.cli.errors import InputError
 
 #: System -> what it is: routing of its encoder and decoder, or how it came about.
 SYSTEMS = {
-    "narrow": "dense, d_ff (the paper's)",
-    "dense": "dense, equal compute",
+    "narrow": "dense (the paper's, d_ff)",
+    "dense": "dense (equal compute)",
     "token": "token/token",
     "sentence": "sentence/sentence",
     "target": "target/target",

@@ -122,9 +122,9 @@ def findings(rows: Sequence[Row]) -> list[str]:
         if n in bleu and n != base and dense and (bleu[n] > bleu[base]) != (theirs > dense)
     ]
     lines.append(
-        f"These compare with {SYSTEMS[base]}, otherwise than in the paper: {', '.join(otherwise)}."
+        f"These compare with {SYSTEMS[base]} otherwise than in the paper: {', '.join(otherwise)}."
         if otherwise
-        else f"Every system compares with {SYSTEMS[base]}, as in the paper."
+        else f"Every system compares with {SYSTEMS[base]} as in the paper."
     )
     lines += _doubtful(rows)
     if not {"token", "target", "distilled"} <= set(bleu):

@@ -91,7 +91,7 @@ def test_what_is_gathered(folder: Path, tmp_path: Path, capsys: Any) -> None:
     said = capsys.readouterr().out
     assert "Best first: token/target 26.50" in said
     assert "keeps 50% of the token-routed teacher's gain (the paper: 43%)" in said
-    assert "Every system compares with dense, d_ff (the paper's), as in the paper." in said
+    assert "Every system compares with dense (the paper's, d_ff) as in the paper." in said
     lines = {line[0]: line for line in cells(from_json(study.Studied, result).rows)}
     assert lines["token/target"][1:7] == ("26.50 ± 0.71", "2", "+6.00", "+6.50", "23.52", "+2.92")
     assert lines["static by target"][6] == ""
@@ -145,7 +145,7 @@ def test_pruned_models_are_timed_on_a_direction_of_theirs(folder: Path) -> None:
 def test_a_system_on_the_other_side_of_dense_is_named() -> None:
     worse = [row(name, [level]) for name, level in (BLEU | {"token": 1.0}).items()]
     said = " ".join(findings(worse))
-    assert "the paper's), otherwise than in the paper: token/token." in said
+    assert "the paper's, d_ff) otherwise than in the paper: token/token." in said
     assert "There is nothing to keep of the token-routed teacher's gain over dense" in said
 
 
