@@ -45,6 +45,7 @@ BENCHMARKS = {
     "study": Benchmark("story.study", {"study-multi30k": _STUDY}),
     "decode": Benchmark("serving.decode", {"decode": "decode"}),
     "beam": Benchmark("serving.beam", {"beam": "beam"}),
+    "serve": Benchmark("serving.serve", {"serve": "serve"}),
     "exchange": Benchmark(
         "exchange",
         {
@@ -178,7 +179,7 @@ def _command(stem: str) -> str:
 
 def _where(facts: dict[str, str]) -> str:
     """The machine and the versions, in words."""
-    names = ("jax", "libtpu", "numpy", "nvidia-cudnn-cu13", "torch", "tokamax")
+    names = ("jax", "libtpu", "numpy", "nvidia-cudnn-cu13", "torch", "tokamax", "ctranslate2")
     libraries = ", ".join(f"{name} {facts[name]}" for name in names if name in facts)
     gpu = f"{facts['gpu']} (driver {facts['driver']}), " if "gpu" in facts else ""
     return f"{gpu}{facts['cpu']}, {facts['cores']} cores, Python {facts['python']}, {libraries}"

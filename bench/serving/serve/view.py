@@ -30,7 +30,9 @@ def view(result: Served) -> View:
             "pip install 'taskmoe[ctranslate2]'."
         )
     else:
-        answer = " ".join(_beside(result.rows, *pair) for pair in zip(OURS, THEIRS, strict=True))
+        pairs = list(zip(OURS, THEIRS, strict=True))
+        answer = " ".join(_range(result.rows, *pair) for pair in pairs)
+        said += [_beside(result.rows, *pair) for pair in pairs]
         different = [r for r in result.rows if r.system in list(THEIRS)[:1] and r.identical < 1]
         if different:
             said.append(
@@ -46,7 +48,9 @@ def view(result: Served) -> View:
         "holds at most beyond its libraries; the speed over CTranslate2's is in the same numbers, "
         "float32 or int8."
     )
-    short = table.only(HEADINGS[:6], lambda row: row[0] == str(result.rows[-1].beam))
+    short = table.only(
+        HEADINGS[1:6], lambda row: row[0] == str(result.rows[-1].beam) and row[2] in OURS
+    )
     chart = Chart("serve", "Tokens a second by engine and batch", lambda: _chart(result))
     return View(answer, about, [table], [chart], said, short)
 
@@ -65,16 +69,28 @@ def _cells(r: Row) -> tuple[str, ...]:
     )
 
 
+def _times(rows: list[Row], ours: str, name: str) -> dict[tuple[int, int], float]:
+    """(beam, sentences) -> our speed over an engine's."""
+    speed = {(r.system, r.beam, r.batch): r.tokens_per_s.median for r in rows}
+    cases = [(r.beam, r.batch) for r in rows if r.system == ours]
+    return {case: speed[ours, *case] / speed[name, *case] for case in cases}
+
+
+def _range(rows: list[Row], ours: str, name: str) -> str:
+    """The least and the largest of our speeds over an engine's, in a sentence."""
+    times = sorted(_times(rows, ours, name).values())
+    span = f"{times[0]:.2f} to {times[-1]:.2f}"
+    return f"In {OURS[ours]} taskmoe makes {span} times the tokens of CTranslate2."
+
+
 def _beside(rows: list[Row], ours: str, name: str) -> str:
     """Our speed over an engine's at each beam and batch, in a sentence."""
-    speed = {(r.system, r.beam, r.batch): r.tokens_per_s.median for r in rows}
+    times = _times(rows, ours, name)
     parts = []
-    for beam in dict.fromkeys(r.beam for r in rows):
-        sizes = [r.batch for r in rows if r.system == ours and r.beam == beam]
-        times = [speed[ours, beam, n] / speed[name, beam, n] for n in sizes]
-        of = ", ".join(f"{time:.2f} at {n}" for time, n in zip(times, sizes, strict=True))
+    for beam in dict.fromkeys(beam for beam, _ in times):
+        of = ", ".join(f"{time:.2f} at {n}" for (b, n), time in times.items() if b == beam)
         parts.append(f"{of} with beam {beam}")
-    return f"{ours} makes this many times the tokens of {name}: {'; '.join(parts)}."
+    return f"{ours}, over {name}, by sentences at once: {'; '.join(parts)}."
 
 
 def _chart(result: Served) -> Figure:
