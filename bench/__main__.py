@@ -1,7 +1,7 @@
 """Command line: `python -m taskmoe.bench NAME`, each NAME with a question of its own.
 
-demo, ops, exchange, decode, beam, serve, task, training, text, study, tpu, tune, check, report;
-each takes --json FILE and --help.
+demo, ops, exchange, decode, beam, serve, task, training, text, study, ablation, tpu, tune,
+check, report; each takes --json FILE and --help.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ COMMANDS = {
     "training": "taskmoe.bench.training",
     "text": "taskmoe.bench.text",
     "study": "taskmoe.bench.story.study",
+    "ablation": "taskmoe.bench.story.ablation",
     "tpu": "taskmoe.bench.tpu",
     "tune": "taskmoe.bench.tune",
     "check": "taskmoe.bench.gate",

@@ -217,6 +217,7 @@ class TrainConfig(_Json):
     schedule: "inverse_sqrt" after `warmup_steps` (the paper), or "cosine" down to 0 at `steps`.
     optimizer: "adafactor" (the paper) or "adamw". learning_rate: its peak, after warm-up.
     weight_decay: share of every weight that a step takes off, times the learning rate.
+    beta2, epsilon: AdamW's decay of the squares' mean, and what is added to its root.
     clip_norm: largest global gradient norm.
     warmup_steps: over which the learning rate rises. label_smoothing: share of the wanted
       distribution that is spread over all words.
@@ -248,6 +249,8 @@ class TrainConfig(_Json):
     schedule: Literal["inverse_sqrt", "cosine"] = "inverse_sqrt"
     label_smoothing: float = 0.1
     weight_decay: float = 0.0
+    beta2: float = 0.98
+    epsilon: float = 1e-8
     clip_norm: float = 1.0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     accumulate: int = 1
@@ -287,14 +290,15 @@ class TrainConfig(_Json):
             raise ValueError(f"max_ratio must be at least 1, got {self.max_ratio}")
         if self.temperature < 0.05:  # sizes to the power of 1/T stay numbers
             raise ValueError(f"temperature must be at least 0.05, got {self.temperature}")
-        for name in ("learning_rate", "clip_norm"):
+        for name in ("learning_rate", "clip_norm", "epsilon"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("weight_decay", "seed", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        for name in ("label_smoothing", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
     def batch_rows(self, length: int) -> int:
         """Sentences in a batch of a bucket: `batch_tokens` source plus target positions.

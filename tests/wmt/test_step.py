@@ -114,6 +114,50 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     )
 
 
+def slope_along_the_gates(planted: float = 1.0) -> tuple[float, float]:
+    """The loss's slope along its gradient by all gates: as JAX has it, and by differences."""
+    objective = step.make_objective(MODEL, CONFIG)
+    params, batch = support.params(MODEL), data().batch(0)
+
+    @jax.jit
+    def loss(params: Any) -> jax.Array:
+        return objective(params, batch, jnp.float32(64), jax.random.key(0))[0]
+
+    def gates(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf if getattr(path[-1], "key", None) == "gate" else jnp.zeros_like(leaf)
+
+    slope = jax.tree_util.tree_map_with_path(gates, jax.grad(loss)(params))
+    norm = float(optax.tree.norm(slope))
+    assert norm > 1e-4
+    apart = 2e-3
+    ends = [
+        float(loss(jax.tree.map(lambda p, s, way=way: p + way * apart / norm * s, params, slope)))
+        for way in (1, -1)
+    ]
+    return planted * norm, (ends[0] - ends[1]) / (2 * apart)
+
+
+def test_the_gates_gradient_in_the_trainers_loss_is_that_of_finite_differences() -> None:
+    found, wanted = slope_along_the_gates()
+    np.testing.assert_allclose(found, wanted, rtol=0.02)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(*slope_along_the_gates(planted=1.05), rtol=0.02)
+
+
+@pytest.mark.parametrize("field", [{"beta2": 0.5}, {"epsilon": 0.1}])
+def test_adams_numbers_are_those_that_are_set(field: dict[str, float]) -> None:
+    config = support.train_config(**field)
+    rate = 1e-2 / 20  # the first step of warm-up
+    theirs = optax.adamw(rate, b1=0.9, b2=config.beta2, eps=config.epsilon, weight_decay=0.0)
+    state, grads = numbers(config)
+    clipped, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
+    updates, _ = theirs.update(clipped, theirs.init(state.params), state.params)
+    want = optax.apply_updates(state.params, updates)
+    got = step.apply_gradients(config, state, grads, jnp.float32(1)).params
+    for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
 def numbers(config: TrainConfig, width: int = 8) -> tuple[step.State, Any]:
     """A state of random arrays that no model has, and gradients for it, larger than the clip."""
     keys = jax.random.split(jax.random.key(0), 4)

@@ -58,7 +58,9 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             )
             rule = _sum_of(rule, decay)
     else:
-        rule = optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=config.weight_decay)
+        rule = optax.adamw(
+            rate, b1=0.9, b2=config.beta2, eps=config.epsilon, weight_decay=config.weight_decay
+        )
     return rule
 
 

@@ -131,7 +131,7 @@ def measure(spec: Spec) -> Demo:
     work = spec.out / "work"
 
     _stage("1/5", f"the corpus: {len(PAIRS)} directions from Unicode CLDR")
-    text, test, tokenizer = _corpus(work, spec.sentences)
+    text, test, tokenizer = corpus(work, spec.sentences)
     config = TrainConfig(steps=spec.steps, **TRAIN)
     data = TrainingData.encoded(text, tokenizer, config)
 
@@ -170,7 +170,8 @@ def _stage(number: str, title: str) -> None:
     out.print(f"[bold]{number}[/bold]  {title}")
 
 
-def _corpus(work: Path, sentences: int) -> tuple[Pairs, Pairs, Tokenizer]:
+def corpus(work: Path, sentences: int) -> tuple[Pairs, Pairs, Tokenizer]:
+    """(training text, so many test sentences a direction, vocabulary); text is kept in `work`."""
     folder = work / "corpus"
     try:
         with bar("writing", "sentences") as progress:
