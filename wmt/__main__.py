@@ -17,7 +17,7 @@ from taskmoe.wmt.training.stopping import Stopped
 #: Modules of taskmoe.wmt.commands, with `add_arguments(parser)` and `run(arguments)`.
 COMMANDS = (
     *("prepare", "train", "evaluate", "translate", "average"),
-    *("extract", "prune", "distill", "quantize", "export"),
+    *("extract", "prune", "distill", "quantize", "shortlist", "export"),
 )
 
 

@@ -45,8 +45,8 @@ from taskmoe.wmt.training.workdir import SIZES, check_workdir
 def run(a: argparse.Namespace) -> None:
     """Train a dense student on a teacher's translations, from the teacher's non-expert weights."""
     check_limit(a.limit)
-    how = decoding(a)
     teacher = load(a.teacher)
+    how = decoding(a, teacher)
     references = {"--baseline": a.baseline, "--task-model": a.task_model}
     if a.task_model is not None and a.baseline is None:
         raise InputError("--task-model needs --baseline, the dense model that gains count from")
@@ -119,7 +119,7 @@ def _bleu(a: argparse.Namespace, model: Model, pairs: tuple[str, ...]) -> float:
     text, _ = text_to_score(asked, a.split, model)
     text = {pair: (x[: a.limit], y[: a.limit]) for pair, (x, y) in text.items()}
     requests = [(pair, line) for pair, (lines, _) in text.items() for line in lines]
-    found = iter(translate(model, requests, decoding(a)))
+    found = iter(translate(model, requests, decoding(a, model)))
     scores = [score(p, [next(found) for _ in y], y).bleu for p, (_, y) in text.items()]
     return float(np.mean(scores))
 

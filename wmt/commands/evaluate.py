@@ -145,7 +145,7 @@ def _translations(a: argparse.Namespace, model: Model, text: Pairs) -> dict[str,
     note = functools.partial(print, file=sys.stderr)
     model, where = spread(a, model)
     with bar("translating", "sentences", enabled=sys.stderr.isatty()) as progress:
-        found = iter(translate(model, requests, decoding(a), progress, note, spread=where))
+        found = iter(translate(model, requests, decoding(a, model), progress, note, spread=where))
     return {pair: [next(found) for _ in source] for pair, (source, _) in text.items()}
 
 

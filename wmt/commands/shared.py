@@ -18,6 +18,7 @@ from taskmoe.moe.exchange import STRATEGIES
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model.beams import HERE, Spread
 from taskmoe.wmt.model.saved import Model, load_model
+from taskmoe.wmt.model.shortlist import Shortlist
 from taskmoe.wmt.model.translation import Decoding
 from taskmoe.wmt.text.scoring import TOKENIZERS
 from taskmoe.wmt.training.parallel import (
@@ -43,6 +44,13 @@ def add_decoding(p: argparse.ArgumentParser) -> None:
         default=512,
         metavar="N",
         help="source tokens; what a sentence has beyond is cut off, and said",
+    )
+
+    p.add_argument(
+        "--shortlist",
+        type=Path,
+        metavar="FILE",
+        help="look at few words of the vocabulary, which `shortlist` wrote into FILE: faster",
     )
 
 
@@ -138,10 +146,12 @@ def load(folder: Path) -> Model:
     return load_model(folder)
 
 
-def decoding(a: argparse.Namespace) -> Decoding:
-    """What the arguments of `add_decoding` say."""
-    fields = ("beam", "alpha", "batch", "max_source")
-    return build(Decoding, {name: getattr(a, name) for name in fields})
+def decoding(a: argparse.Namespace, model: Model) -> Decoding:
+    """What the arguments of `add_decoding` say, for a model."""
+    fields: dict[str, Any] = {n: getattr(a, n) for n in ("beam", "alpha", "batch", "max_source")}
+    if a.shortlist is not None:
+        fields["shortlist"] = Shortlist.load(a.shortlist, model.tokenizer)
+    return build(Decoding, fields)
 
 
 #: Fields that have an argument of their own -> that argument.

@@ -38,7 +38,7 @@ def run(a: argparse.Namespace) -> None:
     if a.pair is None and len(pairs) > 1:
         raise InputError(f"--pair must say which of {', '.join(pairs)}")
     pair = pairs[0] if a.pair is None else direction(a.pair, codes_of(pairs))
-    how = decoding(a)
+    how = decoding(a, model)
     model, where = spread(a, model)
     if a.n_best is not None and not 1 <= a.n_best <= how.beam:
         raise InputError(f"--n-best must be in [1, {how.beam}], the --beam, got {a.n_best}")

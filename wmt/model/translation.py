@@ -20,6 +20,7 @@ from taskmoe.wmt.model.decoding import (
     search_leaving,
 )
 from taskmoe.wmt.model.saved import Model
+from taskmoe.wmt.model.shortlist import Shortlist, narrowed
 from taskmoe.wmt.model.transformer import Tasks
 from taskmoe.wmt.text.tokenizer import EOS, PAD
 
@@ -41,6 +42,7 @@ class Decoding:
     shrink: a power of two by which a batch shrinks as its sentences end; each size is compiled
       once. 1 is never. None is 1 for few sentences, 4 from 16 batches on and 2 from 64 on, those
       before in the same stream counted.
+    shortlist: the words that a batch's translations are made of; None is all.
     """
 
     beam: int = 1
@@ -50,6 +52,7 @@ class Decoding:
     mixed_tasks: bool = False
     max_source: int = 512
     shrink: int | None = None
+    shortlist: Shortlist | None = None
 
     def __post_init__(self) -> None:
         for name in ("beam", "batch", "max_length"):
@@ -155,7 +158,13 @@ def translate_n_best(
                 rows = [ids[requests[i][0]] for i in chunk]
                 rows += rows[:1] * (rows_a_batch - len(chunk))
                 tasks = _tasks(rows, one_task)
-                found, scores = search_leaving(params, config, how, source, tasks, shrink)
+                words = None
+                if decoding.shortlist is not None:
+                    directions = [requests[i][0] for i in chunk]
+                    words = decoding.shortlist.words(directions, source[: len(chunk)])
+                used = params if words is None else narrowed(params, words)
+                found, scores = search_leaving(used, config, how, source, tasks, shrink)
+                found = found if words is None else words[found]
                 for i, best in zip(chunk, _hypotheses(model, found, scores), strict=False):
                     out[i] = best
                 done += len(chunk)
