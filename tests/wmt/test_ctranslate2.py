@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from taskmoe.cli.errors import InputError
@@ -15,6 +16,7 @@ from taskmoe.tests.wmt import support
 from taskmoe.wmt.__main__ import main
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model import ctranslate2_export as exporting
+from taskmoe.wmt.model import shortlist
 from taskmoe.wmt.model.decoding import length_limit
 from taskmoe.wmt.model.saved import Model, save_model
 from taskmoe.wmt.model.subnetwork import extract
@@ -41,14 +43,16 @@ def model(name: str, seed: int = 0) -> Model:
     return made if config.encoder == "dense" else extract(made, "en-de")
 
 
-def theirs(folder: Path, small: Model, beam: int) -> list[tuple[str, float]]:
+def theirs(
+    folder: Path, small: Model, beam: int, use_vmap: bool = False
+) -> list[tuple[str, float]]:
     """CTranslate2's translations of LINES, with their scores."""
     translator = ctranslate2.Translator(str(folder), intra_threads=1)
     pieces, found = small.tokenizer.pieces(), []
     for ids in small.tokenizer.encode_source(LINES, "de"):
         (best,) = translator.translate_batch(
             [[pieces[i] for i in ids]], beam_size=beam, length_penalty=0, min_decoding_length=0,
-            max_decoding_length=length_limit(len(ids)), return_scores=True,
+            max_decoding_length=length_limit(len(ids)), return_scores=True, use_vmap=use_vmap,
         )  # fmt: skip
         ids = [small.tokenizer.piece_id(piece) for piece in best.hypotheses[0]]
         found.append((small.tokenizer.decode([ids])[0], best.scores[0]))
@@ -74,6 +78,32 @@ def test_translations_and_scores_are_ours(tmp_path: Path, name: str, beam: int) 
     assert size == (tmp_path / "m" / "model.bin").stat().st_size
     assert differing(tmp_path / "m", small, beam) == 0
     assert len({text for text, _ in theirs(tmp_path / "m", small, beam)}) > 2
+
+
+def test_with_a_shortlist_both_look_at_the_same_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = model("untied sub-network")
+    size = small.tokenizer.vocab_size
+    monkeypatch.setattr(shortlist, "MULTIPLE", 1)
+    starts = 3 * np.maximum(np.arange(size + 1) - 4, 0)  # none for the special ones
+    words = np.random.default_rng(0).integers(4, size, starts[-1]).astype(np.int32)
+    own = shortlist.Candidates(np.array([40, 41], np.int32), starts, words)
+    short = shortlist.shortlist_of({"en-de": own}, small.tokenizer)
+    exporting.export_ctranslate2(small, tmp_path / "m", length=40, shortlist=short)
+    # One at a time, as a batch's words are those of all its sentences.
+    how = Decoding(beam=1, alpha=0.0, shortlist=short)
+    ours = [translate(small, [("en-de", line)], how)[0] for line in LINES]
+    assert ours == [text for text, _ in theirs(tmp_path / "m", small, 1, use_vmap=True)]
+    assert ours != [text for text, _ in theirs(tmp_path / "m", small, 1)]
+    save_model(small, tmp_path / "small")
+    short.save(tmp_path / "words.npz")
+    asked = ["export", "--model", str(tmp_path / "small"), "--out", str(tmp_path / "n")]
+    asked += ["--shortlist", str(tmp_path / "words.npz")]
+    assert main(asked) == 2
+    assert main([*asked, "--format", "ctranslate2"]) == 0
+    maps = [(tmp_path / name / exporting.VOCABULARY_MAP).read_text() for name in ("m", "n")]
+    assert maps[0] == maps[1]
 
 
 def test_a_wrong_position_or_epsilon_is_noticed(

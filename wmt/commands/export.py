@@ -10,6 +10,7 @@ from taskmoe.wmt.commands.shared import build, load, out
 from taskmoe.wmt.model.ctranslate2_export import WEIGHTS, export_ctranslate2
 from taskmoe.wmt.model.export import PROGRAM, export
 from taskmoe.wmt.model.saved import check_new
+from taskmoe.wmt.model.shortlist import Shortlist
 from taskmoe.wmt.model.translation import Decoding
 
 #: What only the StableHLO program fixes, and what it is unless said.
@@ -27,9 +28,14 @@ def run(a: argparse.Namespace) -> None:
         for name in PROGRAM_OPTIONS:
             if getattr(a, name) is not None:
                 raise InputError(f"--{name} fits --format stablehlo; CTranslate2 is told in use")
-        size = export_ctranslate2(model, a.out, length=length, max_length=a.max_length)
+        words = None if a.shortlist is None else Shortlist.load(a.shortlist, model.tokenizer)
+        size = export_ctranslate2(
+            model, a.out, length=length, max_length=a.max_length, shortlist=words
+        )
         out.print(f"{a.out / WEIGHTS}: {size:,} bytes in float32, up to {length} source ids")
         return
+    if a.shortlist is not None:
+        raise InputError("--shortlist fits --format ctranslate2; a program looks at all words")
     given = {name: getattr(a, name) for name in PROGRAM_OPTIONS}
     said = PROGRAM_OPTIONS | {name: value for name, value in given.items() if value is not None}
     platforms = str(said.pop("platforms"))
@@ -70,5 +76,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="target tokens (default: of each sentence as many as translate takes)",
+    )
+    p.add_argument(
+        "--shortlist", type=Path, metavar="FILE", help="ctranslate2: its words, as a vmap.txt"
     )
     p.add_argument("--platforms", help="of cpu, tpu, cuda, rocm, with commas (default: cpu)")

@@ -5,6 +5,7 @@ own, `shared_vocabulary.json`), and beside it
 
     spm.model     the SentencePiece vocabulary
     export.json   longest source, how a source is spelled, and how long a translation may get
+    vmap.txt      with a shortlist: its words, for `translate_batch(use_vmap=True)`
 
 A program reads them with ctranslate2 and sentencepiece; docs/trainer.md has one.
 """
@@ -12,7 +13,7 @@ A program reads them with ctranslate2 and sentencepiece; docs/trainer.md has one
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,28 @@ from taskmoe.wmt.model.decoding import MULTIPLE, length_limit
 from taskmoe.wmt.model.export import DESCRIPTION, check_sizes
 from taskmoe.wmt.model.quantization import is_quantized
 from taskmoe.wmt.model.saved import VOCABULARY, Model, whole_folder
+from taskmoe.wmt.model.shortlist import Shortlist
 from taskmoe.wmt.model.transformer import Params, position_waves
 from taskmoe.wmt.text.tokenizer import BOS, EOS, UNK
 
 WEIGHTS = "model.bin"
+VOCABULARY_MAP = "vmap.txt"
 
 
 def export_ctranslate2(
-    model: Model, folder: Path, *, length: int = 512, max_length: int | None = None
+    model: Model,
+    folder: Path,
+    *,
+    length: int = 512,
+    max_length: int | None = None,
+    shortlist: Shortlist | None = None,
 ) -> int:
     """Write a dense model or a sub-network into a new folder that CTranslate2 serves.
 
     length: source tokens at most, `<2xx> pieces </s>`. max_length: target positions at most; None
-      is `decoding.length_limit` of each sentence, as `translate` has it. Weights are float32;
-      CTranslate2 makes int8 or others of them as it loads.
+      is `decoding.length_limit` of each sentence, as `translate` has it. shortlist: the words of
+      its directions together, as CTranslate2 knows no direction. Weights are float32; CTranslate2
+      makes int8 or others of them as it loads.
     Returns the size of the weights in bytes. Raises InputError where a side is routed (a task's
     sub-network is what is served) or the model is quantised, ctranslate2 is not installed, a number
     does not fit or the folder is not empty.
@@ -65,6 +74,9 @@ def export_ctranslate2(
     }
     with whole_folder(folder) as beside:
         spec.save(str(beside))
+        if shortlist is not None:
+            lines = vocabulary_map(shortlist, model.tokenizer.pieces())
+            (beside / VOCABULARY_MAP).write_text(lines, encoding="utf-8")
         (beside / VOCABULARY).write_bytes(model.tokenizer.model)
         (beside / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return (folder / WEIGHTS).stat().st_size
@@ -110,6 +122,22 @@ def specification(
     spec.validate()
     spec.optimize()
     return spec
+
+
+def vocabulary_map(shortlist: Shortlist, pieces: Sequence[str]) -> str:
+    """As CTranslate2 reads it: source piece, tab, its words; first those that always count."""
+
+    def line(piece: str, words: Iterable[int]) -> str:
+        return f"{piece}\t{' '.join(pieces[i] for i in words)}\n"
+
+    every = shortlist.candidates.values()
+    always = np.unique(np.concatenate([np.arange(EOS + 1), *(own.first for own in every)]))
+    lines = [line("", always)]
+    for i, piece in enumerate(pieces):
+        words = np.unique(np.concatenate([own.of(i) for own in every]))
+        if len(words):
+            lines.append(line(piece, words))
+    return "".join(lines)
 
 
 def _attention(spec: Any, p: Params, names: tuple[str, ...]) -> None:

@@ -15,7 +15,9 @@ import numpy as np
 
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model.beams import Search
+from taskmoe.wmt.model.ctranslate2_export import VOCABULARY_MAP
 from taskmoe.wmt.model.decoding import prepared, search_leaving
+from taskmoe.wmt.model.shortlist import narrowed
 from taskmoe.wmt.model.transformer import Params, Tasks
 from taskmoe.wmt.text.tokenizer import EOS, PAD
 
@@ -53,21 +55,29 @@ def ctranslate2_version() -> str | None:
     return str(importlib.import_module("ctranslate2").__version__)
 
 
-def ours(params: Params, config: ModelConfig) -> Translate:
-    """This library's search as `translate` runs it for many sentences, once compiled."""
+def ours(params: Params, config: ModelConfig, words: np.ndarray | None = None) -> Translate:
+    """This library's search as `translate` runs it for many sentences, once compiled.
+
+    words: sorted ids that it looks at, as a shortlist's; None is all.
+    """
     alone = Tasks(None, None)
     params = prepared(params, config, alone)
 
     def translate(batch: Batch, beam: int) -> Ids:
         how = Search(batch.max_length, beam, alpha=0.0)
-        found, _ = search_leaving(params, config, how, batch.source, alone)
+        used = params if words is None else narrowed(params, words)  # each batch has its own
+        found, _ = search_leaving(used, config, how, batch.source, alone)
+        found = found if words is None else words[found]
         return [_until_end(row.tolist()) for row in found[: len(batch.sentences), 0]]
 
     return translate
 
 
 def theirs(folder: Path, compute_type: str, pieces: Sequence[str]) -> Translate:
-    """CTranslate2 with a model that was exported into a folder, on all cores."""
+    """CTranslate2 with a model that was exported into a folder, on all cores.
+
+    It looks at the words of the folder's vocabulary map, where there is one.
+    """
     package = importlib.import_module("ctranslate2")
     translator: Any = package.Translator(
         str(folder), compute_type=compute_type, inter_threads=1, intra_threads=_cores()
@@ -82,6 +92,7 @@ def theirs(folder: Path, compute_type: str, pieces: Sequence[str]) -> Translate:
             min_decoding_length=0,
             max_decoding_length=batch.max_length,
             max_input_length=0,
+            use_vmap=(folder / VOCABULARY_MAP).exists(),
         )
         return [[ids[piece] for piece in result.hypotheses[0]] for result in results]
 

@@ -76,7 +76,10 @@ RESULT = Served
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A dense network, its vocabulary, and what it translates. ends: translations end by `</s>`."""
+    """A dense network, its vocabulary, and what it translates.
+
+    ends: translations end by `</s>`. words: ids that the softmax looks at; None is all.
+    """
 
     params: Params
     config: ModelConfig
@@ -84,6 +87,7 @@ class Workload:
     sentences: Ids
     source: str
     ends: bool
+    words: list[int] | None = None
 
 
 def measure(spec: Spec) -> Served:
@@ -102,7 +106,7 @@ def measure(spec: Spec) -> Served:
     ):
         longest = max(length_limit(max(map(len, work.sentences))), TARGET) + MULTIPLE
         positions = None if version is None else 2 * longest
-        write_workload(Path(folder), work.params, work.config, work.pieces, positions)
+        write_workload(Path(folder), work.params, work.config, work.pieces, positions, work.words)
         names = [*OURS, *([] if version is None else THEIRS)]
         systems = {name: Engine(name, Path(folder)) for name in names}
         for system in systems.values():
@@ -128,7 +132,17 @@ def random_workload(spec: Spec) -> Workload:
     rows = max(*spec.batches, LATENCIES)
     ids = np.random.default_rng(0).integers(len(special), config.vocab_size, (rows, SOURCE))
     source = f"random weights of the {spec.config} model's sub-network, {SOURCE} random tokens"
-    return Workload(params, config, pieces, ids.tolist(), source, ends=False)
+    words = None
+    if spec.words is not None:
+        if not len(special) < spec.words <= config.vocab_size:
+            raise InputError(
+                f"--words must be above {len(special)}, which are special, and at most "
+                f"{config.vocab_size:,}, got {spec.words:,}"
+            )
+        every = np.random.default_rng(1).permutation(np.arange(len(special), config.vocab_size))
+        words = sorted([*special, *every[: spec.words - len(special)].tolist()])
+        source += f", {spec.words:,} of {config.vocab_size:,} words"
+    return Workload(params, config, pieces, ids.tolist(), source, ends=False, words=words)
 
 
 def text_workload(spec: Spec) -> Workload:

@@ -19,7 +19,7 @@ BEAMS: tuple[int, ...] = (1, 4)
 class Spec:
     """A model folder with its direction and text, or a preset of random weights; what is timed.
 
-    sentences: of the text at most.
+    sentences: of the text at most. words: that the softmax looks at; None is all.
     """
 
     model: Path | None
@@ -30,6 +30,7 @@ class Spec:
     beams: tuple[int, ...]
     sentences: int
     rounds: int
+    words: int | None = None
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -46,6 +47,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batches", help=f"sentences at once: {','.join(map(str, BATCHES))}")
     p.add_argument("--beams", help=f"hypotheses: {','.join(map(str, BEAMS))}")
     p.add_argument("--sentences", type=int, default=256, help="of the text at most")
+    p.add_argument(
+        "--words",
+        type=int,
+        metavar="N",
+        help="all engines look at N words of the vocabulary, as with a shortlist",
+    )
     p.add_argument("--rounds", type=int, default=3, help="times that each is measured")
     p.add_argument("--quick", action="store_true", help="up to four sentences, three rounds")
     p.add_argument("--json", type=Path, help="write the results here")
@@ -58,12 +65,14 @@ def read(a: argparse.Namespace) -> Spec:
         raise InputError("--model and --text go together")
     if a.pair is not None and a.model is None:
         raise InputError("--pair is a direction of --model, which is not given")
-    for name in ("sentences", "rounds"):
-        if getattr(a, name) < 1:
+    if a.words is not None and a.model is not None:
+        raise InputError("--words is for random weights; a model's translations want their words")
+    for name in ("sentences", "rounds", "words"):
+        if (value := getattr(a, name)) is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(a, name)}")
     batches = QUICK_BATCHES if a.quick else BATCHES
     if a.batches:
         batches = tuple(sorted(set(numbers("--batches", a.batches))))
     beams = tuple(sorted(set(numbers("--beams", a.beams)))) if a.beams else BEAMS
     rounds = 3 if a.quick else a.rounds
-    return Spec(a.model, a.pair, a.text, a.config, batches, beams, a.sentences, rounds)
+    return Spec(a.model, a.pair, a.text, a.config, batches, beams, a.sentences, rounds, a.words)

@@ -24,7 +24,7 @@ from taskmoe.bench.harness.worker import Worker, serve
 from taskmoe.bench.serving.serve import engines
 from taskmoe.bench.serving.serve.engines import OURS, THEIRS, Batch, Translate
 from taskmoe.wmt.config import ModelConfig
-from taskmoe.wmt.model.ctranslate2_export import specification
+from taskmoe.wmt.model.ctranslate2_export import VOCABULARY_MAP, specification
 from taskmoe.wmt.model.quantization import quantized
 from taskmoe.wmt.model.saved import flatten, structure_of
 from taskmoe.wmt.model.transformer import Params
@@ -51,11 +51,20 @@ class Engine(Worker):
 
 
 def write_workload(
-    folder: Path, params: Params, config: ModelConfig, pieces: list[str], positions: int | None
+    folder: Path,
+    params: Params,
+    config: ModelConfig,
+    pieces: list[str],
+    positions: int | None,
+    words: list[int] | None = None,
 ) -> None:
-    """What the processes read. positions: of CTranslate2's table; None leaves its files out."""
+    """What the processes read.
+
+    positions: of CTranslate2's table; None leaves its files out. words: ids that engines look at.
+    """
     (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
     (folder / "pieces.json").write_text(json.dumps(pieces), encoding="utf-8")
+    (folder / "words.json").write_text(json.dumps(words), encoding="utf-8")
     for name, tree in (("float32", params), ("int8", quantized(params))):
         arrays = {k: np.asarray(v) for k, v in flatten(tree).items()}
         save_file(arrays, folder / f"{name}.safetensors")
@@ -63,6 +72,9 @@ def write_workload(
         spec = specification(params, config, pieces, positions)
         (folder / "ctranslate2").mkdir()
         spec.save(str(folder / "ctranslate2"))
+        if words is not None:
+            line = f"\t{' '.join(pieces[i] for i in words)}\n"
+            (folder / "ctranslate2" / VOCABULARY_MAP).write_text(line, encoding="utf-8")
 
 
 def engine(name: str, folder: Path) -> Translate:
@@ -75,7 +87,9 @@ def engine(name: str, folder: Path) -> Translate:
     arrays: Mapping[str, np.ndarray] = load_file(folder / f"{OURS[name]}.safetensors")
     template = structure_of(config, int8=OURS[name] == "int8")
     leaves = [jax.numpy.asarray(arrays[name]) for name in flatten(template)]
-    return engines.ours(jax.tree.unflatten(jax.tree.structure(template), leaves), config)
+    params = jax.tree.unflatten(jax.tree.structure(template), leaves)
+    words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
+    return engines.ours(params, config, None if words is None else np.array(words, np.int32))
 
 
 def answered(translate: Translate, libraries: int, question: Any) -> Iterator[dict[str, Any]]:

@@ -83,6 +83,27 @@ def test_random_weights_by_the_command(tmp_path: Path, capsys: Any) -> None:
         assert ratio == pytest.approx(measure.TARGET)
 
 
+def test_engines_look_at_the_same_few_words() -> None:
+    result = measure.measure(small_spec(batches=(2,), beams=(1,), words=20))
+    check(result, [(1, 2)])
+    assert result.source.endswith("20 of 64 words")
+    whole = measure.random_workload(small_spec())
+    few = measure.random_workload(small_spec(words=20))
+    assert whole.words is None
+    assert few.words is not None
+    assert few.words == sorted(set(few.words))
+    assert few.words[:4] == [0, 1, 2, 3]
+    found = {
+        name: engines.ours(work.params, work.config, words)(measure.batches(work, 2)[0], 1)
+        for name, work, words in (
+            ("whole", whole, None),
+            ("few", few, np.array(few.words, np.int32)),
+        )
+    }
+    assert found["whole"] != found["few"]
+    assert {i for row in found["few"] for i in row} <= set(few.words)
+
+
 def test_a_model_and_its_text(served: spec.Spec) -> None:
     result = measure.measure(served)
     check(result, [(2, 2)])
@@ -140,6 +161,9 @@ def test_batches_hold_every_sentence_once_in_order_of_length() -> None:
     [
         (["--model", "x"], "--model and --text go together"),
         (["--pair", "en-de"], "--pair is a direction of --model, which is not given"),
+        (["--words", "0"], "--words must be at least 1, got 0"),
+        (["--words", "4"], "--words must be above 4, which are special, and at most"),
+        (["--words", "9", "--model", "x", "--text", "x"], "--words is for random weights"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--batches", "a"], "--batches must be numbers like 64,512, got a"),
         (["--model", "nowhere", "--text", "x"], "nowhere is no model folder"),
