@@ -174,9 +174,11 @@ _FEWEST_ROWS = 4
 @with_plain_settings
 def _of_bytes(rows: jax.Array, w: Quantized) -> jax.Array:
     met = rows_to_meet(w, rows)
-    missing = max(0, _FEWEST_ROWS - rows.shape[0])
+    count = rows.shape[0]
+    # How many there are is not known where a program is exported for any number.
+    missing = _FEWEST_ROWS if jax.export.is_symbolic_dim(count) else max(0, _FEWEST_ROWS - count)
     values = jnp.pad(met.values, ((0, missing), (0, 0)))
-    found = jnp.matmul(values, w.values, preferred_element_type=jnp.int32)[: rows.shape[0]]
+    found = jnp.matmul(values, w.values, preferred_element_type=jnp.int32)[:count]
     return found.astype(jnp.float32) * met.scales * w.scales[0]
 
 

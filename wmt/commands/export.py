@@ -14,7 +14,7 @@ from taskmoe.wmt.model.shortlist import Shortlist
 from taskmoe.wmt.model.translation import Decoding
 
 #: What only the StableHLO program fixes, and what it is unless said.
-PROGRAM_OPTIONS = {"beam": 4, "alpha": 0.6, "batch": 16, "platforms": "cpu"}
+PROGRAM_OPTIONS = {"beam": 4, "alpha": 0.6, "batch": None, "platforms": "cpu"}
 #: Source tokens at most by format: a program always computes so many, CTranslate2 what is there.
 LENGTHS = {"stablehlo": 64, "ctranslate2": 512}
 
@@ -38,12 +38,12 @@ def run(a: argparse.Namespace) -> None:
         raise InputError("--shortlist fits --format ctranslate2; a program looks at all words")
     given = {name: getattr(a, name) for name in PROGRAM_OPTIONS}
     said = PROGRAM_OPTIONS | {name: value for name, value in given.items() if value is not None}
-    platforms = str(said.pop("platforms"))
+    platforms, batch = str(said.pop("platforms")), said.pop("batch")
     how = build(Decoding, said)
     size = export(
         model,
         a.out,
-        batch=how.batch,
+        batch=batch,
         length=length,
         max_length=a.max_length,
         beam=how.beam,
@@ -52,7 +52,7 @@ def run(a: argparse.Namespace) -> None:
     )
     out.print(
         f"{a.out / PROGRAM}: {size:,} bytes for {platforms}, "
-        f"[{how.batch}, {length}] source ids, beam {how.beam}"
+        f"[{'any, up to ' if batch is None else f'{batch}, '}{length}] source ids, beam {how.beam}"
     )
 
 
@@ -69,7 +69,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--beam", type=int, help="hypotheses; 1 is greedy (default: 4)")
     p.add_argument("--alpha", type=float, help="length penalty (default: 0.6)")
-    p.add_argument("--batch", type=int, help="sentences at once (default: 16)")
+    p.add_argument("--batch", type=int, help="sentences at once (default: any number)")
     p.add_argument("--length", type=int, help="source tokens (default: 64; ctranslate2: 512)")
     p.add_argument(
         "--max-length",

@@ -3,14 +3,17 @@
 The folder holds what a model folder holds (`config.json`, `params.safetensors`, `spm.model`) and
 
     translate.stablehlo   a function of (parameters, source ids [B, S] i32) -> ids [B, L] i32
-    export.json           the names of the parameters in their order, B, S, L, and special ids
+    export.json           the names of the parameters in their order, B, S, L, special ids, and
+                          until when JAX is to read the program
 
 A program reads them with jax.export, safetensors and sentencepiece; docs/trainer.md has one.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from taskmoe.wmt.model.saved import Model, flatten, save_model
 from taskmoe.wmt.model.transformer import Tasks
 from taskmoe.wmt.text.tokenizer import BOS, EOS, PAD, UNK
 
+#: Days that a later JAX reads what this one wrote: the six months of jax.export's guarantee.
+READABLE_DAYS = 180
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 PROGRAM, DESCRIPTION = "translate.stablehlo", "export.json"
 
@@ -31,16 +36,17 @@ def export(
     model: Model,
     folder: Path,
     *,
-    batch: int = 16,
+    batch: int | None = None,
     length: int = 64,
     max_length: int | None = None,
     beam: int = 4,
     alpha: float = 0.6,
     platforms: tuple[str, ...] = ("cpu",),
 ) -> int:
-    """Write a model and its search for a fixed batch into a new folder.
+    """Write a model and its search into a new folder.
 
-    batch, length: of the source ids, [batch, length], `<2xx> pieces </s>` padded with 0.
+    batch: sentences, None for any number. length: source ids of each, `<2xx> pieces </s>` padded
+      with 0; without a batch at most so many, and a call may have fewer.
     max_length: target positions at most; None is `decoding.length_limit` of each sentence, as
       `translate` has it. beam, alpha: of the search. platforms: that the program is
       made for, of "cpu", "tpu", "cuda" and "rocm".
@@ -68,7 +74,10 @@ def export(
         return search(params, config, source, Tasks(None, None), **options)[0]
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat.values()]
-    source = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    shape: Sequence[Any] = (batch, length)
+    if batch is None:
+        shape = jax.export.symbolic_shape("batch, length", constraints=[f"length <= {length}"])
+    source = jax.ShapeDtypeStruct(shape, jnp.int32)
     try:
         exported = jax.export.export(jax.jit(program), platforms=platforms)(shapes, source)
     except ValueError as error:
@@ -86,7 +95,11 @@ def export(
         "begin": BOS,
         "end": EOS,
         "directions": list(config.pairs),
-        "source": "<2xx> pieces </s>, xx the target language, padded to [batch, length]",
+        "source": "<2xx> pieces </s>, xx the target language, padded to [batch, length]; where "
+        "batch is null to [any, at most length]",
+        "jax": jax.__version__,
+        "calling_convention": exported.calling_convention_version,
+        "readable_until": str(datetime.date.today() + datetime.timedelta(READABLE_DAYS)),
     }
     program_bytes = bytes(exported.serialize())
     files = {
