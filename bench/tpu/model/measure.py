@@ -11,7 +11,7 @@ from taskmoe.bench.harness import machine
 from taskmoe.bench.harness.results import Result
 from taskmoe.bench.tpu import cases as kernel_cases
 from taskmoe.bench.tpu.model.search import Ask, compiler, largest_batch
-from taskmoe.bench.tpu.model.step import CORES, SYSTEMS, Step, shapes
+from taskmoe.bench.tpu.model.step import CORES, SMALLER, SYSTEMS, Step, shapes
 from taskmoe.bench.tpu.spec import ModelSpec
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
@@ -20,7 +20,10 @@ from taskmoe.wmt.model.transformer import param_count
 #: Seconds that a message takes a hop, assumed.
 HOP_S = 1e-6
 #: Searches and single compilations a chip, of `look_at`.
-STEPS = len(SYSTEMS) + 3
+STEPS = len(SYSTEMS) + 4
+#: Of one core that serves a sub-network in other numbers.
+SERVED = ("sub-network", *SMALLER)
+SERVED_BATCHES = (8, 64, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,21 @@ class Scenario:
 
 
 @dataclasses.dataclass(frozen=True)
+class Served:
+    """A sub-network on one core: its numbers, as compiled, and modelled by the roofline.
+
+    read_bytes: decoder, softmax and cache, once a step. Work counts at the bf16 peak, int8's too.
+    """
+
+    system: str
+    batch: int
+    hbm_bytes: int
+    read_bytes: int
+    step_s: float
+    tokens_per_s: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Chip:
     """A chip: the largest batch of each system, and scenarios by each estimate of compute."""
 
@@ -92,6 +110,7 @@ class Chip:
     scenarios: list[Scenario]
     times: list[str]
     link_bytes_per_s: float | None = None
+    served: list[Served] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +187,18 @@ def look_at(chip: str, ask: Ask, one_more: Callable[[], None]) -> Chip:
     scenarios = [
         compare(chip, *pair, by, batches=name) for by in times for name, pair in pairs.items()
     ]
-    return Chip(chip, largest, scenarios, times, LINKS[chip].bytes_per_s)
+    served = [served_at(chip, name, n, ask) for name in SERVED for n in SERVED_BATCHES]
+    one_more()
+    return Chip(chip, largest, scenarios, times, LINKS[chip].bytes_per_s, served)
+
+
+def served_at(chip: str, system: str, batch: int, ask: Ask) -> Served:
+    """A sub-network on one core of a chip; InputError where it does not compile."""
+    step = ask(system, chip, batch)
+    if step.error is not None:
+        raise InputError(f"{system} of batch {batch} does not compile for {chip}: {step.error}")
+    seconds = compute_s(chip, step, "roofline")
+    return Served(system, batch, step.hbm_bytes, step.read_bytes, seconds, batch / seconds)
 
 
 def compare(chip: str, token: Step, sub: Step, by: str, *, batches: str = "") -> Scenario:

@@ -28,6 +28,7 @@ from taskmoe import moe
 from taskmoe.bench.harness.collectives import WIDTHS, count_collectives
 from taskmoe.wmt.config import PRESETS, ModelConfig
 from taskmoe.wmt.model import subnetwork, transformer
+from taskmoe.wmt.model.quantization import quantized
 from taskmoe.wmt.model.transformer import Params, Tasks
 from taskmoe.wmt.text import cldr
 
@@ -39,6 +40,8 @@ SYSTEMS = {"dense": "dense", "token-MoE": "token", "sub-network": "target"}
 #: Mesh of the expert-parallel system: 32 experts, one a core, twice.
 DATA, EXPERT = 2, 32
 CORES = {"dense": 1, "token-MoE": DATA * EXPERT, "sub-network": 1}
+#: The sub-network with its matrices in other numbers; each is served on one core.
+SMALLER = {"sub-network in bf16": "bf16", "sub-network in int8": "int8"}
 #: Slices of 64 cores; of v3 it is the blog's.
 SLICES = {"v3": "v3:4x8", "v5e": "v5e:8x8", "v6e": "v6e:8x8"}
 
@@ -75,6 +78,10 @@ class Step:
 @functools.cache
 def shapes(system: str) -> tuple[Params, ModelConfig]:
     """Shapes of a system's parameters and its configuration, of the base preset."""
+    if system in SMALLER:
+        params, config = shapes("sub-network")
+        make = quantized if SMALLER[system] == "int8" else _in_bfloat16
+        return jax.eval_shape(make, params), config
     sizes, routing = PRESETS["base"][0], SYSTEMS[system]
     room = CAPACITY_FACTOR if routing == "token" else None
     sides: Any = {"encoder": routing, "decoder": routing, "capacity_factor": room}
@@ -93,10 +100,17 @@ def shapes(system: str) -> tuple[Params, ModelConfig]:
     return jax.eval_shape(extract, params), left[0]
 
 
+def _in_bfloat16(params: Params) -> Params:
+    """Matrices as bf16; norms stay."""
+    small: Params = jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.ndim > 1 else w, params)
+    return small
+
+
 def cache_shapes(system: str, batch: int) -> transformer.Cache:
     """Shapes of the cache of `batch` sequences."""
     params, config = shapes(system)
-    memory = jax.ShapeDtypeStruct((batch, SOURCE_LENGTH, config.d_model), jnp.float32)
+    kind = jnp.bfloat16 if SMALLER.get(system) == "bf16" else jnp.float32
+    memory = jax.ShapeDtypeStruct((batch, SOURCE_LENGTH, config.d_model), kind)
     valid = jax.ShapeDtypeStruct(memory.shape[:2], bool)
     cache: transformer.Cache = jax.eval_shape(
         lambda p, x, v: transformer.start_cache(p, config, x, v, CACHE_LENGTH),
@@ -120,8 +134,9 @@ def system_mesh(system: str, chip: str) -> Mesh:
     """The cores that serve a system: 2 x 32 of the slice, or one."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=SLICES[chip]).devices
     axes: Any = {"axis_types": (AxisType.Auto,) * 2}
-    shape = (DATA, EXPERT) if CORES[system] > 1 else (1, 1)
-    return Mesh(np.array(devices[: CORES[system]]).reshape(shape), ("data", "expert"), **axes)
+    cores = CORES.get(system, 1)
+    shape = (DATA, EXPERT) if cores > 1 else (1, 1)
+    return Mesh(np.array(devices[:cores]).reshape(shape), ("data", "expert"), **axes)
 
 
 def compile_step(system: str, chip: str, batch: int) -> Step:
@@ -145,7 +160,7 @@ def compile_step(system: str, chip: str, batch: int) -> Step:
         )
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
-    exchange = mesh if CORES[system] > 1 else None
+    exchange = mesh if CORES.get(system, 1) > 1 else None
     placed = place(params, specs(params))
     cache = everywhere(cache_shapes(system, batch), by_sequence)
     valid = jax.ShapeDtypeStruct((batch, SOURCE_LENGTH), bool)

@@ -21,6 +21,7 @@ from taskmoe.bench.tpu.model.step import (
     longest_way,
 )
 from taskmoe.cli.errors import InputError
+from taskmoe.kernels.quantized import nbytes
 from taskmoe.moe.exchange import STRATEGIES
 from taskmoe.moe.travel import Peers
 
@@ -124,6 +125,31 @@ def test_the_search_finds_the_largest_batch_within_a_quarter(largest: int) -> No
 def test_another_error_ends_the_search() -> None:
     found = tpu_model_search.largest_batch("dense", "v3", lambda *_: Step(error="INTERNAL: a bug"))
     assert found == Step(error="INTERNAL: a bug")
+
+
+def test_a_sub_network_in_fewer_bytes_reads_fewer() -> None:
+    whole = step.shapes("sub-network")[0]
+    sizes = {name: nbytes(step.shapes(name)[0]) for name in step.SMALLER}
+    assert sizes["sub-network in bf16"] == pytest.approx(nbytes(whole) / 2, rel=1e-3)
+    assert sizes["sub-network in int8"] == pytest.approx(nbytes(whole) / 4, rel=2e-2)
+    one = Step(8, flops=197e9, read_bytes=82_000_000)  # v5e: 197 Tflop/s, 820 GB/s
+    found = tpu_model.served_at("v5e", "sub-network", 8, lambda *_: one)
+    assert found.step_s == pytest.approx(1e-3, rel=0.02)
+    assert found.tokens_per_s == pytest.approx(8000, rel=0.02)
+    twice = dataclasses.replace(one, read_bytes=2 * 820_000_000)
+    found = tpu_model.served_at("v5e", "sub-network", 8, lambda *_: twice)
+    assert found.step_s == pytest.approx(2e-3, rel=0.02)
+    with pytest.raises(InputError, match="int8 of batch 8 does not compile for v5e: no"):
+        tpu_model.served_at("v5e", "sub-network in int8", 8, lambda *_: Step(error="no"))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("system", step.SMALLER)
+def test_a_sub_network_in_fewer_bytes_compiles_for_one_core(system: str) -> None:
+    found = step.compile_step(system, "v5e", 8)
+    assert found.error is None
+    assert found.collectives == {}
+    assert found.read_bytes < 140e6
 
 
 def test_model_by_hand() -> None:
