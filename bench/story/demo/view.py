@@ -30,7 +30,7 @@ def view(result: Demo) -> View:
     answer = (
         f"The task-routed model scores {gains[0]} BLEU over the paper's dense baseline and "
         f"{gains[1]} over a dense model of equal compute, its extracted sub-networks translate "
-        f" {extraction.identical} of {extraction.translations} sentences as it does, and decode "
+        f"{extraction.identical} of {extraction.translations} sentences as it does, and decode "
         f"{ratio:.2f} times as fast as the token-routed model on the same devices."
     )
     train, test = result.corpus["train"], result.corpus["test"]
