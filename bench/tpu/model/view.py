@@ -184,7 +184,8 @@ def _served(chip: Chip) -> Table:
         f"{chip.chip}, one core that serves a sub-network (compiled; times by the roofline)",
         ("system", "batch", "MB held", "MB read a step", "modelled µs", "tokens/s", "over float32"),
         rows,
-        "Work counts at the bf16 peak, that of int8 too, whose peak is higher on some chips.",
+        "The cache is bf16 with bf16 and float32 with int8, which many sentences show. Work counts "
+        "at the bf16 peak, that of int8 too, whose peak is higher on some chips.",
     )
 
 
