@@ -147,10 +147,11 @@ def extract_tasks(
 def prune(
     params: Params, config: MoEConfig, usage: ArrayLike, keep: int
 ) -> tuple[Params, MoEConfig]:
-    """The busiest experts of a token-routed layer: the training-free rival of extraction.
+    """The highest experts of a token-routed layer: the training-free rival of extraction.
 
-    usage: [E] f32, load of each expert on the text to be served, as `Metrics.load` reports it
-      (concrete). keep: experts to keep, from top_k to E; ties go to the lower index.
+    usage: [E] f32, what the experts are ranked by (concrete): the load of each on the text to be
+      served, as `Metrics.load` reports it, or another score that is higher for what must stay.
+    keep: experts to keep, from top_k to E; ties go to the lower index.
     Returns parameters and a configuration with `keep` experts in their old order, between which
     the gate now chooses. Raises ValueError where an argument does not fit.
 

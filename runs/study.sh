@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's comparison on one corpus: nine systems after equally many steps, all of equal compute
+# The paper's comparison on one corpus: ten systems after equally many steps, all of equal compute
 # per token but the paper's narrower dense model. Called by study-*.sh, which say what the corpus is:
 #
 #   WORK       folder of the results, one folder a system and seed; what is there is not done again
@@ -11,13 +11,13 @@
 #   SETTINGS   more arguments of every training: sizes of the model, batches; they go over those here
 #   D_FF       width of an expert, default 256
 #   SEEDS      default "0 1 2"
-#   ALL        the study's systems, default all nine
+#   ALL        the study's systems, default all ten
 #   SYSTEMS    default ALL; some of them, to share the work between machines or cores
 #   PHASES     default "prepare train test": text is prepared once, into WORK/set; test text is scored
 #              once every system is trained and has its score on the validation text
 set -euo pipefail
 python=${PYTHON:-python}
-all=${ALL:-narrow dense token sentence target token-target static distilled pruned}
+all=${ALL:-narrow dense token sentence target token-target static distilled pruned reaped}
 systems=${SYSTEMS:-$all}
 read -ra from <<< "$DATA"
 data=(--data "$WORK/set")
@@ -48,25 +48,31 @@ distilled() { # seed; the student is as wide as the dense model
     --set "encoder_wide_d_ff=$((2 * D_FF))" --set "decoder_wide_d_ff=$((2 * D_FF))"
 }
 
-pruned() { # seed; the busiest 2 of 8 experts for each target language
+pruned() { # system, seed, criterion; the highest 2 of 8 experts for each target language
   local pairs
-  for pairs in $("$python" - "$WORK/token-$1/model/config.json" << 'PAIRS'
+  for pairs in $("$python" - "$WORK/token-$2/model/config.json" << 'PAIRS'
 import json, sys
 pairs = json.load(open(sys.argv[1]))["pairs"]
 for language in dict.fromkeys(p.split("-")[1] for p in pairs):
     print(",".join(p for p in pairs if p.endswith("-" + language)))
 PAIRS
   ); do
-    local to=$WORK/pruned-$1/${pairs##*-}
-    [ -d "$to" ] || "$python" -m taskmoe.wmt prune --model "$WORK/token-$1" "${data[@]}" \
-      --pairs "$pairs" --keep 2 --limit 300 --out "$to"
+    local to=$WORK/$1-$2/${pairs##*-}
+    [ -d "$to" ] || "$python" -m taskmoe.wmt prune --model "$WORK/token-$2" "${data[@]}" \
+      --pairs "$pairs" --by "$3" --keep 2 --limit 300 --out "$to"
   done
 }
 
+models() { # system, seed: its folder, of a pruned system one a target language
+  case $1 in
+    pruned | reaped) printf '%s\n' "$WORK/$1-$2"/*/ ;;
+    *) printf '%s\n' "$WORK/$1-$2" ;;
+  esac
+}
+
 evaluate() { # system, seed, split, beam
-  local model name=$WORK/$1-$2
-  for model in "$name" $([ "$1" = pruned ] && echo "$name"/*/); do
-    [ "$1-$model" = "pruned-$name" ] && continue
+  local model
+  for model in $(models "$1" "$2"); do
     [ -f "${model%/}/$3.json" ] || "$python" -m taskmoe.wmt evaluate --model "$model" \
       "${data[@]}" --split "$3" --limit "$LIMIT" --beam "$4" --json "${model%/}/$3.json"
   done
@@ -81,7 +87,9 @@ for seed in ${SEEDS:-0 1 2}; do
     for system in $systems; do
       if [ "$phase" = train ]; then
         case $system in
-          distilled | pruned) "$system" "$seed" ;;
+          distilled) distilled "$seed" ;;
+          pruned) pruned "$system" "$seed" load ;;
+          reaped) pruned "$system" "$seed" reap ;;
           *) train "$system" "$seed" ;;
         esac
         evaluate "$system" "$seed" valid 1

@@ -1,4 +1,4 @@
-"""`prune`: the busiest experts of a token-routed model as a model of its own."""
+"""`prune`: the experts of a token-routed model that matter most, as a model of its own."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ import numpy as np
 
 from taskmoe.wmt.commands.shared import check_limit, load, out, sizes_file
 from taskmoe.wmt.commands.text import add_data, text_to_score
-from taskmoe.wmt.model.pruning import check_prunable, expert_usage, prune
+from taskmoe.wmt.model.pruning import CRITERIA, check_prunable, prune
 from taskmoe.wmt.model.saved import Model, save_model
 from taskmoe.wmt.model.transformer import param_count
 
 
 def run(a: argparse.Namespace) -> None:
-    """Keep the experts of a token-routed model that a text uses most, without training."""
+    """Keep the experts of a token-routed model that matter most to a text, without training."""
     model = load(a.model)
     check_prunable(model.config)
     check_limit(a.limit)
     text, title = text_to_score(a, a.split, model)
     text = {pair: (x[: a.limit], y[: a.limit]) for pair, (x, y) in text.items()}
     with out.status(f"looking which experts {title} uses"):
-        usage = expert_usage(model, text)
-    small = prune(model, usage, a.keep)
+        scores = CRITERIA[a.by](model, text)
+    small = prune(model, scores, a.keep)
     small = Model(
         small.params, dataclasses.replace(small.config, pairs=tuple(text)), small.tokenizer
     )
     save_model(small, a.out, more=sizes_file(a.model))
     covered = [
-        f"{side} {np.mean([np.sort(load)[::-1][: a.keep].sum() for load in loads]):.1%}"
-        for side, loads in usage.items()
-        if loads
+        f"{side} {np.mean([np.sort(x)[::-1][: a.keep].sum() / x.sum() for x in layers]):.1%}"
+        for side, layers in scores.items()
+        if layers
     ]
+    of_what = {"load": "all assignments", "reap": "all experts' weight times norm"}[a.by]
     before, after = param_count(model.params), param_count(small.params)
     out.print(
-        f"{a.out}: {a.keep} of {model.config.num_experts} experts, which had of all assignments "
+        f"{a.out}: {a.keep} of {model.config.num_experts} experts, which had of {of_what} "
         f"{', '.join(covered)}; {after:,} of {before:,} parameters"
     )
 
@@ -54,4 +55,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="first sentences of each direction that are looked at",
     )
     p.add_argument("--keep", type=int, required=True, metavar="N", help="experts of each mixture")
+    p.add_argument(
+        "--by",
+        choices=tuple(CRITERIA),
+        default="load",
+        help="what experts are ranked by: load, the share of tokens that go to each (default), or "
+        "reap, gate weight times the norm of the output, a mean over its tokens",
+    )
     p.add_argument("--out", type=Path, required=True, help="new model folder")

@@ -8,6 +8,7 @@ functions are pure; parameters are a pytree of arrays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -113,13 +114,15 @@ def encode(
     strategy: str = "auto",
     key: jax.Array | None = None,
     remat: bool = False,
-) -> tuple[jax.Array, list[moe.Metrics]]:
+    layer_fn: Callable[..., Any] = moe.apply,
+) -> tuple[jax.Array, list[Any]]:
     """Encode source ids [B, S] i32 with valid [B, S] bool; returns [B, S, D] and metrics.
 
     The result has the parameters' dtype, f32 or bf16; norms and routing are f32 always.
     task: [B] i32 or scalar on a task-routed encoder, else None. mesh, strategy: as in `moe.apply`,
     for expert parallelism. key: of dropout; None is off. remat: gradients recompute what a layer
-    does instead of keeping it (Chen et al. 2016, arXiv 1604.06174).
+    does instead of keeping it (Chen et al. 2016, arXiv 1604.06174). layer_fn: runs a mixture and is
+    called as `moe.apply` is; what it gives beside y stands in place of the metrics.
     """
     x = _embed(params["embedding"], source, jnp.arange(source.shape[1]))
     x, key = _drop_embedded(x, config, key)
@@ -130,7 +133,9 @@ def encode(
         drop = _Dropout(config.dropout, key)
         q, k, v = qkv(layer["attention"], x, config)
         x = x + drop(attend(layer["attention"], q, k, v, mask))
-        y, report = _feed_forward(layer["feed_forward"], mixture, x, valid, task, mesh, strategy)
+        y, report = _feed_forward(
+            layer["feed_forward"], mixture, x, valid, task, mesh, strategy, layer_fn=layer_fn
+        )
         return x + drop(y), report
 
     x, reports = _through(run, params["encoder"], x, key, remat)
@@ -150,11 +155,12 @@ def decode(
     strategy: str = "auto",
     key: jax.Array | None = None,
     remat: bool = False,
-) -> tuple[jax.Array, list[moe.Metrics]]:
+    layer_fn: Callable[..., Any] = moe.apply,
+) -> tuple[jax.Array, list[Any]]:
     """Logits [B, L, V] f32 of the next token at each position of target ids [B, L], and metrics.
 
     memory, memory_valid: from `encode`. valid: [B, L] bool, target positions that count. task,
-    mesh, strategy, key, remat: as in `encode`, of the decoder.
+    mesh, strategy, key, remat, layer_fn: as in `encode`, of the decoder.
     """
     length = target.shape[1]
     x = _embed(_target_embedding(params), target, jnp.arange(length))
@@ -171,7 +177,8 @@ def decode(
         k, v = cross_key_value(layer["cross"], memory, config)
         x = x + drop(attend(layer["cross"], query(layer["cross"], x, config), k, v, cross_mask))
         y, report = _feed_forward(
-            layer["feed_forward"], mixture, x, valid, task, mesh, strategy, sentence
+            *(layer["feed_forward"], mixture, x, valid, task, mesh, strategy, sentence),
+            layer_fn=layer_fn,
         )
         return x + drop(y), report
 
@@ -376,13 +383,15 @@ def _feed_forward(
     mesh: jax.sharding.Mesh | None,
     strategy: str,
     sentence: jax.Array | None = None,
-) -> tuple[jax.Array, list[moe.Metrics]]:
+    *,
+    layer_fn: Callable[..., Any] = moe.apply,
+) -> tuple[jax.Array, list[Any]]:
     """The feed-forward branch, dense or mixture, and the metrics of a mixture."""
     x = rms_norm(x, p["norm"])
     if "ffn" in p:
         return moe.ffn(p["ffn"], x), []
     assert mixture is not None  # the parameters were made by the same configuration
-    y, report = moe.apply(
+    y, report = layer_fn(
         p["moe"],
         mixture,
         x,

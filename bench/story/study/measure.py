@@ -29,7 +29,7 @@ from taskmoe.wmt.text.sources import open_sources, read_split
 from taskmoe.wmt.text.tokenizer import BOS, PAD
 
 #: System that is cut out of another -> that one, whose parameters are the whole.
-WHOLE = {"pruned": "token"}
+WHOLE = {"pruned": "token", "reaped": "token"}
 MIXTURES = ("token", "sentence", "target", "token-target", "static")
 ROWS = 256  # sentences of one direction that are decoded in a round
 
@@ -114,7 +114,7 @@ def measure(spec: Spec) -> Studied:
 class System(NamedTuple):
     """A system's runs.
 
-    folders: of its models of the first seed: one, of "pruned" one a target language. valid, test:
+    folders: of its models of the first seed: one, of a pruned system one a target language. valid, test:
     mean BLEU over the directions, a number a seed. directions: test BLEU of each, mean over seeds.
     sentences: test sentences of all directions.
     """
@@ -140,7 +140,7 @@ def finished_seeds(workdir: Path, name: str) -> list[int]:
 
 def _folders(workdir: Path, name: str, seed: int) -> list[Path]:
     path = workdir / f"{name}-{seed}"
-    return sorted(path.glob("*/")) if name == "pruned" else [path]
+    return sorted(path.glob("*/")) if name in WHOLE else [path]
 
 
 def gather(workdir: Path, name: str, seeds: list[int]) -> System:

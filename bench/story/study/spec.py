@@ -20,6 +20,7 @@ SYSTEMS = {
     "static": "static by target",
     "distilled": "dense, distilled from token/token",
     "pruned": "token/token, pruned for each target",
+    "reaped": "token/token, pruned by gate weight times output norm",
 }
 
 
