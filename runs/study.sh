@@ -8,6 +8,9 @@
 #   VOCAB      words of the vocabulary
 #   TEACHING   sentences a direction that the teacher translates for its student
 #   LIMIT      first test sentences of each direction that are scored
+#   ZERO_SHOT  directions like de-fr,fr-de that are scored and not trained on, default none; not for
+#              pruned models, which know the languages of the text that they were pruned by
+#   HIGH_RESOURCE  sentence pairs from which on a direction is high-resource, default a million
 #   SETTINGS   more arguments of every training: sizes of the model, batches; they go over those here
 #   D_FF       width of an expert, default 256
 #   SEEDS      default "0 1 2"
@@ -70,11 +73,28 @@ models() { # system, seed: its folder, of a pruned system one a target language
   esac
 }
 
-evaluate() { # system, seed, split, beam
-  local model
+pairs() { # model: directions that it is scored on; a pruned one knows the languages of its text only
+  local config=$1/config.json
+  [ -d "$1/model" ] && config=$1/model/config.json
+  "$python" - "$config" "$1" "${ZERO_SHOT:-}" << 'PAIRS'
+import json, sys
+config, model, more = sys.argv[1:]
+pairs = json.load(open(config))["pairs"]
+whole = config.endswith("/model/config.json")
+print(",".join(pairs + [p for p in more.split(",") if p and whole]))
+PAIRS
+}
+
+evaluate() { # system, seed, split, beam; translations of the test text are kept for intervals
+  local model keep
   for model in $(models "$1" "$2"); do
-    [ -f "${model%/}/$3.json" ] || "$python" -m taskmoe.wmt evaluate --model "$model" \
-      "${data[@]}" --split "$3" --limit "$LIMIT" --beam "$4" --json "${model%/}/$3.json"
+    model=${model%/}
+    keep=()
+    [ "$3" = test ] && keep=(--out "$model/translations")
+    [ -f "$model/$3.json" ] && [ "$3" = valid -o -d "$model/translations" ] ||
+      "$python" -m taskmoe.wmt evaluate --model "$model" "${from[@]}" --split "$3" \
+        --pairs "$(pairs "$model")" --limit "$LIMIT" --beam "$4" "${keep[@]}" \
+        --high-resource "${HIGH_RESOURCE:-1000000}" --json "$model/$3.json"
   done
 }
 

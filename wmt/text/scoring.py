@@ -115,8 +115,9 @@ def averages(
     """Mean scores of groups of directions; groups without any are left out.
 
     trained: the directions that the model was trained on, None for all; others are "zero-shot" and
-      in no other group. sizes: sentence pairs that each was trained on; with it those of at least
-      `high_resource` and those below are groups.
+      in no other group but "all with zero-shot". "xx→yy": neither side is English.
+    sizes: sentence pairs that each was trained on; with it those of at least `high_resource` and
+      those below are groups.
     """
     seen = [p for p in scores if trained is None or p in trained]
     known = {p: sizes[p] for p in seen if p in sizes} if sizes else {}
@@ -124,9 +125,11 @@ def averages(
         "all": seen,
         "en→xx": [p for p in seen if split_pair(p)[0] == "en"],
         "xx→en": [p for p in seen if split_pair(p)[1] == "en"],
+        "xx→yy": [p for p in seen if "en" not in split_pair(p)],
         "high resource": [p for p, size in known.items() if size >= high_resource],
         "low resource": [p for p, size in known.items() if size < high_resource],
         "zero-shot": [p for p in scores if p not in seen],
+        "all with zero-shot": list(scores) if len(seen) < len(scores) else [],
     }
     return {
         name: float(np.mean([scores[p] for p in pairs])) for name, pairs in groups.items() if pairs

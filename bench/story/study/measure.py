@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,22 +13,23 @@ from taskmoe.bench.harness import machine
 from taskmoe.bench.harness.results import Result, Spread
 from taskmoe.bench.harness.timing import alternate
 from taskmoe.bench.serving import systems as serving
-from taskmoe.bench.story.study.spec import SYSTEMS, Spec
+from taskmoe.bench.story.study import bootstrap
+from taskmoe.bench.story.study.bootstrap import Bootstrap, Interval
+from taskmoe.bench.story.study.runs import System, finished_seeds, gather, same_training
+from taskmoe.bench.story.study.spec import SYSTEMS, WHOLE, Spec
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
-from taskmoe.wmt.commands.shared import load
+from taskmoe.wmt.commands.shared import load, sizes_of
 from taskmoe.wmt.config import split_pair
 from taskmoe.wmt.model.saved import Model
 from taskmoe.wmt.model.subnetwork import extract
 from taskmoe.wmt.model.transformer import Params, encode, param_count
 from taskmoe.wmt.model.translation import Decoding, translate
 from taskmoe.wmt.text.folders import Columns, Pairs
+from taskmoe.wmt.text.scoring import averages
 from taskmoe.wmt.text.sources import open_sources, read_split
 from taskmoe.wmt.text.tokenizer import BOS, PAD
 
-#: System that is cut out of another -> that one, whose parameters are the whole.
-WHOLE = {"pruned": "token", "reaped": "token"}
-MIXTURES = ("token", "sentence", "target", "token-target", "static")
 ROWS = 256  # sentences of one direction that are decoded in a round
 
 
@@ -39,6 +38,9 @@ class Row:
     """A system: its scores as in `System`, parameters in all and to serve one direction, speed.
 
     translations, identical: of extracted sub-networks, those compared and those that are the same.
+    averages: test BLEU of groups of directions, as `scoring.averages` has them. over_dense,
+    over_narrow: 95% intervals of the difference in mean test BLEU to these; None where translations
+    were not kept.
     """
 
     system: str
@@ -51,6 +53,9 @@ class Row:
     translations: int
     identical: int
     tokens_per_s: Spread
+    averages: dict[str, float] = dataclasses.field(default_factory=dict)
+    over_dense: Interval | None = None
+    over_narrow: Interval | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +63,8 @@ class Studied(Result):
     """A row a system; training and model as their configurations have them.
 
     taught: sentences a direction that students learn from. left_out: seeds that not all systems
-    have finished.
+    have finished. high_resource: sentence pairs from which on a direction is. bootstrap: None where
+    dense's translations were not kept.
     """
 
     machine: dict[str, str]
@@ -69,6 +75,8 @@ class Studied(Result):
     rows: list[Row]
     taught: int | None = None
     left_out: list[int] = dataclasses.field(default_factory=list)
+    high_resource: int | None = None
+    bootstrap: Bootstrap | None = None
     command: str = "study"
 
 
@@ -82,15 +90,18 @@ def measure(spec: Spec) -> Studied:
     if not seeds:
         raise InputError(f"{spec.workdir} has no seed that every system has a test.json of")
     left_out = sorted({seed for found in finished.values() for seed in found} - set(seeds))
-    systems = [gather(spec.workdir, name, seeds) for name in SYSTEMS if name in finished]
+    dense = spec.workdir / f"dense-{seeds[0]}"
+    pairs = load(dense).config.pairs
+    systems = [gather(spec.workdir, name, seeds, pairs) for name in SYSTEMS if name in finished]
     settings = same_training(spec.workdir, systems)
-    pairs = load(systems[0].folders[0]).config.pairs
     models = {s.name: _model_of(s, pairs[0]) for s in systems}
     text = read_split(open_sources(spec.data), "valid", pairs)
     text = {pair: (x[: spec.sentences], y[: spec.sentences]) for pair, (x, y) in text.items()}
     served = {name: _served(model, pairs[0]) for name, model in models.items()}
+    levels = _resampled(systems, pairs, spec)
     compared = {name: alike(name, model, text) for name, model in models.items()}
     speeds = _speeds(served, pairs[0], text, spec.rounds)
+    sizes = sizes_of(dense) if spec.high_resource else None
     rows = [
         Row(
             system.name,
@@ -102,108 +113,36 @@ def measure(spec: Spec) -> Studied:
             param_count(served[system.name].params),
             **compared[system.name],
             tokens_per_s=speed,
+            averages=averages(
+                system.directions,
+                trained=pairs,
+                sizes=sizes,
+                high_resource=spec.high_resource or 0,
+            ),
+            over_dense=bootstrap.difference(levels, system.name, "dense"),
+            over_narrow=bootstrap.difference(levels, system.name, "narrow"),
         )
         for system, speed in zip(systems, speeds, strict=True)
     ]
-    sentences = systems[0].sentences
     return Studied(
-        machine.describe(), spec.rounds, sentences, rows=rows, left_out=left_out, **settings
+        machine.describe(),
+        spec.rounds,
+        systems[0].sentences,
+        rows=rows,
+        left_out=left_out,
+        high_resource=spec.high_resource,
+        bootstrap=bootstrap.shares(levels),
+        **settings,
     )
 
 
-class System(NamedTuple):
-    """A system's runs.
-
-    folders: of its models of the first seed: one, of a pruned system one a target language. valid, test:
-    mean BLEU over the directions, a number a seed. directions: test BLEU of each, mean over seeds.
-    sentences: test sentences of all directions.
-    """
-
-    name: str
-    folders: list[Path]
-    seeds: list[int]
-    valid: list[float]
-    test: list[float]
-    directions: dict[str, float]
-    sentences: int
-
-
-def finished_seeds(workdir: Path, name: str) -> list[int]:
-    """Seeds of a system whose models all have a test.json; InputError where there is none."""
-    numbers = (path.name[len(name) + 1 :] for path in workdir.glob(f"{name}-*"))
-    runs = {int(n): _folders(workdir, name, int(n)) for n in numbers if n.isdigit()}
-    done = [s for s, p in runs.items() if p and all((x / "test.json").is_file() for x in p)]
-    if not done:
-        raise InputError(f"{workdir} has no {name}-SEED with a test.json: runs/study-*.sh first")
-    return sorted(done)
-
-
-def _folders(workdir: Path, name: str, seed: int) -> list[Path]:
-    path = workdir / f"{name}-{seed}"
-    return sorted(path.glob("*/")) if name in WHOLE else [path]
-
-
-def gather(workdir: Path, name: str, seeds: list[int]) -> System:
-    """Scores of one system's runs. Raises InputError where a file is damaged."""
-    done = {seed: _folders(workdir, name, seed) for seed in seeds}
-    means: dict[str, list[float]] = {"valid": [], "test": []}
-    directions: dict[str, list[float]] = {}
-    sentences = 0
-    for folders in done.values():
-        for split, level in means.items():
-            scores = {p: s for folder in folders for p, s in _scores(folder / f"{split}.json")}
-            level.append(float(np.mean([s["bleu"] for s in scores.values()])))
-        for pair, found in scores.items():  # of the test text, the last of the splits
-            directions.setdefault(pair, []).append(found["bleu"])
-        sentences = sum(s["sentences"] for s in scores.values())
-    models = done[seeds[0]]
-    each = {pair: float(np.mean(bleu)) for pair, bleu in directions.items()}
-    return System(name, models, list(done), means["valid"], means["test"], each, sentences)
-
-
-def same_training(workdir: Path, systems: list[System]) -> dict[str, Any]:
-    """What all systems were trained with. Raises InputError where one differs in more than it must.
-
-    Returns "training" (TrainConfig's fields), "model" (ModelConfig's, of the first mixture, or of
-    the dense one), and "taught".
-    """
-    found = {
-        run: _read(workdir / run / "config.json", "train", "model")
-        for system in systems
-        if system.name not in WHOLE
-        for run in (f"{system.name}-{seed}" for seed in system.seeds)
-    }
-    first = {run.rpartition("-")[0]: config for run, config in reversed(found.items())}
-    dense, student = first["dense"], first.get("distilled")
-    mixture = next((first[name] for name in MIXTURES if name in first), dense)
-    taught = None if student is None else student["train"].get("max_sentences")
-    for run, config in found.items():
-        # A student's text is its teacher's, of as much as the students of the other seeds had.
-        own = {"max_sentences": taught} if run.startswith("distilled-") else {}
-        for field, value in (dense["train"] | own).items():
-            if field != "seed" and config["train"].get(field) != value:
-                raise InputError(
-                    f"{workdir / run}: {field} is {config['train'].get(field)!r}, not {value!r} as "
-                    "in the other runs: not the same training"
-                )
-    return {"training": dense["train"], "model": mixture["model"], "taught": taught}
-
-
-def _scores(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    return list(_read(path, "scores")["scores"].items())
-
-
-def _read(path: Path, *wanted: str) -> dict[str, Any]:
-    """A JSON object that has these objects in it."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(found[name], dict) for name in wanted):
-            raise ValueError(f"no object {' or '.join(wanted)}")
-        return dict(found)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error}") from None
+def _resampled(systems: list[System], pairs: tuple[str, ...], spec: Spec) -> dict[str, np.ndarray]:
+    """System -> its mean test BLEU in each sample; {} where dense's translations are not kept."""
+    dense = next(system for system in systems if system.name == "dense")
+    if not dense.translations:
+        return {}
+    wanted = [pair for pair in pairs if pair in dense.directions]
+    return bootstrap.levels(systems, read_split(open_sources(spec.data), "test", wanted))
 
 
 def _model_of(system: System, pair: str) -> Model:

@@ -22,17 +22,24 @@ SYSTEMS = {
     "pruned": "token/token, pruned for each target",
     "reaped": "token/token, pruned by gate weight times output norm",
 }
+#: System that is cut out of another, a model a target language -> that one, the whole.
+WHOLE = {"pruned": "token", "reaped": "token"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The study's folder and the sources of its text; sentences: of validation text a direction."""
+    """The study's folder and the sources of its text.
+
+    sentences: of validation text a direction. high_resource: sentence pairs from which on a
+    direction is; None tells none apart.
+    """
 
     workdir: Path
     data: list[str]
     rounds: int
     sentences: int | None
     systems: list[str]
+    high_resource: int | None = None
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -41,6 +48,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data", action="append", required=True, help="its sources, as for evaluate")
     p.add_argument(
         "--systems", help=f"those that were trained, comma-separated: {','.join(SYSTEMS)} (all)"
+    )
+    p.add_argument(
+        "--high-resource",
+        type=int,
+        metavar="N",
+        help="directions trained on so many sentence pairs are high-resource (default: none is)",
     )
     p.add_argument("--rounds", type=int, default=5, help="times that each is measured")
     p.add_argument("--quick", action="store_true", help="20 validation sentences a direction only")
@@ -57,4 +70,12 @@ def read(a: argparse.Namespace) -> Spec:
         raise InputError(
             f"--systems must hold dense, which others are held against, got {a.systems}"
         )
-    return Spec(a.workdir, a.data, a.rounds, 20 if a.quick else None, systems)
+    for name, whole in WHOLE.items():
+        if name in systems and whole not in systems:
+            raise InputError(
+                f"--systems must hold {whole}, which {name} is cut out of, got {a.systems}"
+            )
+    if a.high_resource is not None and a.high_resource < 1:
+        raise InputError(f"--high-resource must be at least 1, got {a.high_resource}")
+    sentences = 20 if a.quick else None
+    return Spec(a.workdir, a.data, a.rounds, sentences, systems, a.high_resource)

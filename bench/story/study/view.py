@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from taskmoe.bench.harness import paper
 from taskmoe.bench.harness.view import Chart, Table, View
 from taskmoe.bench.serving.systems import POSITIONS
+from taskmoe.bench.story.study.bootstrap import Bootstrap, Interval
 from taskmoe.bench.story.study.measure import ROWS, Row, Studied
 from taskmoe.bench.story.study.spec import SYSTEMS
 from taskmoe.wmt.training.distillation import gain_kept
@@ -21,6 +22,13 @@ HEADINGS = (
     "over its dense there",
     *("parameters", "to serve one direction", "tokens/s", "extracted alike"),
 )
+#: Groups of directions as `averages` names them -> heading; in the order of the table's columns.
+GROUPS = {
+    "all": "trained directions",
+    **{name: name for name in ("xx→en", "en→xx", "xx→yy", "high resource", "low resource")},
+    "zero-shot": "zero-shot",
+    "all with zero-shot": "trained and zero-shot",
+}
 SHORT = ("system", "BLEU", *HEADINGS[3:5], "over its dense there", "to serve one direction")
 
 
@@ -31,9 +39,10 @@ def view(*results: Studied) -> View:
         name = "news" if len(result.model.get("pairs", ())) > 12 else "multi30k"
         title = f"{result.sentences:,} test sentences, {len(result.rows)} systems (measured)"
         tables.append(Table(title, HEADINGS, cells(result.rows)))
+        tables += _apart(result)
         draw = functools.partial(_chart, result)
         charts.append(Chart(f"study-{name}", f"Scores and sizes, {name}", draw))
-        said += findings(result.rows)
+        said += findings(result.rows, result.bootstrap)
         about.append(_about(result))
         if result.left_out:
             seeds = ", ".join(map(str, result.left_out))
@@ -91,7 +100,8 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 SYSTEMS[name],
                 f"{mean:.2f}{spread}",
                 str(len(r.seeds)),
-                *(over(mean, bleu.get(b)) if name != b else "" for b in ("dense", "narrow")),
+                over(mean, bleu["dense"], r.over_dense) if name != "dense" else "",
+                over(mean, bleu.get("narrow"), r.over_narrow) if name != "narrow" else "",
                 "" if theirs is None else f"{theirs[0]:.2f}",
                 f"{theirs[0] - theirs[1]:+.2f}"
                 if theirs and theirs[1] and name != "narrow"
@@ -105,13 +115,30 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return lines
 
 
-def over(mean: float, base: float | None) -> str:
-    """The difference to a baseline, where there is one."""
-    return "" if base is None else f"{mean - base:+.2f}"
+def _apart(result: Studied) -> list[Table]:
+    """Mean BLEU of groups of directions, where the result has them."""
+    there = [name for name in GROUPS if any(name in r.averages for r in result.rows)]
+    if not there:
+        return []
+    each = [
+        (SYSTEMS[r.system], *(f"{r.averages[n]:.2f}" if n in r.averages else "" for n in there))
+        for r in result.rows
+    ]
+    border = result.high_resource
+    note = "" if border is None else f"High resource: trained on {border:,} sentence pairs or more."
+    headings = ("system", *(GROUPS[name] for name in there))
+    return [Table("Averages apart, BLEU (measured)", headings, each, note)]
 
 
-def findings(rows: Sequence[Row]) -> list[str]:
-    """What the scores say, sentence by sentence."""
+def over(mean: float, base: float | None, interval: Interval | None) -> str:
+    """The difference to a baseline and its interval, where there are such."""
+    if base is None:
+        return ""
+    return f"{mean - base:+.2f}" + (f" {interval.words('+.2f')}" if interval else "")
+
+
+def findings(rows: Sequence[Row], drawn: Bootstrap | None = None) -> list[str]:
+    """What the scores say, sentence by sentence; drawn: the result's `bootstrap`."""
     bleu = {r.system: float(np.mean(r.test)) for r in rows}
     order = sorted(bleu, key=lambda name: -bleu[name])
     lines = ["Best first: " + ", ".join(f"{SYSTEMS[n]} {bleu[n]:.2f}" for n in order) + "."]
@@ -126,13 +153,15 @@ def findings(rows: Sequence[Row]) -> list[str]:
         if otherwise
         else f"Every system compares with {SYSTEMS[base]} as in the paper."
     )
-    lines += _doubtful(rows)
+    lines += _told_apart(rows, drawn) + _doubtful(rows)
     if not {"token", "target", "distilled"} <= set(bleu):
         return lines
     gain = gain_kept(bleu["dense"], bleu["token"], bleu["distilled"], bleu["target"])
-    for whose, share, theirs in (
-        ("the token-routed teacher's", gain.of_teacher, paper.DISTILLATION_KEEPS["teacher"]),
-        ("the task-routed model's", gain.of_task_moe, paper.DISTILLATION_KEEPS["task"]),
+    teacher, task = paper.DISTILLATION_KEEPS["teacher"], paper.DISTILLATION_KEEPS["task"]
+    ends = (drawn.kept_of_teacher, drawn.kept_of_task_moe) if drawn else (None, None)
+    for whose, share, theirs, interval in (
+        ("the token-routed teacher's", gain.of_teacher, teacher, ends[0]),
+        ("the task-routed model's", gain.of_task_moe, task, ends[1]),
     ):
         if share is None or not np.isfinite(share):
             lines.append(f"There is nothing to keep of {whose} gain over dense: it gains nothing.")
@@ -143,6 +172,45 @@ def findings(rows: Sequence[Row]) -> list[str]:
             )
         else:
             lines.append(f"The student keeps {share:.0f}% of {whose} gain (the paper: {theirs}%).")
+        if interval is not None:
+            lines.append(
+                f"95% interval of that share: {interval.low:.0f}% to {interval.high:.0f}%."
+            )
+        elif drawn is not None and share is not None:
+            lines.append(
+                "That share has no interval: the gain may be nothing with other sentences."
+            )
+    return lines
+
+
+def _told_apart(rows: Sequence[Row], drawn: Bootstrap | None) -> list[str]:
+    """Which systems are better or worse than each dense model, and which cannot be told."""
+    if drawn is None:
+        return [
+            "There are no intervals: the translations of the test text were not kept, as "
+            "runs/study.sh does."
+        ]
+    bleu = {r.system: float(np.mean(r.test)) for r in rows}
+    lines = []
+    for base in (b for b in ("dense", "narrow") if b in bleu):
+        ends = {r.system: r.over_dense if base == "dense" else r.over_narrow for r in rows}
+        known = {name: interval for name, interval in ends.items() if interval is not None}
+        for what, some in (
+            ("With 95% confidence better than", [n for n, i in known.items() if i.low > 0]),
+            ("With 95% confidence worse than", [n for n, i in known.items() if i.high < 0]),
+            ("Not told apart from", [n for n, i in known.items() if i.low <= 0 <= i.high]),
+        ):
+            each = ", ".join(f"{SYSTEMS[n]} {over(bleu[n], bleu[base], known[n])}" for n in some)
+            lines += [f"{what} {SYSTEMS[base]}: {each}."] * bool(each)
+        if lacking := [SYSTEMS[n] for n, i in ends.items() if i is None and n != base]:
+            lines.append(
+                f"No interval over {SYSTEMS[base]}, as translations were not kept: "
+                f"{', '.join(lacking)}."
+            )
+    lines.append(
+        "In brackets: 95% intervals by paired bootstrap over the test sentences "
+        f"({drawn.samples:,} samples), with the trained seeds as they are."
+    )
     return lines
 
 

@@ -1,21 +1,26 @@
 """The study gathers scores, sizes and speeds; wrong sub-networks and unequal training are seen."""
 
+import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from taskmoe.bench.__main__ import main
 from taskmoe.bench.harness.results import Spread, from_json
 from taskmoe.bench.story.study import measure as study
+from taskmoe.bench.story.study.runs import folders_of, gather
 from taskmoe.bench.story.study.spec import SYSTEMS
-from taskmoe.bench.story.study.view import cells, findings
+from taskmoe.bench.story.study.view import cells, findings, view
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.model.pruning import expert_usage, prune
 from taskmoe.wmt.model.saved import Model, save_model
 from taskmoe.wmt.model.subnetwork import extract
+from taskmoe.wmt.text.scoring import score
 
 ROUTINGS = {
     "narrow": ("dense", "dense"),
@@ -98,6 +103,117 @@ def test_what_is_gathered(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert lines["static by target"][6] == ""
 
 
+WRONG = dict(zip(SYSTEMS, (9, 8, 5, 8, 3, 2, 6, 6, 12, 9), strict=True))  # of 12 sentences
+ZERO_SHOT = "de-fr"
+
+
+@pytest.fixture
+def translated(folder: Path, tmp_path: Path) -> Path:
+    """The same runs with translations of the test text, and a direction that nothing trained on."""
+    copy = tmp_path / "translated"
+    shutil.copytree(folder, copy)
+    text = {x: support.sentences(x, 12, seed=2) for x in support.WORDS}
+    places = {pair: place for place, pair in enumerate((*support.PAIRS, ZERO_SHOT))}
+    for language, lines in text.items():
+        (copy / "data" / f"test.{language}").write_text("".join(f"{x}\n" for x in lines))
+        (copy / "dense-0" / "sizes.json").write_text('{"en-de": 30, "de-en": 20, "en-fr": 10}')
+    for name, seed in itertools.product(SYSTEMS, (0, 1)):
+        for part in folders_of(copy, name, seed):
+            kept = json.loads((part / "test.json").read_text())["scores"]
+            kept |= {} if name in ("pruned", "reaped") else {ZERO_SHOT: {}}
+            (part / "translations").mkdir()
+            for pair in kept:
+                lines = list(text[pair[3:]])
+                for i in np.random.default_rng(seed).permutation(12)[places[pair] : WRONG[name]]:
+                    lines[i] = f"un huit {lines[i]}"
+                file = part / "translations" / f"test.{pair}.{pair[3:]}"
+                file.write_text("".join(f"{line}\n" for line in lines))
+                kept[pair] = score(pair, lines, text[pair[3:]])._asdict()
+            (part / "test.json").write_text(json.dumps({"scores": kept}))
+    return copy
+
+
+def test_intervals_and_averages_apart(translated: Path, tmp_path: Path, capsys: Any) -> None:
+    found, picture = tmp_path / "study.json", tmp_path / "study.png"
+    more = ["--quick", "--high-resource", "20", "--json", str(found), "--png", str(picture)]
+    assert main(words(translated, *more)) == 0
+    result = json.loads(found.read_text())
+    rows = {r["system"]: r for r in result["rows"]}
+    assert "over_dense" not in rows["dense"]
+    assert rows["target"]["over_dense"]["low"] > 0 > rows["pruned"]["over_dense"]["low"]
+    assert rows["sentence"]["over_dense"] == {"low": 0.0, "high": 0.0}  # the same mistakes
+    for name, base in itertools.product(SYSTEMS, ("dense", "narrow")):
+        if name != base:
+            ends = rows[name][f"over_{base}"]
+            apart = np.mean(rows[name]["test"]) - np.mean(rows[base]["test"])
+            assert ends["low"] <= apart <= ends["high"]
+    assert result["bootstrap"]["samples"] == 1000
+    ends = result["bootstrap"]["kept_of_task_moe"]
+    assert 0 < ends["low"] < ends["high"] < 100
+
+    bleu, groups = rows["target"]["directions"], rows["target"]["averages"]
+    assert set(bleu) == {*support.PAIRS, ZERO_SHOT}
+    trained = [bleu[pair] for pair in support.PAIRS]
+    assert groups == pytest.approx(
+        {
+            "all": np.mean(trained),
+            "en→xx": (bleu["en-de"] + bleu["en-fr"]) / 2,
+            "xx→en": bleu["de-en"],
+            "high resource": (bleu["en-de"] + bleu["de-en"]) / 2,
+            "low resource": bleu["en-fr"],
+            "zero-shot": bleu[ZERO_SHOT],
+            "all with zero-shot": np.mean([*trained, bleu[ZERO_SHOT]]),
+        }
+    )
+    assert np.mean(rows["target"]["test"]) == pytest.approx(groups["all"])
+    assert "zero-shot" not in rows["pruned"]["averages"]
+    said = " ".join(capsys.readouterr().out.split())
+    (alike,) = re.findall(r"Not told apart from dense \(equal compute\): (.*?)\. ", said)
+    assert "sentence/sentence +0.00 (+0.00 to +0.00)" in alike
+    assert "(1,000 samples), with the trained seeds as they are." in said
+    assert "95% interval of that share" in said
+    assert "High resource: trained on 20 sentence pairs or more." in said
+
+
+def test_translations_that_are_not_those_that_were_scored(
+    translated: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.rmtree(translated / "static-1" / "translations")
+    assert main(words(translated, "--quick", "--systems", "dense,static,target")) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "No interval over dense (equal compute), as translations were not kept: static" in said
+    file = translated / "target-1" / "translations" / "test.en-de.de"
+    lines = file.read_text().splitlines(keepends=True)
+    for wrong in ([*lines[1:], lines[0]], lines[:-1], [*lines, "eins\n"]):
+        file.write_text("".join(wrong))
+        assert main(words(translated, "--quick", "--systems", "dense,target")) == 2
+        assert "target-1: its translations of en-de do not have the BLEU" in capsys.readouterr().err
+    file.write_text("".join(lines[:3]))
+    scored = translated / "target-1" / "test.json"
+    result = json.loads(scored.read_text())
+    wanted = support.sentences("de", 12, seed=2)[:3]
+    ours = [line.strip() for line in lines[:3]]
+    result["scores"]["en-de"] = score("en-de", ours, wanted)._asdict()
+    scored.write_text(json.dumps(result))
+    assert main(words(translated, "--quick", "--systems", "dense,target")) == 2
+    assert "target-1 has 3 translations of en-de, dense-0 has 12" in capsys.readouterr().err
+
+
+def test_results_without_intervals_say_so(folder: Path, capsys: Any) -> None:
+    assert main(words(folder, "--quick", "--systems", "dense,target")) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "There are no intervals: the translations of the test text were not kept" in said
+    stored = support.ROOT / "bench" / "results" / "study-multi30k.json"
+    result = json.loads(stored.read_text())
+    for row in result["rows"]:  # as the first version wrote them
+        for field in ("averages", "over_dense", "over_narrow"):
+            row.pop(field, None)
+    result.pop("bootstrap", None)
+    shown = view(from_json(study.Studied, result))
+    assert len(shown.tables) == 1
+    assert "There are no intervals" in " ".join(shown.findings)
+
+
 def test_differences_within_their_spread_are_named() -> None:
     tests = {name: [level, level + 1] for name, level in BLEU.items()} | {"sentence": [18.0, 22.0]}
     rows = [row(name, levels) for name, levels in tests.items()]
@@ -137,7 +253,7 @@ def test_some_systems_alone(folder: Path, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_pruned_models_are_timed_on_a_direction_of_theirs(folder: Path) -> None:
-    pruned = study.gather(folder, "pruned", [0])
+    pruned = gather(folder, "pruned", [0], support.PAIRS)
     assert len(pruned.folders) == 3
     for pair in support.PAIRS:
         assert pair in study._model_of(pruned, pair).config.pairs
@@ -200,4 +316,8 @@ def test_no_results_and_no_rounds(tmp_path: Path, capsys: Any) -> None:
     assert "--systems must hold dense" in capsys.readouterr().err
     assert main([*words(tmp_path), "--rounds", "0"]) == 2
     assert "--rounds must be at least 1" in capsys.readouterr().err
+    assert main([*words(tmp_path), "--systems", "dense,reaped"]) == 2
+    assert "--systems must hold token, which reaped is cut out of" in capsys.readouterr().err
+    assert main([*words(tmp_path), "--high-resource", "0"]) == 2
+    assert "--high-resource must be at least 1, got 0" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

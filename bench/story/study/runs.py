@@ -1,0 +1,147 @@
+"""What the folder of a study holds: a folder a system and seed, with scores and translations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from taskmoe.bench.story.study.spec import WHOLE
+from taskmoe.cli.errors import InputError
+from taskmoe.wmt.config import split_pair
+from taskmoe.wmt.text.textfiles import read_lines
+
+_SPLITS = ("valid", "test")
+MIXTURES = ("token", "sentence", "target", "token-target", "static")
+
+
+class System(NamedTuple):
+    """A system's runs.
+
+    folders: of its models of the first seed: one, of a pruned system one a target language. valid,
+    test: mean BLEU over the trained directions, a number a seed. directions: test BLEU of each, the
+    zero-shot ones too, mean over seeds. sentences: test sentences of all directions. scores: test
+    BLEU of each direction, a seed each. translations: of the test text, direction -> lines, a seed
+    each; none at all where one seed's were not kept.
+    """
+
+    name: str
+    folders: list[Path]
+    seeds: list[int]
+    valid: list[float]
+    test: list[float]
+    directions: dict[str, float]
+    sentences: int
+    scores: list[dict[str, float]]
+    translations: list[dict[str, list[str]]]
+
+
+def finished_seeds(workdir: Path, name: str) -> list[int]:
+    """Seeds of a system whose models all have a test.json; InputError where there is none."""
+    numbers = (path.name[len(name) + 1 :] for path in workdir.glob(f"{name}-*"))
+    runs = {int(n): folders_of(workdir, name, int(n)) for n in numbers if n.isdigit()}
+    done = [s for s, p in runs.items() if p and all((x / "test.json").is_file() for x in p)]
+    if not done:
+        raise InputError(f"{workdir} has no {name}-SEED with a test.json: runs/study-*.sh first")
+    return sorted(done)
+
+
+def folders_of(workdir: Path, name: str, seed: int) -> list[Path]:
+    """Where a system's models of a seed are."""
+    path = workdir / f"{name}-{seed}"
+    return sorted(path.glob("*/")) if name in WHOLE else [path]
+
+
+def gather(workdir: Path, name: str, seeds: list[int], trained: tuple[str, ...]) -> System:
+    """Scores and translations of one system's runs.
+
+    trained: the directions that count in means. Raises InputError where a file is damaged.
+    """
+    done = {seed: folders_of(workdir, name, seed) for seed in seeds}
+    valid, test = ([_bleu(folders, split) for folders in done.values()] for split in _SPLITS)
+    directions = {p: float(np.mean([bleu[p] for bleu in test])) for p in test[-1]}
+    last = done[seeds[-1]]
+    sentences = sum(s["sentences"] for folder in last for _, s in _scores(folder / "test.json"))
+    lines = [_translations(folders) for folders in done.values()]
+    if not all(lines):
+        lines = []
+    models = done[seeds[0]]
+    return System(
+        name,
+        models,
+        list(done),
+        [_mean(bleu, trained) for bleu in valid],
+        [_mean(bleu, trained) for bleu in test],
+        directions,
+        sentences,
+        test,
+        lines,
+    )
+
+
+def _mean(bleu: dict[str, float], trained: tuple[str, ...]) -> float:
+    return float(np.mean([level for pair, level in bleu.items() if pair in trained]))
+
+
+def _bleu(folders: list[Path], split: str) -> dict[str, float]:
+    """Direction -> BLEU of a system's models of one seed."""
+    return {p: s["bleu"] for folder in folders for p, s in _scores(folder / f"{split}.json")}
+
+
+def _translations(folders: list[Path]) -> dict[str, list[str]]:
+    """Direction -> translations of the test text; {} where a model's were not kept."""
+    found: dict[str, list[str]] = {}
+    for folder in folders:
+        kept = folder / "translations"
+        if not kept.is_dir():
+            return {}
+        for pair, _ in _scores(folder / "test.json"):
+            found[pair] = read_lines(kept / f"test.{pair}.{split_pair(pair)[1]}")
+    return found
+
+
+def same_training(workdir: Path, systems: list[System]) -> dict[str, Any]:
+    """What all systems were trained with. Raises InputError where one differs in more than it must.
+
+    Returns "training" (TrainConfig's fields), "model" (ModelConfig's, of the first mixture, or of
+    the dense one), and "taught".
+    """
+    found = {
+        run: _read(workdir / run / "config.json", "train", "model")
+        for system in systems
+        if system.name not in WHOLE
+        for run in (f"{system.name}-{seed}" for seed in system.seeds)
+    }
+    first = {run.rpartition("-")[0]: config for run, config in reversed(found.items())}
+    dense, student = first["dense"], first.get("distilled")
+    mixture = next((first[name] for name in MIXTURES if name in first), dense)
+    taught = None if student is None else student["train"].get("max_sentences")
+    for run, config in found.items():
+        # A student's text is its teacher's, of as much as the students of the other seeds had.
+        own = {"max_sentences": taught} if run.startswith("distilled-") else {}
+        for field, value in (dense["train"] | own).items():
+            if field != "seed" and config["train"].get(field) != value:
+                raise InputError(
+                    f"{workdir / run}: {field} is {config['train'].get(field)!r}, not {value!r} as "
+                    "in the other runs: not the same training"
+                )
+    return {"training": dense["train"], "model": mixture["model"], "taught": taught}
+
+
+def _scores(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    return list(_read(path, "scores")["scores"].items())
+
+
+def _read(path: Path, *wanted: str) -> dict[str, Any]:
+    """A JSON object that has these objects in it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(found[name], dict) for name in wanted):
+            raise ValueError(f"no object {' or '.join(wanted)}")
+        return dict(found)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
