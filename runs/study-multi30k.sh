@@ -16,5 +16,5 @@ for language in en de fr cs; do
   head -n 507 "$from/val.$language" > "$WORK/data/valid.$language"
   tail -n +508 "$from/val.$language" > "$WORK/data/test.$language"
 done
-export DATA="--data $WORK/data" STEPS=${STEPS:-6000} VOCAB=${VOCAB:-4000} TEACHING=10000 LIMIT=250
+export DATA="--data $WORK/data" STEPS=${STEPS:-6000} VOCAB=${VOCAB:-4000} TEACHING=${TEACHING:-10000} LIMIT=${LIMIT:-250}
 "$(dirname "$0")/study.sh"

@@ -38,5 +38,5 @@ for file in "$tatoeba"/valid.en-*; do
   tail -n +151 "$file" > "$WORK/data/tatoeba/test.$name"
 done
 export DATA="--data $WORK/data/news --data $WORK/data/tatoeba" STEPS=${STEPS:-8000} VOCAB=${VOCAB:-6000}
-export TEACHING=5000 LIMIT=250 ZERO_SHOT=de-fr,fr-de HIGH_RESOURCE=20000
+export TEACHING=${TEACHING:-5000} LIMIT=${LIMIT:-250} ZERO_SHOT=de-fr,fr-de HIGH_RESOURCE=20000
 "$(dirname "$0")/study.sh"

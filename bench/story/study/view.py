@@ -187,8 +187,8 @@ def _told_apart(rows: Sequence[Row], drawn: Bootstrap | None) -> list[str]:
     """Which systems are better or worse than each dense model, and which cannot be told."""
     if drawn is None:
         return [
-            "There are no intervals: the translations of the test text were not kept, as "
-            "runs/study.sh does."
+            "There are no intervals: the translations of the test text were not kept; now "
+            "runs/study.sh keeps them."
         ]
     bleu = {r.system: float(np.mean(r.test)) for r in rows}
     lines = []
