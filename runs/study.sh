@@ -26,7 +26,8 @@ read -ra from <<< "$DATA"
 data=(--data "$WORK/set")
 settings=(--config tiny --steps "$STEPS" --set batch_tokens=1024 --set row_multiple=8
   --set schedule=cosine --set learning_rate=2e-3 --set warmup_steps=400
-  --set checkpoint_every=1000 --set keep_checkpoints=1 --set d_ff=${D_FF:=256} ${SETTINGS:-})
+  --set checkpoint_every=1000 --set keep_checkpoints=1 ${SETTINGS:-})
+width=${D_FF:-256}
 
 prepare() {
   [ -f "$WORK/set/manifest.json" ] || "$python" -m taskmoe.wmt prepare "${from[@]}" \
@@ -35,12 +36,13 @@ prepare() {
 
 train() { # system, seed
   local to=$WORK/$1-$2 encoder=$1 decoder=$1
-  local width=()
+  local narrow=()
   [ "$1" = token-target ] && encoder=token decoder=target
   [ "$1" = narrow ] && encoder=dense decoder=dense &&
-    width=(--set "encoder_wide_d_ff=$D_FF" --set "decoder_wide_d_ff=$D_FF")
+    narrow=(--set "encoder_wide_d_ff=$width" --set "decoder_wide_d_ff=$width")
   [ -d "$to/model" ] || "$python" -m taskmoe.wmt train "${data[@]}" --workdir "$to" \
-    --encoder "$encoder" --decoder "$decoder" --seed "$2" "${settings[@]}" --set "vocab_size=$VOCAB" "${width[@]}"
+    --encoder "$encoder" --decoder "$decoder" --seed "$2" "${settings[@]}" \
+    --set "d_ff=$width" --set "vocab_size=$VOCAB" "${narrow[@]}"
 }
 
 distilled() { # seed; the student is as wide as the dense model
@@ -48,7 +50,7 @@ distilled() { # seed; the student is as wide as the dense model
   [ -d "$to/model" ] || "$python" -m taskmoe.wmt distill "${data[@]}" --workdir "$to" \
     --teacher "$WORK/token-$1" --beam 1 --seed "$1" "${settings[@]}" \
     --set "max_sentences=$TEACHING" \
-    --set "encoder_wide_d_ff=$((2 * D_FF))" --set "decoder_wide_d_ff=$((2 * D_FF))"
+    --set "encoder_wide_d_ff=$((2 * width))" --set "decoder_wide_d_ff=$((2 * width))"
 }
 
 pruned() { # system, seed, criterion; the highest 2 of 8 experts for each target language
