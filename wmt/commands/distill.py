@@ -59,9 +59,9 @@ def run(a: argparse.Namespace) -> None:
     widths = {name: fields[name] for name in STUDENT_FIELDS if name in fields}
     train_fields = configure_training(a, fields)
     train_config = build(TrainConfig, train_fields)
-    source = training_text(a, train_config)
-    config: ModelConfig = own_words(student_config, teacher.config, source.pairs, widths)
-    identity = f"{source.identity} translated by {a.teacher.resolve()}"
+    named, train_text, _ = training_text(a, train_config)
+    config: ModelConfig = own_words(student_config, teacher.config, named.pairs, widths)
+    identity = f"{named.identity} translated by {a.teacher.resolve()}"
     check_workdir(a.workdir, config, train_config, identity)
 
     kept = ending_at_once("what was translated is kept")
@@ -69,7 +69,7 @@ def run(a: argparse.Namespace) -> None:
         text = teacher_text(
             a.workdir / "translations",
             teacher,
-            {pair: lines for pair, (lines, _) in source.text.items()},
+            {pair: lines for pair, (lines, _) in train_text.items()},
             how,
             progress,
         )
@@ -96,7 +96,7 @@ def run(a: argparse.Namespace) -> None:
     if "--baseline" not in beside:
         return
     models = {"student": student, "teacher": teacher, **beside}
-    means = {name: _bleu(a, model, source.pairs) for name, model in models.items()}
+    means = {name: _bleu(a, model, named.pairs) for name, model in models.items()}
     gain = gain_kept(
         means["--baseline"], means["teacher"], means["student"], means.get("--task-model")
     )

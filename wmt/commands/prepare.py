@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -20,15 +21,19 @@ from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.settings import add_set, read_set, settable
 from taskmoe.wmt.commands.shared import build, load, out, own_words
-from taskmoe.wmt.commands.text import add_data, named_text, training_text
+from taskmoe.wmt.commands.text import (
+    add_data,
+    named_text,
+    splits_to_score,
+    text_plan,
+    training_text,
+)
 from taskmoe.wmt.config import PRESETS, TrainConfig
 from taskmoe.wmt.text import blocks, cldr
 from taskmoe.wmt.text.cleaning import Account, account_table, look
 from taskmoe.wmt.text.folders import Pairs, write_splits
-from taskmoe.wmt.text.languages import codes_of
-from taskmoe.wmt.text.preparing import Plan, prepare
-from taskmoe.wmt.text.sources import Source, all_pairs, names_of, read_all, read_held_out
-from taskmoe.wmt.text.tokenizer import Tokenizer
+from taskmoe.wmt.text.preparing import prepare
+from taskmoe.wmt.text.sources import Source
 from taskmoe.wmt.training.stopping import ending_at_once
 
 _SAMPLES = 3
@@ -75,7 +80,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="processes that look at text and encode it (default: one a core)",
+        help="processes that look at text and encode it (default: one a core; for little text one)",
     )
     p.add_argument("--json", type=Path, help="write the table of sizes here too")
     p.add_argument(
@@ -84,40 +89,33 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _set(a: argparse.Namespace, config: TrainConfig, size: int) -> None:
-    count = len(os.sched_getaffinity(0)) if a.workers is None else a.workers
-    if count < 1:
-        raise InputError(f"--workers must be at least 1, got {count}")
-    vocabulary: Tokenizer | int = size
-    if a.vocabulary is not None:
-        vocabulary = load(a.vocabulary).tokenizer
-    with named_text(a, config) as (sources, pairs):
-        held = read_held_out(sources, set(codes_of(pairs))) if config.drop_held_out else {}
-        to_score = _to_score(sources, pairs)
-    identity = " + ".join(source.identity for source in sources)
-    plan = Plan(sources, pairs, held, to_score, config, vocabulary, names_of(sources), identity)
+    if a.workers is not None and a.workers < 1:
+        raise InputError(f"--workers must be at least 1, got {a.workers}")
+    vocabulary = size if a.vocabulary is None else load(a.vocabulary).tokenizer
+    plan = text_plan(a, config, vocabulary)
     kept = ending_at_once(f"what is done is kept in {a.out}.part")
     with kept, bar("preparing", "sentences", enabled=sys.stderr.isatty()) as progress:
-        made = prepare(a.out, plan, count, progress.stage).manifest
+        made = prepare(a.out, plan, a.workers, progress.stage).manifest
     accounts = {pair: one.account for pair, one in made.directions.items()}
     longer = {pair: one.beyond for pair, one in made.directions.items()}
     out.print(account_table(f"{made.title} in {a.out}", accounts, {"longer": longer}))
     sizes = {s: {p: len(lines[0]) for p, lines in t.items()} for s, t in plan.splits.items()}
-    _write_json(a, sources, accounts, {"longer": longer, **sizes})
+    _write_json(a, plan.sources, accounts, {"longer": longer, **sizes})
 
 
 def _cleaned(a: argparse.Namespace, config: TrainConfig) -> None:
     _check_new(a.out)
-    source = training_text(a, config)
-    splits = {"train": source.text, **_to_score(source.sources, source.pairs)}
+    named, train, accounts = training_text(a, config)
+    splits = {"train": train, **splits_to_score(named)}
     _write(a.out, splits)
-    sizes = {s: {p: len(text[p][0]) if p in text else 0 for p in source.pairs}
+    sizes = {s: {p: len(text[p][0]) if p in text else 0 for p in named.pairs}
              for s, text in splits.items() if s != "train"}  # fmt: skip
-    out.print(account_table(f"{source.title} in {a.out}", source.accounts, sizes))
-    _write_json(a, source.sources, source.accounts, sizes)
+    out.print(account_table(f"{named.title} in {a.out}", accounts, sizes))
+    _write_json(a, named.sources, accounts, sizes)
 
 
 def _look_only(a: argparse.Namespace, config: TrainConfig) -> None:
-    with named_text(a, config) as (sources, pairs):
+    with named_text(a, config) as (sources, pairs, *_):
         pass
     table = Table("direction", "read", "empty", "long", "same", "first sentences", box=box.SIMPLE)
     with bar("counting", "sentences", enabled=sys.stderr.isatty()) as progress:
@@ -138,18 +136,9 @@ def _look_only(a: argparse.Namespace, config: TrainConfig) -> None:
     out.print(table)
 
 
-def _to_score(sources: list[Source], pairs: tuple[str, ...]) -> dict[str, Pairs]:
-    """Validation and test text, which stays as it is."""
-    splits = {}
-    for split in ("valid", "test"):
-        there = set(all_pairs(sources, split))
-        splits[split] = read_all(sources, split, [pair for pair in pairs if pair in there])
-    return splits
-
-
 def _write_json(
     a: argparse.Namespace,
-    sources: list[Source],
+    sources: Sequence[Source],
     accounts: dict[str, Account],
     columns: dict[str, dict[str, int]],
 ) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -19,10 +17,10 @@ from taskmoe.wmt.model.saved import Model
 from taskmoe.wmt.text.cleaning import Account, clean
 from taskmoe.wmt.text.folders import SPLITS, Pairs
 from taskmoe.wmt.text.languages import codes_of, direction
+from taskmoe.wmt.text.preparing import Plan
 from taskmoe.wmt.text.sources import (
     Source,
     all_pairs,
-    cache_folder,
     names_of,
     no_text,
     open_source,
@@ -33,7 +31,6 @@ from taskmoe.wmt.text.sources import (
 )
 from taskmoe.wmt.text.tokenizer import Tokenizer
 from taskmoe.wmt.text.training_set import TrainingSet, is_training_set
-from taskmoe.wmt.text.vocabulary import cached_vocabulary
 
 
 def add_data(p: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -57,41 +54,22 @@ def add_data(p: argparse.ArgumentParser, *, required: bool = True) -> None:
     p.add_argument(
         "--cache",
         type=Path,
-        help="keeps vocabularies and the embedded corpus (default $XDG_CACHE_HOME/taskmoe)",
+        help="keeps prepared text and the embedded corpus (default $XDG_CACHE_HOME/taskmoe)",
     )
 
 
 class Named(NamedTuple):
-    """What the arguments of `add_data` name: sources, and the directions to train on."""
+    """What the arguments of `add_data` name: sources, and the directions to train on.
 
-    sources: list[Source]
-    pairs: tuple[str, ...]
-
-
-class TrainingText(NamedTuple):
-    """Text of a training run: cleaned, with an account of each direction.
-
-    title: the sources' names. identity: the sources, the same from any working directory. text:
-    empty where a training set holds it. made: the training set.
+    title: the sources' names. identity: the sources, the same from any working directory. opened:
+    the training set that all of it is.
     """
 
+    sources: list[Source]
     pairs: tuple[str, ...]
-    text: Pairs
-    accounts: dict[str, Account]
     title: str
     identity: str
-    sources: list[Source]
-    made: TrainingSet | None = None
-
-    def digests(self) -> dict[str, str]:
-        """Direction -> a hash of its text, hexadecimal."""
-        if self.made is not None:
-            there = self.made.manifest.directions
-            return {pair: there[pair].sha256 for pair in self.pairs}
-        return {
-            pair: hashlib.sha256(json.dumps(sides).encode()).hexdigest()
-            for pair, sides in self.text.items()
-        }
+    opened: TrainingSet | None = None
 
 
 def training_set(a: argparse.Namespace) -> TrainingSet | None:
@@ -111,7 +89,7 @@ def training_set(a: argparse.Namespace) -> TrainingSet | None:
     return TrainingSet(Path(sets[0]))
 
 
-def text_of_set(a: argparse.Namespace, opened: TrainingSet) -> TrainingText:
+def text_of_set(a: argparse.Namespace, opened: TrainingSet) -> Named:
     """What a training set has for a run in the directions of --pairs, by default in all."""
     there = opened.manifest.directions
     pairs = wanted_pairs(a.pairs, codes_of(there)) or tuple(there)
@@ -119,9 +97,8 @@ def text_of_set(a: argparse.Namespace, opened: TrainingSet) -> TrainingText:
         raise InputError(
             f"{opened.folder} has no training text of {missing[0]}; it has {', '.join(there)}"
         )
-    accounts = {pair: there[pair].account for pair in pairs}
-    name, sources = str(opened.folder), [open_source(str(opened.folder), named=codes_of(pairs))]
-    return TrainingText(pairs, {}, accounts, name, opened.manifest.identity, sources, opened)
+    source = open_source(str(opened.folder), named=codes_of(pairs))
+    return Named([source], pairs, str(opened.folder), opened.manifest.identity, opened)
 
 
 @contextmanager
@@ -142,22 +119,55 @@ def named_text(a: argparse.Namespace, config: TrainConfig) -> Iterator[Named]:
                 raise InputError(f"{source.name} has no text of {', '.join(pairs)}")
         for line in _left_aside(sources, "train"):
             out.print(line)
-        yield Named(sources, pairs)
+        identity = " + ".join(source.identity for source in sources)
+        yield Named(sources, pairs, names_of(sources), identity)
 
 
-def training_text(a: argparse.Namespace, config: TrainConfig) -> TrainingText:
-    """Read and clean what the arguments of `add_data` name.
+def training_text(
+    a: argparse.Namespace, config: TrainConfig
+) -> tuple[Named, Pairs, dict[str, Account]]:
+    """Read and clean what the arguments of `add_data` name, all in memory; and its accounts.
 
     Raises InputError as `named_text` does, and for text that is wrong or nothing after cleaning.
     """
-    with named_text(a, config) as (sources, pairs):
-        text = read_all(sources, "train", pairs, config.max_sentences)
-        held_out: dict[str, set[str]] = {}
-        if config.drop_held_out:
-            held_out = read_held_out(sources, set(codes_of(pairs)))
-    cleaned, accounts = clean(text, config, held_out)
-    identity = " + ".join(source.identity for source in sources)
-    return TrainingText(pairs, cleaned, accounts, names_of(sources), identity, sources)
+    with named_text(a, config) as named:
+        text = read_all(named.sources, "train", named.pairs, config.max_sentences)
+        held_out = _held_out(named, config)
+    return named, *clean(text, config, held_out)
+
+
+def text_plan(a: argparse.Namespace, config: TrainConfig, vocabulary: Tokenizer | int) -> Plan:
+    """How a training set is made of what the arguments of `add_data` name.
+
+    vocabulary: one that is there, or the size of one to train. Reads the text to score; raises
+    InputError as `named_text` does, and where that is wrong.
+    """
+    with named_text(a, config) as named:
+        return Plan(
+            named.sources,
+            named.pairs,
+            _held_out(named, config),
+            splits_to_score(named),
+            config,
+            vocabulary,
+            named.title,
+            named.identity,
+        )
+
+
+def splits_to_score(named: Named) -> dict[str, Pairs]:
+    """Validation and test text, which stays as it is."""
+    splits = {}
+    for split in ("valid", "test"):
+        there = set(all_pairs(named.sources, split))
+        splits[split] = read_all(named.sources, split, [p for p in named.pairs if p in there])
+    return splits
+
+
+def _held_out(named: Named, config: TrainConfig) -> dict[str, set[str]]:
+    if not config.drop_held_out:
+        return {}
+    return read_held_out(named.sources, set(codes_of(named.pairs)))
 
 
 def text_to_score(a: argparse.Namespace, split: str, model: Model | None) -> tuple[Pairs, str]:
@@ -201,22 +211,6 @@ def choose_pairs(sources: list[Source], split: str, model: Model | None) -> tupl
     if model is None:
         return tuple(known)
     return tuple(p for p in model.config.pairs if p in known) or model.config.pairs
-
-
-def make_vocabulary(
-    text: Pairs, size: int, config: TrainConfig, cache: Path | None, seed: int
-) -> Tokenizer:
-    """A vocabulary trained on the text of all directions, or the one that the cache has of it."""
-    with out.status("training the vocabulary"):
-        return cached_vocabulary(
-            text,
-            size,
-            cache_folder(cache),
-            temperature=config.temperature,
-            sentences=config.vocab_sentences,
-            seed=seed,
-            note=out.print,
-        )
 
 
 @contextmanager

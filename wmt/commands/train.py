@@ -28,24 +28,19 @@ from taskmoe.wmt.commands.shared import (
     out,
     print_exchange,
 )
-from taskmoe.wmt.commands.text import (
-    TrainingText,
-    add_data,
-    make_vocabulary,
-    text_of_set,
-    training_set,
-    training_text,
-)
+from taskmoe.wmt.commands.text import Named, add_data, text_of_set, text_plan, training_set
 from taskmoe.wmt.config import PRESETS, ModelConfig, SideRouting, TrainConfig
 from taskmoe.wmt.model.saved import Model
 from taskmoe.wmt.model.transformer import param_count
 from taskmoe.wmt.model.translation import Decoding, translate
 from taskmoe.wmt.text.cleaning import account_table
 from taskmoe.wmt.text.data import TrainingData
+from taskmoe.wmt.text.kept_sets import find_set, kept_set
+from taskmoe.wmt.text.preparing import Plan
 from taskmoe.wmt.text.scoring import averages, check_tokenizer, score
-from taskmoe.wmt.text.sources import all_pairs, read_split
+from taskmoe.wmt.text.sources import all_pairs, cache_folder, read_split
 from taskmoe.wmt.text.tokenizer import Tokenizer
-from taskmoe.wmt.text.training_set import TrainingSet
+from taskmoe.wmt.text.training_set import VOCABULARY, TrainingSet
 from taskmoe.wmt.training import parallel
 from taskmoe.wmt.training.initial import initial_params, initial_vocabulary, new_parts
 from taskmoe.wmt.training.loop import Progress, train
@@ -74,20 +69,34 @@ def _run(a: argparse.Namespace) -> None:
             given = read_set(a.set, settable(ModelConfig, TrainConfig), "")
             _take_from_set(opened, given, model_fields, train_fields, begin_from is not None)
         train_config = build(TrainConfig, train_fields)
-        source = training_text(a, train_config) if opened is None else text_of_set(a, opened)
+        source: Plan | Named
+        if opened is None:
+            source = text_plan(a, train_config, model_fields["vocab_size"])
+        else:
+            source = text_of_set(a, opened)
         model_config = build(ModelConfig, {"pairs": source.pairs, **model_fields})
         validation = _validation(a, source)
         parallel.check_mesh(mesh, model_config, train_config)
         begun = check_workdir(a.workdir, model_config, train_config, source.identity, a.allow)
-    parallel.agree_on(_settings(a, model_config, train_config, source, mesh, validation))
-    tokenizer, data = _encoded(a, model_config, train_config, source, begun, begin_from)
+    parallel.agree_on(_settings(a, model_config, train_config, mesh, validation))
+    with parallel.failing_together():
+        made = _made(a, source, begun, begin_from)
+        tokenizer, data = made.tokenizer, made.data(source.pairs, train_config)
+    parallel.agree_on(_digests(data, tokenizer))
+    if not begun:
+        with alone_in(a.workdir):
+            if parallel.is_writer():
+                write_text(a.workdir / SIZES, json.dumps(data.sizes, indent=2) + "\n")
+                write_bytes(a.workdir / VOCABULARY, tokenizer.model)
     params = None
     if begin_from is not None and not begun:
         whole = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
         params = initial_params(begin_from, whole, tokenizer, dict(a.init_task))
         if new := new_parts(begin_from, whole):
             out.print(f"new beside {a.init}: {', '.join(new)}")
-    out.print(account_table(source.title, source.accounts, {"no bucket": data.too_long}))
+    there = made.manifest.directions
+    accounts = {pair: there[pair].account for pair in source.pairs}
+    out.print(account_table(source.title, accounts, {"no bucket": data.too_long}))
     if mesh is not None:
         out.print(
             f"{mesh.size} devices in {jax.process_count()} processes: "
@@ -124,12 +133,10 @@ def _settings(
     a: argparse.Namespace,
     model_config: ModelConfig,
     train_config: TrainConfig,
-    source: TrainingText,
     mesh: Mesh | None,
     validation: Validation | None,
 ) -> dict[str, Any]:
     """What all processes of a run must have been given alike, by name."""
-    digests = {f"text of {pair}": digest[:16] for pair, digest in source.digests().items()}
     fields = {**dataclasses.asdict(train_config), **dataclasses.asdict(model_config)}
     return {
         "taskmoe": __version__,
@@ -137,55 +144,56 @@ def _settings(
         "--workdir": str(a.workdir.resolve()),
         "mesh": None if mesh is None else [int(n) for n in mesh.shape.values()],
         **fields,
-        **digests,
         "--validate-every": validation and [validation.every, validation.patience, validation.text],
         "--tensorboard": a.tensorboard,
         "--exchange": a.exchange,
     }
 
 
-def _encoded(
-    a: argparse.Namespace,
-    model_config: ModelConfig,
-    train_config: TrainConfig,
-    source: TrainingText,
-    begun: bool,
-    begin_from: Model | None,
-) -> tuple[Tokenizer, TrainingData]:
-    """The run's vocabulary, which process 0 makes and writes where it has not begun; the text."""
-    vocabulary = a.workdir / "spm.model"
-    with parallel.failing_together():
-        if not begun and parallel.is_writer():  # all input fits before anything is written
-            if begin_from is not None:
-                tokenizer = initial_vocabulary(begin_from, source.pairs)
-            elif source.made is not None:
-                tokenizer = source.made.tokenizer
-            else:
-                size, seed = model_config.vocab_size, train_config.seed
-                tokenizer = make_vocabulary(source.text, size, train_config, a.cache, seed)
-            data = _data(source, tokenizer, train_config)
-    parallel.agree_on({})
-    if not begun:
-        with alone_in(a.workdir):
-            if parallel.is_writer():
-                write_text(a.workdir / SIZES, json.dumps(data.sizes, indent=2) + "\n")
-                write_bytes(vocabulary, tokenizer.model)
-    parallel.wait_for_all("vocabulary is there")
-    if begun or not parallel.is_writer():
-        tokenizer = Tokenizer.load(vocabulary)
-        data = _data(source, tokenizer, train_config)
-    return tokenizer, data
+def _digests(data: TrainingData, tokenizer: Tokenizer) -> dict[str, str]:
+    """The text and vocabulary that all processes must have found alike, by name."""
+    found = {f"text of {pair}": digest[:16] for pair, digest in data.digests().items()}
+    return {**found, "vocabulary": hashlib.sha256(tokenizer.model).hexdigest()[:16]}
 
 
-def _data(source: TrainingText, tokenizer: Tokenizer, config: TrainConfig) -> TrainingData:
-    if source.made is None:
-        return TrainingData.encoded(source.text, tokenizer, config)
-    if tokenizer.model != source.made.tokenizer.model:
+def _made(
+    a: argparse.Namespace, source: Plan | Named, begun: bool, begin_from: Model | None
+) -> TrainingSet:
+    """The run's training set, encoded by the vocabulary that it has or is to have."""
+    own = None
+    if begun:
+        own = Tokenizer.load(a.workdir / VOCABULARY)
+    elif begin_from is not None:
+        own = initial_vocabulary(begin_from, source.pairs)
+    if isinstance(source, Plan):
+        return _kept(a, source, own)
+    assert source.opened is not None
+    if own is not None and own.model != source.opened.tokenizer.model:
         raise InputError(
-            f"{source.made.folder} was encoded by another vocabulary than this run's; "
+            f"{source.opened.folder} was encoded by another vocabulary than this run's; "
             "prepare it anew with --vocabulary MODEL"
         )
-    return source.made.data(source.pairs, config)
+    return source.opened
+
+
+def _kept(a: argparse.Namespace, plan: Plan, own: Tokenizer | None) -> TrainingSet:
+    """The set of a plan, prepared where the cache has none; own: the vocabulary that it must have.
+
+    A run's own vocabulary is most often that of the set that it was begun with.
+    """
+    folders = (cache_folder(a.cache), a.workdir)
+    if own is not None:
+        found = find_set(plan, folders)
+        if found is None or found.tokenizer.model != own.model:
+            plan = dataclasses.replace(plan, vocabulary=own)
+    # Whichever process of a host comes first prepares the set, and shows how far it is.
+    with bar("preparing", "sentences", enabled=sys.stderr.isatty()) as progress:
+
+        def note(line: str) -> None:
+            if not out.quiet:
+                progress.print(line)
+
+        return kept_set(plan, folders, progress.stage, note)
 
 
 def _take_from_set(
@@ -265,7 +273,7 @@ def configure_training(a: argparse.Namespace, given: Mapping[str, Any]) -> dict[
     return fields
 
 
-def _validation(a: argparse.Namespace, source: TrainingText) -> Validation | None:
+def _validation(a: argparse.Namespace, source: Plan | Named) -> Validation | None:
     """How --validate-every says that the run is scored: greedy BLEU on the sources' valid text."""
     if a.validate_every is None:
         if a.patience is not None:

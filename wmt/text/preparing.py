@@ -22,7 +22,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from taskmoe.wmt.text.cleaning import Account, held_keys, judge
 from taskmoe.wmt.text.folders import Pairs, write_splits
 from taskmoe.wmt.text.rows import Rows, place, token_type
 from taskmoe.wmt.text.sources import Source
-from taskmoe.wmt.text.tokenizer import Tokenizer, drawn_shares, train_tokenizer
+from taskmoe.wmt.text.tokenizer import Tokenizer
 from taskmoe.wmt.text.training_set import (
     CLEANING,
     MANIFEST,
@@ -48,9 +48,11 @@ from taskmoe.wmt.text.training_set import (
     TrainingSet,
     rows_file,
 )
+from taskmoe.wmt.text.vocabulary import drawn_vocabulary
 from taskmoe.wmt.text.workers import workers
 
 Report = Callable[[str, int, int | None], None]
+_FEW = 200_000  # lines for which the start of workers takes longer than they save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +103,32 @@ class Plan:
         }  # fmt: skip
 
 
-def prepare(out: Path, plan: Plan, count: int = 1, report: Report = lambda *_: None) -> TrainingSet:
+def prepare(
+    out: Path, plan: Plan, count: int | None = 1, report: Report = lambda *_: None
+) -> TrainingSet:
     """Write a training set; a run that was stopped is gone on with.
 
-    count: processes that look at text and encode it, beside this one which reads. report: called
-    with (stage, lines done, lines in all or None).
+    count: processes that look at text and encode it, beside this one which reads; None is one a
+    core, or for little text this one alone. report: called with (stage, lines done, lines in all
+    or None).
     Raises InputError where `out` is there, another run is at it, `out.part` is of other text or
     settings, text is wrong, or a disk is full: what is done stays and the same call goes on.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} already holds something; name a new folder")
-    part = out.with_name(f"{out.name}.part")
+    try:
+        return write_set(out, plan, count, report)
+    except OSError as error:
+        where = error.filename or part_of(out)
+        raise InputError(
+            f"{where}: {error.strerror}; what is done is kept in {part_of(out)}, and the same "
+            "command goes on"
+        ) from None
+
+
+def write_set(out: Path, plan: Plan, count: int | None, report: Report) -> TrainingSet:
+    """As `prepare`, where `out` is not there; a disk that takes no more is its OSError."""
+    part = part_of(out)
     try:
         part.mkdir(parents=True, exist_ok=True)
         with _alone_in(part):
@@ -124,24 +141,34 @@ def prepare(out: Path, plan: Plan, count: int = 1, report: Report = lambda *_: N
     except BrokenProcessPool:
         raise InputError(
             "a worker process was killed, as the system does where memory is short; what is done "
-            f"is kept in {part}, and the same command goes on, with fewer --workers in less memory"
-        ) from None
-    except OSError as error:
-        where = error.filename or part
-        raise InputError(
-            f"{where}: {error.strerror}; what is done is kept in {part}, and the same command "
-            "goes on"
+            f"is kept in {part}, and the same command goes on; `prepare --workers 1` needs less"
         ) from None
     return TrainingSet(out)
 
 
-def _stages(part: Path, plan: Plan, count: int, report: Report) -> None:
+def part_of(out: Path) -> Path:
+    """Where a set lies until it is whole."""
+    return out.with_name(f"{out.name}.part")
+
+
+def _processes(count: int | None, lines: Iterable[int | None]) -> int:
+    """How many are to work on so many lines; None is a number that is not known."""
+    if count is not None:
+        return count
+    for sum_so_far in itertools.accumulate(float("inf") if n is None else n for n in lines):
+        if sum_so_far > _FEW:  # the rest need not be counted
+            return len(os.sched_getaffinity(0))
+    return 1
+
+
+def _stages(part: Path, plan: Plan, count: int | None, report: Report) -> None:
     directions = [_Direction(part / pair, pair, plan) for pair in plan.pairs]
     held = held_keys(plan.held_out)
     (part / "set").mkdir(exist_ok=True)
     for begun in (part / "set").glob(".*"):  # what a killed run was writing
         begun.unlink()
-    with workers(count, blocks.begin_looking, (plan.config, held)) as run:
+    processes = _processes(count, (direction.total for direction in directions))
+    with workers(processes, blocks.begin_looking, (plan.config, held)) as run:
         for number, direction in enumerate(directions, 1):
             stage = f"reading {direction.pair} ({number} of {len(directions)})"
             direction.read(run, functools.partial(report, stage))
@@ -151,7 +178,8 @@ def _stages(part: Path, plan: Plan, count: int, report: Report) -> None:
     report("vocabulary", 0, 1)
     tokenizer = _vocabulary(part / "set" / VOCABULARY, plan, directions)
     total, done = sum(direction.kept() for direction in directions), 0
-    with workers(count, blocks.begin_encoding, (tokenizer.model, plan.config.buckets[-1])) as run:
+    shared = (tokenizer.model, plan.config.buckets[-1])
+    with workers(_processes(count, [total]), blocks.begin_encoding, shared) as run:
         for direction in directions:
             for lines in direction.encode(run):
                 done += lines
@@ -181,21 +209,25 @@ class _Direction:
         self.folder, self.pair, self._plan = folder, pair, plan
         folder.mkdir(exist_ok=True)
 
+    @functools.cached_property
+    def total(self) -> int | None:
+        """Lines to look at; None where only reading them tells."""
+        limit = self._plan.config.max_sentences
+        counts = [source.count("train", self.pair) for source in self._plan.holders(self.pair)]
+        known = [count for count in counts if count is not None]
+        if len(known) < len(counts):
+            return None
+        return sum(count if limit is None else min(count, limit) for count in known)
+
     def read(self, run: Any, report: Callable[[int, int | None], None]) -> None:
         """Look at all lines, in blocks."""
         whole = self.folder / "read.json"
         if whole.exists():
             return
-        limit = self._plan.config.max_sentences
-        counts = [source.count("train", self.pair) for source in self._plan.holders(self.pair)]
-        known = [count for count in counts if count is not None]
-        total = None
-        if len(known) == len(counts):
-            total = sum(count if limit is None else min(count, limit) for count in known)
         done = blocks.LINES * self._looked_at()
         for lines in run(blocks.look_at_block, self._blocks_to_read()):
             done += lines
-            report(done, total)
+            report(done, self.total)
         write_text(whole, json.dumps({"blocks": self._looked_at()}))
 
     def _looked_at(self) -> int:
@@ -309,35 +341,7 @@ def _vocabulary(path: Path, plan: Plan, directions: Sequence[_Direction]) -> Tok
         return Tokenizer.load(path)
     made = plan.vocabulary
     if isinstance(made, int):
-        config = plan.config
-        sides = sorted(
-            (split_pair(direction.pair)[side], direction.pair, side, direction)
-            for direction in directions
-            for side in (0, 1)
-        )
-        by_language = {
-            language: list(group)
-            for language, group in itertools.groupby(sides, key=lambda each: each[0])
-        }
-        sizes = [sum(d.kept() for _, _, _, d in group) for group in by_language.values()]
-        shares = drawn_shares(sizes, config.vocab_sentences, config.temperature)
-        rng = np.random.default_rng(config.seed)
-        drawn: dict[str, list[str]] = {}
-        for (language, group), size, share in zip(by_language.items(), sizes, shares, strict=True):
-            chosen = np.sort(rng.choice(size, min(size, share), replace=False, shuffle=False))
-            lines: list[str] = []
-            for _, _, side, direction in group:
-                own = chosen[chosen < direction.kept()]
-                lines.extend(line[side] for line in direction.lines(own))
-                chosen = chosen[len(own) :] - direction.kept()
-            drawn[language] = list(dict.fromkeys(lines))
-        made = train_tokenizer(
-            drawn,
-            made,
-            temperature=config.temperature,
-            seed=config.seed,
-            shares=shares,
-        )
+        made = drawn_vocabulary(made, plan.config, directions)
     made = made.with_languages(sorted({split_pair(pair)[1] for pair in plan.pairs}))
     write_bytes(path, made.model)
     return made

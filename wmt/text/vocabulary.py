@@ -1,80 +1,65 @@
-"""The vocabulary of a run: trained on its text, and kept for the next run on the same text."""
+"""The vocabulary of a training set, trained on lines drawn from those that are kept."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
-from pathlib import Path
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
-import sentencepiece
+import numpy as np
 
-from taskmoe.cli.command_line import write_bytes
-from taskmoe.wmt.config import split_pair
-from taskmoe.wmt.text.folders import Pairs
-from taskmoe.wmt.text.tokenizer import Tokenizer, train_tokenizer
+from taskmoe.wmt.config import TrainConfig, split_pair
+from taskmoe.wmt.text.tokenizer import Tokenizer, drawn_shares, train_tokenizer
 
-_DIGEST_BYTES = 32
+_WHOLE = 1_000_000  # lines of all sides that may be in memory at once
 
 
-def cached_vocabulary(
-    text: Pairs,
-    vocab_size: int,
-    cache: Path,
-    *,
-    temperature: float,
-    sentences: int,
-    seed: int,
-    note: Callable[[str], None] = lambda _: None,
-) -> Tokenizer:
-    """`train_tokenizer` on the text of all directions, each different sentence once a language.
+class KeptLines(Protocol):
+    """The lines of one direction that training takes."""
 
-    cache: folder that keeps vocabularies by a hash of the text and of all settings; an entry that
-      is damaged is made anew, and where none can be written the vocabulary is not kept. note:
-      called with a line that says where the vocabulary is from.
-    Raises InputError as `train_tokenizer` does.
+    pair: str
+
+    def kept(self) -> int:
+        """How many they are."""
+
+    def lines(self, which: np.ndarray) -> Iterator[tuple[str, str]]:
+        """Some of them, by rising number."""
+
+
+def drawn_vocabulary(size: int, config: TrainConfig, directions: Sequence[KeptLines]) -> Tokenizer:
+    """`train_tokenizer` on lines drawn with p ~ size^(1/T) over languages.
+
+    Of a text of up to a million lines each different one counts once a language, however many
+    directions it stands in; of a larger one only what is drawn is in memory. Raises InputError as
+    `train_tokenizer` does.
     """
-    lines: dict[str, list[str]] = {}
-    for pair in sorted(text):  # so that the order of directions does not count
-        for language, side in zip(split_pair(pair), text[pair], strict=True):
-            lines.setdefault(language, []).extend(side)
-    lines = {language: list(dict.fromkeys(lines[language])) for language in sorted(lines)}
-    entry = cache / f"vocabulary-{_key(lines, vocab_size, temperature, sentences, seed)}.spm"
-    kept = _read(entry)
-    if kept is not None:
-        note(f"vocabulary of {kept.vocab_size:,} pieces from {entry}")
-        return kept
-    if entry.exists():
-        note(f"{entry} is damaged; training the vocabulary anew")
-    made = train_tokenizer(
-        lines, vocab_size, temperature=temperature, sentences=sentences, seed=seed
+    sides = sorted(
+        ((split_pair(each.pair)[side], each.pair, side, each) for each in directions
+         for side in (0, 1)),
+        key=lambda each: each[:3],
+    )  # fmt: skip
+    by_language = {
+        language: list(group)
+        for language, group in itertools.groupby(sides, key=lambda each: each[0])
+    }
+    sizes = [sum(each.kept() for _, _, _, each in group) for group in by_language.values()]
+    whole = sum(sizes) <= _WHOLE
+    shares = sizes if whole else drawn_shares(sizes, config.vocab_sentences, config.temperature)
+    rng = np.random.default_rng(config.seed)
+    drawn: dict[str, list[str]] = {}
+    for (language, group), kept, share in zip(by_language.items(), sizes, shares, strict=True):
+        chosen = np.sort(rng.choice(kept, min(kept, share), replace=False, shuffle=False))
+        lines: list[str] = []
+        for _, _, side, each in group:
+            own = chosen[chosen < each.kept()]
+            lines.extend(line[side] for line in each.lines(own))
+            chosen = chosen[len(own) :] - each.kept()
+        drawn[language] = list(dict.fromkeys(lines))
+    return train_tokenizer(
+        drawn,
+        size,
+        temperature=config.temperature,
+        sentences=config.vocab_sentences,
+        seed=config.seed,
+        shares=None if whole else shares,
     )
-    kept_where = f"kept in {entry}"
-    try:
-        write_bytes(entry, hashlib.sha256(made.model).digest() + made.model)
-    except OSError as error:
-        kept_where = f"not kept: {entry.parent}: {error.strerror}"
-    note(f"vocabulary of {made.vocab_size:,} pieces, {kept_where}")
-    return made
-
-
-def _key(
-    lines: dict[str, list[str]], vocab_size: int, temperature: float, sentences: int, seed: int
-) -> str:
-    digest = hashlib.sha256()
-    versions = [sentencepiece.__version__, "3"]  # the second: of how train_tokenizer works
-    settings = [vocab_size, float(temperature), sentences, seed, versions]
-    digest.update(json.dumps([settings, {x: len(v) for x, v in lines.items()}]).encode())
-    for every in lines.values():
-        for line in every:
-            digest.update(line.encode() + b"\n")
-    return digest.hexdigest()[:32]
-
-
-def _read(entry: Path) -> Tokenizer | None:
-    """The vocabulary of an entry; None where there is none or its digest does not fit."""
-    if not entry.is_file():
-        return None
-    data = entry.read_bytes()
-    digest, model = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-    return Tokenizer(model) if hashlib.sha256(model).digest() == digest and model else None
