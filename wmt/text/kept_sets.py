@@ -59,7 +59,7 @@ def kept_set(
             note(_said(found, how))
             return found
         except OSError as error:
-            why = f"{error.filename or out}: {error.strerror}"
+            why = f"{error.filename or out}: {error.strerror or error}"
             if number + 1 == len(places):
                 raise InputError(
                     f"{why}, so the text cannot be prepared; name another --cache"

@@ -121,8 +121,8 @@ def prepare(
     except OSError as error:
         where = error.filename or part_of(out)
         raise InputError(
-            f"{where}: {error.strerror}; what is done is kept in {part_of(out)}, and the same "
-            "command goes on"
+            f"{where}: {error.strerror or error}; what is done is kept in {part_of(out)}, and the "
+            "same command goes on"
         ) from None
 
 
