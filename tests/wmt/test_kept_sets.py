@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 
 from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
@@ -66,20 +67,25 @@ def test_a_set_is_prepared_once(tmp_path: Path, written: list[Path]) -> None:
     assert found.folder == first.folder
 
 
-def test_any_other_text_or_setting_is_another_set(tmp_path: Path, written: list[Path]) -> None:
+def test_any_other_text_or_setting_is_another_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: list[Path]
+) -> None:
     folder = folder_of_text(tmp_path / "text")
     other = support.train_config(buckets=(4, 8, 16), vocab_sentences=150, max_ratio=2.0)
     changes: list[dict[str, Any]] = [{}, {"pairs": ("en-de",)}, {"config": other}]
     changes += [{"vocabulary": 330}, {"splits": {}}, {"held_out": {}}]
     for change in changes:
         kept_set(plan(folder, **change), [tmp_path / "cache"])
+    with monkeypatch.context() as patch:
+        patch.setattr(sentencepiece, "__version__", "0")
+        kept_set(plan(folder), [tmp_path / "cache"])
     file = folder / "train.en"
     before = file.stat()
     file.write_text(file.read_text(encoding="utf-8").replace("one", "eno"), encoding="utf-8")
     assert file.stat().st_size == before.st_size
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     kept_set(plan(folder), [tmp_path / "cache"])
-    assert len(set(written)) == len(written) == 7
+    assert len(set(written)) == len(written) == 8
 
 
 def test_a_damaged_set_is_prepared_anew(tmp_path: Path, written: list[Path]) -> None:

@@ -81,10 +81,14 @@ def test_two_processes_train_as_one_does_and_one_goes_on_from_two(tmp_path: Path
     shared = ["--expert-parallel", "2", *together()]
     two, one = tmp_path / "two", tmp_path / "one"
     pair = (start(data, two, 8, *shared, str(i)) for i in range(2))
-    said, silent, _ = finish(*pair, start(data, one, 12))
+    said, silent, alone = finish(*pair, start(data, one, 12))
     assert "2 devices in 2 processes: data 1 x expert 2" in said
     assert "step 8" in said
     assert "step" not in silent
+    # Three processes wanted the text at once, and one prepared it.
+    assert len(list(data.glob("cache/sets/[!.]*"))) == 1
+    assert (said + alone).count("text prepared in ") <= 1
+    assert (said + alone).count("text from ") >= 1
     want = losses(one)
     for step in (4, 8):
         np.testing.assert_allclose(losses(two)[step], want[step], rtol=1e-4)

@@ -1,7 +1,7 @@
 """Training sets that are kept: text that was prepared once is found again by what it was made of.
 
-A set lies in `FOLDER/sets/KEY`, the key a hash of `Plan.description()`: of all that the set depends
-on. Another file, direction, limit or vocabulary is another set.
+A set lies in `FOLDER/sets/KEY`, the key a hash of all that the set depends on: of
+`Plan.description()` and of versions. Another file, direction, limit or vocabulary is another set.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import sentencepiece
+
 from taskmoe.cli.errors import InputError
+from taskmoe.kernels import __version__
 from taskmoe.wmt.text.preparing import Plan, Report, part_of, write_set
 from taskmoe.wmt.text.training_set import TrainingSet, is_training_set
 
@@ -42,10 +45,10 @@ def kept_set(
     where no folder can be written.
     """
     places = _places(plan, folders)
-    places.sort(key=lambda out: not part_of(out).exists())  # where it was begun it goes on
     if (found := _first_whole(places, plan)) is not None:
         note(_said(found, "from"))
         return found
+    places.sort(key=lambda out: not _is_there(part_of(out)))  # where it was begun it goes on
     for number, out in enumerate(places):
         try:
             with _alone_at(out, note):
@@ -70,7 +73,8 @@ def kept_set(
 
 
 def _places(plan: Plan, folders: Sequence[Path]) -> list[Path]:
-    description = json.dumps(plan.description(), sort_keys=True)
+    made_by = [__version__, sentencepiece.__version__]
+    description = json.dumps([plan.description(), made_by], sort_keys=True)
     key = hashlib.sha256(description.encode()).hexdigest()[:32]
     return [folder / "sets" / key for folder in folders]
 
@@ -88,6 +92,12 @@ def _whole(out: Path, plan: Plan) -> TrainingSet | None:
                 made.rows(pair)
             return made
     return None
+
+
+def _is_there(path: Path) -> bool:
+    with contextlib.suppress(OSError):  # of a folder that may not be looked into
+        return path.exists()
+    return False
 
 
 def _said(made: TrainingSet, how: str) -> str:
