@@ -11,7 +11,8 @@
 #   ZERO_SHOT  directions like de-fr,fr-de that are scored and not trained on, default none; not for
 #              pruned models, which know the languages of the text that they were pruned by
 #   HIGH_RESOURCE  sentence pairs from which on a direction is high-resource, default a million
-#   SETTINGS   more arguments of every training: sizes of the model, batches; they go over those here
+#   SETTINGS   more arguments of every training: sizes of the model, batches; they go over those here,
+#              but for d_ff and vocab_size, which D_FF and VOCAB say
 #   D_FF       width of an expert, default 256
 #   SEEDS      default "0 1 2"
 #   ALL        the study's systems, default all ten
@@ -92,8 +93,12 @@ evaluate() { # system, seed, split, beam; translations of the test text are kept
   for model in $(models "$1" "$2"); do
     model=${model%/}
     keep=()
-    [ "$3" = test ] && keep=(--out "$model/translations")
-    [ -f "$model/$3.json" ] && [ "$3" = valid -o -d "$model/translations" ] ||
+    if [ "$3" = test ]; then
+      keep=(--out "$model/translations")
+      # The scores are written last, and say that the translations are whole.
+      [ -d "$model/translations" ] || rm -f "$model/test.json"
+    fi
+    [ -f "$model/$3.json" ] ||
       "$python" -m taskmoe.wmt evaluate --model "$model" "${from[@]}" --split "$3" \
         --pairs "$(pairs "$model")" --limit "$LIMIT" --beam "$4" "${keep[@]}" \
         --high-resource "${HIGH_RESOURCE:-1000000}" --json "$model/$3.json"

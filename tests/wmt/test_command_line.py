@@ -246,7 +246,10 @@ def test_extract_several_prune_distill_export(
     given = ["--data", str(data), "--pairs", "en-de"]
     pruned = ["prune", "--model", str(token), *given, "--limit", "20", "--keep"]
     assert main([*pruned, "3", "--out", str(tmp_path / "pruned")]) == 0
-    assert "3 of 4 experts, which had of all assignments encoder" in capfd.readouterr().out
+    assert (
+        "3 of 4 experts, which took these shares of all assignments: encoder"
+        in capfd.readouterr().out
+    )
     assert main([*pruned, "3", "--by", "reap", "--out", str(tmp_path / "reaped")]) == 0
     assert "all experts' weight times norm encoder" in capfd.readouterr().out
     assert load_model(tmp_path / "reaped").config.num_experts == 3

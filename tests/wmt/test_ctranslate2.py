@@ -102,6 +102,10 @@ def test_with_a_shortlist_both_look_at_the_same_words(
     asked += ["--shortlist", str(tmp_path / "words.npz")]
     assert main(asked) == 2
     assert main([*asked, "--format", "ctranslate2"]) == 0
+    other = shortlist.shortlist_of({"en-fr": own}, small.tokenizer)
+    with pytest.raises(InputError, match="the shortlist has no direction en-de, only en-fr"):
+        exporting.export_ctranslate2(small, tmp_path / "o", shortlist=other)
+    assert not (tmp_path / "o").exists()
     maps = [(tmp_path / name / exporting.VOCABULARY_MAP).read_text() for name in ("m", "n")]
     assert maps[0] == maps[1]
 

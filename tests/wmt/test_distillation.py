@@ -1,5 +1,6 @@
 """A student starts from its teacher's weights and learns what the teacher writes."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.model.saved import Model
+from taskmoe.wmt.model.shortlist import shortlist_of
 from taskmoe.wmt.model.transformer import param_count
 from taskmoe.wmt.model.translation import Decoding, translate
 from taskmoe.wmt.training import distillation
@@ -65,6 +67,7 @@ def test_translations_of_something_else_are_not_used(tmp_path: Path) -> None:
     for teacher, sources, how in (
         (TEACHER, {"en-de": ["two one"]}, GREEDY),
         (TEACHER, few, Decoding(beam=2)),
+        (TEACHER, few, dataclasses.replace(GREEDY, shortlist=shortlist_of({}, TEACHER.tokenizer))),
         (support.model(encoder="token", decoder="token", num_experts=8), few, GREEDY),
     ):
         with pytest.raises(InputError, match="translations of another teacher, of other sentences"):

@@ -1,7 +1,6 @@
 """An exported model translates in a process that knows nothing of this library."""
 
 import dataclasses
-import datetime
 import json
 import re
 import subprocess
@@ -73,8 +72,7 @@ def test_one_program_takes_any_batch_and_length_on_several_platforms(tmp_path: P
     assert about["batch"] is None
     assert about["jax"] == jax.__version__
     assert program.calling_convention_version == about["calling_convention"]
-    days = datetime.date.fromisoformat(about["readable_until"]) - datetime.date.today()
-    assert days.days in (179, 180)
+    assert about["jax"] in about["readable"]
     leaves = [flatten(small.params)[name] for name in about["parameters"]]
     lines = support.sentences("en", 5, seed=3)
     want = translate(small, [("en-de", line) for line in lines], Decoding(beam=4))

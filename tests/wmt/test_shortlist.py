@@ -18,6 +18,7 @@ from taskmoe.wmt.model.quantization import quantized
 from taskmoe.wmt.model.saved import Model, save_model
 from taskmoe.wmt.model.shortlist import Candidates, Shortlist, learn_candidates, shortlist_of
 from taskmoe.wmt.model.translation import Decoding, translate, translate_n_best
+from taskmoe.wmt.text import lexicon
 from taskmoe.wmt.text.lexicon import NOTHING, learn_lexicon
 from taskmoe.wmt.text.tokenizer import EOS, Tokenizer
 
@@ -54,6 +55,16 @@ def by_loops(source: Any, target: Any, rounds: int) -> dict[tuple[int, int], flo
     return table
 
 
+def test_long_sentences_and_what_is_too_much_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lexicon, "LONGEST", 3)
+    monkeypatch.setattr(lexicon, "MOST", 12)
+    source, target = [[9, 9, 9, 9], [10], [11, 12], [13]], [[20], [20, 21], [22, 23], [24]]
+    assert lexicon.learnt_from(source, target) == [1, 2, 3]
+    assert 9 not in learn_lexicon(source, target).source
+    assert lexicon.learnt_from(source * 2, target * 2) == [1, 2, 3]
+    assert 13 not in learn_lexicon(source[:3] * 2, target[:3] * 2).source
+
+
 sentence = st.lists(st.integers(4, 9), max_size=4)
 
 
@@ -62,7 +73,7 @@ sentence = st.lists(st.integers(4, 9), max_size=4)
 def test_the_lexicon_is_that_of_plain_loops(pairs: list[Any], rounds: int) -> None:
     source, target = zip(*pairs, strict=True)
     if not any(target):
-        with pytest.raises(ValueError, match="no sentence pair"):
+        with pytest.raises(ValueError, match="no target has a piece"):
             learn_lexicon(source, target, rounds)
         return
     found = learn_lexicon(source, target, rounds)
@@ -187,6 +198,7 @@ def test_a_shortlist_comes_back_from_its_file_and_knows_its_vocabulary(tmp_path:
         np.testing.assert_array_equal,
         *({p: dataclasses.asdict(c) for p, c in x.candidates.items()} for x in (some, back)),
     )
+    assert back.digest() == some.digest() != everything(model, (10,)).digest()
     with pytest.raises(InputError, match="of another vocabulary than the model's"):
         Shortlist.load(tmp_path / "words.npz", model.tokenizer.with_languages(["nl"]))
     for content in (b"", b"words", (tmp_path / "words.npz").read_bytes()[:200]):

@@ -51,6 +51,8 @@ def run(a: argparse.Namespace) -> None:
     if a.task_model is not None and a.baseline is None:
         raise InputError("--task-model needs --baseline, the dense model that gains count from")
     beside = {name: load(path) for name, path in references.items() if path is not None}
+    for other in beside.values():
+        decoding(a, other)  # what does not fit is said before hours of work
     whose = (
         "TrainConfig; the student has the teacher's sizes but for "
         f"{' and '.join(STUDENT_FIELDS)}; none of these is it"

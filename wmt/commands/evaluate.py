@@ -47,9 +47,12 @@ def run(a: argparse.Namespace) -> None:
     check_limit(a.limit)
     model = load(a.model)
     other = None if a.against is None else load(a.against)
+    for each in (model, other):
+        if each is not None:
+            decoding(a, each)  # before hours of translation
     text, title = text_to_score(a, a.split, model)
     for pair in text:
-        check_tokenizer(pair, a.tokenize)  # before hours of translation
+        check_tokenizer(pair, a.tokenize)
         task_ids(model.config, pair)
         if other is not None:
             task_ids(other.config, pair)

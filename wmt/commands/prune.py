@@ -34,10 +34,13 @@ def run(a: argparse.Namespace) -> None:
         for side, layers in scores.items()
         if layers
     ]
-    of_what = {"load": "all assignments", "reap": "all experts' weight times norm"}[a.by]
+    what = {
+        "load": "which took these shares of all assignments",
+        "reap": "whose scores add up to these shares of all",
+    }[a.by]
     before, after = param_count(model.params), param_count(small.params)
     out.print(
-        f"{a.out}: {a.keep} of {model.config.num_experts} experts, which had of {of_what} "
+        f"{a.out}: {a.keep} of {model.config.num_experts} experts, {what}: "
         f"{', '.join(covered)}; {after:,} of {before:,} parameters"
     )
 

@@ -21,7 +21,7 @@ def run(a: argparse.Namespace) -> None:
     """Learn from parallel text which words translate which; translate --shortlist uses it."""
     model = load(a.model)
     check_limit(a.limit)
-    text, title = text_to_score(a, a.split, model)
+    text, title = text_to_score(a, a.split, model, a.limit)
     tokenizer, made = model.tokenizer, {}
     table = Table("direction", "sentences", "always", "for a piece, mean", box=box.SIMPLE)
     with bar("aligning", "directions", enabled=sys.stderr.isatty()) as progress:

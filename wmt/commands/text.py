@@ -170,13 +170,18 @@ def _held_out(named: Named, config: TrainConfig) -> dict[str, set[str]]:
     return read_held_out(named.sources, set(codes_of(named.pairs)))
 
 
-def text_to_score(a: argparse.Namespace, split: str, model: Model | None) -> tuple[Pairs, str]:
-    """(a split's text, the sources' names) of what the arguments of `add_data` name."""
+def text_to_score(
+    a: argparse.Namespace, split: str, model: Model | None, limit: int | None = None
+) -> tuple[Pairs, str]:
+    """(a split's text, the sources' names) of what the arguments of `add_data` name.
+
+    limit: lines of a direction to take of each source at most.
+    """
     codes = codes_of(model.config.pairs) if model is not None else frozenset()
     wanted = wanted_pairs(a.pairs, codes)
-    with _sources(a, None, codes | codes_of(wanted)) as sources:
+    with _sources(a, limit, codes | codes_of(wanted)) as sources:
         pairs = wanted or choose_pairs(sources, split, model)
-        text = read_split(sources, split, pairs)
+        text = read_split(sources, split, pairs, limit)
     for line in _left_aside(sources, split):
         out.print(line)
     return text, names_of(sources)

@@ -75,7 +75,7 @@ def export_ctranslate2(
     with whole_folder(folder) as beside:
         spec.save(str(beside))
         if shortlist is not None:
-            lines = vocabulary_map(shortlist, model.tokenizer.pieces())
+            lines = vocabulary_map(shortlist, config.pairs, model.tokenizer.pieces())
             (beside / VOCABULARY_MAP).write_text(lines, encoding="utf-8")
         (beside / VOCABULARY).write_bytes(model.tokenizer.model)
         (beside / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -124,13 +124,16 @@ def specification(
     return spec
 
 
-def vocabulary_map(shortlist: Shortlist, pieces: Sequence[str]) -> str:
-    """As CTranslate2 reads it: source piece, tab, its words; first those that always count."""
+def vocabulary_map(shortlist: Shortlist, directions: Sequence[str], pieces: Sequence[str]) -> str:
+    """As CTranslate2 reads it: source piece, tab, its words; first those that always count.
+
+    Raises InputError for a direction that the shortlist lacks.
+    """
 
     def line(piece: str, words: Iterable[int]) -> str:
         return f"{piece}\t{' '.join(pieces[i] for i in words)}\n"
 
-    every = shortlist.candidates.values()
+    every = [shortlist.of(pair) for pair in directions]
     always = np.unique(np.concatenate([np.arange(EOS + 1), *(own.first for own in every)]))
     lines = [line("", always)]
     for i, piece in enumerate(pieces):

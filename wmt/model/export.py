@@ -4,14 +4,13 @@ The folder holds what a model folder holds (`config.json`, `params.safetensors`,
 
     translate.stablehlo   a function of (parameters, source ids [B, S] i32) -> ids [B, L] i32
     export.json           the names of the parameters in their order, B, S, L, special ids, and
-                          until when JAX is to read the program
+                          which versions of JAX are to read the program
 
 A program reads them with jax.export, safetensors and sentencepiece; docs/trainer.md has one.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +25,6 @@ from taskmoe.wmt.model.saved import Model, flatten, save_model
 from taskmoe.wmt.model.transformer import Tasks
 from taskmoe.wmt.text.tokenizer import BOS, EOS, PAD, UNK
 
-#: Days that a later JAX reads what this one wrote: the six months of jax.export's guarantee.
-READABLE_DAYS = 180
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 PROGRAM, DESCRIPTION = "translate.stablehlo", "export.json"
 
@@ -99,7 +96,8 @@ def export(
         "batch is null to [any, at most length]",
         "jax": jax.__version__,
         "calling_convention": exported.calling_convention_version,
-        "readable_until": str(datetime.date.today() + datetime.timedelta(READABLE_DAYS)),
+        "readable": f"by versions of JAX from three weeks before {jax.__version__} until six "
+        "months after it",
     }
     program_bytes = bytes(exported.serialize())
     files = {

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,10 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shortlist:
-    """Candidates of each direction. vocabulary: SHA-256 of the one that ids are of; size: its."""
+    """Candidates of each direction.
+
+    vocabulary: SHA-256 of the one that ids are of. size: its number of pieces.
+    """
 
     candidates: dict[str, Candidates]
     vocabulary: str
@@ -59,16 +63,12 @@ class Shortlist:
 
         The special ones 0 to 3 are the first four. N is a multiple of `MULTIPLE`, filled up with
         the first words of the vocabulary; None where that would be all of it. Raises InputError for
-        a direction that the shortlist has not.
+        a direction that the shortlist lacks.
         """
         wanted = np.zeros(self.size, bool)
         wanted[: EOS + 1] = True
         for pair in dict.fromkeys(pairs):
-            if pair not in self.candidates:
-                raise InputError(
-                    f"the shortlist has no direction {pair}, only {', '.join(self.candidates)}"
-                )
-            own = self.candidates[pair]
+            own = self.of(pair)
             wanted[own.first] = True
             for piece in np.unique(source[[p == pair for p in pairs]]):
                 wanted[own.of(piece)] = True
@@ -77,6 +77,23 @@ class Shortlist:
             return None
         wanted[np.flatnonzero(~wanted)[: count - int(wanted.sum())]] = True
         return np.flatnonzero(wanted).astype(np.int32)
+
+    def of(self, pair: str) -> Candidates:
+        """A direction's candidates; raises InputError where the shortlist lacks it."""
+        if pair not in self.candidates:
+            raise InputError(
+                f"the shortlist has no direction {pair}, only {', '.join(self.candidates)}"
+            )
+        return self.candidates[pair]
+
+    def digest(self) -> str:
+        """SHA-256 of all that it holds, hexadecimal."""
+        found = hashlib.sha256(self.vocabulary.encode())
+        for pair, own in sorted(self.candidates.items()):
+            found.update(pair.encode())
+            for array in (own.first, own.starts, own.words):
+                found.update(np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write a file, whole or not at all."""
@@ -101,10 +118,12 @@ class Shortlist:
                 pair, _, field = name.rpartition("/")
                 fields.setdefault(pair, {})[field] = array
             found = {pair: Candidates(**own) for pair, own in fields.items()}
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} is no shortlist: {error}") from None
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
+            raise InputError(f"--shortlist {path} is no shortlist: {error}") from None
+        except zipfile.BadZipFile as error:
+            raise InputError(f"--shortlist {path} is no shortlist: {error}") from None
         if vocabulary != _digest(tokenizer):
-            raise InputError(f"{path} is of another vocabulary than the model's")
+            raise InputError(f"--shortlist {path} is of another vocabulary than the model's")
         return cls(found, vocabulary, size)
 
 
@@ -119,7 +138,7 @@ def learn_candidates(
     """Candidates of a direction from encoded sentence pairs; size: of the vocabulary.
 
     first: how many words are always looked at. best: of each source piece. Raises ValueError where
-    a number is negative or no sentence pair has a piece on both sides.
+    a number is negative or no target has a piece.
     """
     for name, value in (("first", first), ("best", best)):
         if value < 0:

@@ -7,6 +7,7 @@ A set lies in `FOLDER/sets/KEY`, the key a hash of all that the set depends on: 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -22,6 +23,8 @@ from taskmoe.wmt.text.preparing import Plan, Report, part_of, write_set
 from taskmoe.wmt.text.training_set import TrainingSet, is_training_set
 
 Note = Callable[[str], None]
+#: Errors after which a part is given up, for the room that it takes.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def find_set(plan: Plan, folders: Sequence[Path]) -> TrainingSet | None:
@@ -58,7 +61,12 @@ def kept_set(
                     if out.exists():
                         note(f"{out} is damaged; preparing it anew")
                         shutil.rmtree(out)
-                    found, how = write_set(out, plan, None, report), "prepared in"
+                    try:
+                        found, how = write_set(out, plan, None, report), "prepared in"
+                    except OSError as error:  # while no other run may be at work in the part
+                        if number + 1 < len(places) and error.errno in _FULL:
+                            shutil.rmtree(part_of(out), ignore_errors=True)
+                        raise
             note(_said(found, how))
             return found
         except OSError as error:
@@ -67,7 +75,6 @@ def kept_set(
                 raise InputError(
                     f"{why}, so the text cannot be prepared; name another --cache"
                 ) from None
-            shutil.rmtree(part_of(out), ignore_errors=True)
             note(f"{why}, so the text is prepared in {places[number + 1]}")
     raise ValueError("no folder is given")
 

@@ -15,6 +15,9 @@ from taskmoe.wmt.text.tokenizer import PAD
 
 #: Stands among a sentence's source pieces for the cause of what nothing in it caused.
 NOTHING = PAD
+#: Pieces of a side, and pairs of pieces in all: the latter take about 51 bytes each.
+LONGEST = 128
+MOST = 1 << 25
 
 
 class Lexicon(NamedTuple):
@@ -29,25 +32,46 @@ class Lexicon(NamedTuple):
     probability: np.ndarray
 
 
+def learnt_from(source: Sequence[Sequence[int]], target: Sequence[Sequence[int]]) -> list[int]:
+    """Numbers of the sentence pairs that a lexicon is learnt from.
+
+    Those with a side beyond `LONGEST` pieces are left out, and all that come after `MOST` pairs of
+    a piece and what may have caused it.
+    """
+    found, pairs = [], 0
+    for i, (sentence, wanted) in enumerate(zip(source, target, strict=True)):
+        if max(len(sentence), len(wanted)) > LONGEST:
+            continue
+        pairs += (len(sentence) + 1) * len(wanted)
+        if pairs > MOST:
+            break
+        found.append(i)
+    return found
+
+
 def learn_lexicon(
     source: Sequence[Sequence[int]], target: Sequence[Sequence[int]], rounds: int = 5
 ) -> Lexicon:
     """A lexicon of sentence pairs as ids; rounds: of expectation maximisation.
 
-    Memory grows by 28 bytes for each source piece times target piece of a sentence pair.
-    Raises ValueError where there is no pair of pieces.
+    Raises ValueError where no target has a piece. Memory is bounded by `MOST`: see `learnt_from`.
     """
-    causes, effects = [], []
-    for sentence, wanted in zip(source, target, strict=True):
-        caused_by = np.array([NOTHING, *sentence], np.int64)
-        causes.append(np.tile(caused_by, len(wanted)))
-        effects.append(np.repeat(np.array(wanted, np.int64), len(caused_by)))
-    places = np.array([len(s) + 1 for s, t in zip(source, target, strict=True) for _ in t])
-    if not len(places):
-        raise ValueError("no sentence pair has a piece on both sides")
-    starts = np.concatenate([[0], np.cumsum(places)[:-1]])
-    keys = np.concatenate(causes) << 32 | np.concatenate(effects)
+    chosen = learnt_from(source, target)
+    widths = [len(source[i]) + 1 for i in chosen]
+    heights = [len(target[i]) for i in chosen]
+    keys = np.empty(sum(w * h for w, h in zip(widths, heights, strict=True)), np.int64)
+    if not len(keys):
+        raise ValueError("no target has a piece to learn from")
+    at = 0
+    for i, width, height in zip(chosen, widths, heights, strict=True):
+        causes = np.array([NOTHING, *source[i]], np.int64) << 32
+        part = keys[at : at + width * height].reshape(height, width)
+        np.bitwise_or(causes, np.array(target[i], np.int64)[:, None], out=part)
+        at += width * height
+    places = np.repeat(widths, heights)
+    starts = np.cumsum(places) - places
     pairs, which = np.unique(keys, return_inverse=True)
+    del keys
     cause, effect = (pairs >> 32).astype(np.int32), (pairs & 0xFFFFFFFF).astype(np.int32)
     probability = np.ones(len(pairs))
     for _ in range(rounds):

@@ -79,6 +79,8 @@ def teacher_text(
         "beam": decoding.beam,
         "alpha": decoding.alpha,
     }
+    if decoding.shortlist is not None:
+        identity["shortlist"] = decoding.shortlist.digest()
     described = folder / "translations.json"
     if described.is_file():
         try:

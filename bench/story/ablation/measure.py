@@ -155,7 +155,7 @@ def _train(name: str, change: Change, base: TrainConfig, text: _Text) -> Run:
     return Run(
         name,
         change.what,
-        _unseen(model, config, state.params, text.unseen(config)),
+        _unseen(model, base, state.params, text.unseen(base)),  # the same text for all
         [float(x / n) for x, n in (part.sum(0) for part in np.array_split(losses, CURVE)) if n],
         float(sums["busiest"]) or None,
     )

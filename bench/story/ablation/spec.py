@@ -96,7 +96,6 @@ def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where a change is unknown or a number does not fit."""
     if a.steps < 1:
         raise InputError(f"--steps must be at least 1, got {a.steps}")
-    if a.quick:
-        return Spec(QUICK, min(a.steps, 20), a.data)
-    changes = chosen("change", a.changes, CHANGES, CHANGES)
-    return Spec(tuple(dict.fromkeys([DENSE, TOKEN, *changes])), a.steps, a.data)
+    changes = chosen("change", a.changes, QUICK if a.quick else CHANGES, CHANGES)
+    steps = min(a.steps, 20) if a.quick else a.steps
+    return Spec(tuple(dict.fromkeys([DENSE, TOKEN, *changes])), steps, a.data)

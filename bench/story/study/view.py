@@ -157,6 +157,7 @@ def findings(rows: Sequence[Row], drawn: Bootstrap | None = None) -> list[str]:
     if not {"token", "target", "distilled"} <= set(bleu):
         return lines
     gain = gain_kept(bleu["dense"], bleu["token"], bleu["distilled"], bleu["target"])
+    told = {r.system: r.over_dense for r in rows if r.system in ("token", "target", "distilled")}
     teacher, task = paper.DISTILLATION_KEEPS["teacher"], paper.DISTILLATION_KEEPS["task"]
     ends = (drawn.kept_of_teacher, drawn.kept_of_task_moe) if drawn else (None, None)
     for whose, share, theirs, interval in (
@@ -176,7 +177,7 @@ def findings(rows: Sequence[Row], drawn: Bootstrap | None = None) -> list[str]:
             lines.append(
                 f"95% interval of that share: {interval.low:.0f}% to {interval.high:.0f}%."
             )
-        elif drawn is not None and share is not None:
+        elif drawn is not None and share is not None and all(told.values()):
             lines.append(
                 "That share has no interval: the gain may be nothing with other sentences."
             )
@@ -187,8 +188,8 @@ def _told_apart(rows: Sequence[Row], drawn: Bootstrap | None) -> list[str]:
     """Which systems are better or worse than each dense model, and which cannot be told."""
     if drawn is None:
         return [
-            "There are no intervals: the translations of the test text were not kept; now "
-            "runs/study.sh keeps them."
+            "There are no intervals: the translations of the test text were not kept; "
+            "runs/study.sh keeps them now."
         ]
     bleu = {r.system: float(np.mean(r.test)) for r in rows}
     lines = []
