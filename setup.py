@@ -62,6 +62,7 @@ PACKAGES = [
     *("bench.tpu", "bench.tpu.kernels", "bench.tpu.model", "bench.tpu.published"),
     *(
         "bench.story",
+        "bench.story.ablation",
         "bench.story.demo",
         "bench.story.study",
         "bench.training",

@@ -34,9 +34,15 @@ def extract(weights: Any, config: moe.MoEConfig, task: Any) -> moe.FFNParams:
 run_ffn = jax.jit(moe.ffn)
 
 
-@functools.cache
 def params(config: moe.MoEConfig, seed: int = 0) -> Any:
-    return jax.jit(moe.init, static_argnums=1)(jax.random.key(seed), config)
+    return jax.tree.map(jnp.asarray, _numbers(config, seed))
+
+
+@functools.cache
+def _numbers(config: moe.MoEConfig, seed: int) -> Any:
+    """On the host: arrays that were made under a mesh would stay on its devices."""
+    made = jax.jit(moe.init, static_argnums=1)(jax.random.key(seed), config)
+    return jax.tree.map(np.asarray, made)
 
 
 @functools.cache

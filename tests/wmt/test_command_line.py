@@ -251,7 +251,7 @@ def test_extract_several_prune_distill_export(
         in capfd.readouterr().out
     )
     assert main([*pruned, "3", "--by", "reap", "--out", str(tmp_path / "reaped")]) == 0
-    assert "all experts' weight times norm encoder" in capfd.readouterr().out
+    assert "whose scores add up to these shares of all: encoder" in capfd.readouterr().out
     assert load_model(tmp_path / "reaped").config.num_experts == 3
     assert load_model(tmp_path / "pruned").config.pairs == ("en-de",)
 
