@@ -14,7 +14,7 @@ from taskmoe.wmt.commands.shared import check_limit, load, out, own_words
 from taskmoe.wmt.commands.text import add_data, text_to_score
 from taskmoe.wmt.config import split_pair
 from taskmoe.wmt.model.shortlist import learn_candidates, shortlist_of
-from taskmoe.wmt.text.tokenizer import EOS
+from taskmoe.wmt.text.lexicon import learnt_from
 
 
 def run(a: argparse.Namespace) -> None:
@@ -27,19 +27,23 @@ def run(a: argparse.Namespace) -> None:
     with bar("aligning", "directions", enabled=sys.stderr.isatty()) as progress:
         for number, (pair, (lines, references)) in enumerate(text.items(), 1):
             source = tokenizer.encode_source(lines[: a.limit], split_pair(pair)[1])
-            target = tokenizer.encode_target(references[: a.limit])
+            source = [ids[1:-1] for ids in source]  # without language and end
+            target = [ids[:-1] for ids in tokenizer.encode_target(references[: a.limit])]
             own = own_words(
                 learn_candidates,
-                [ids[1:-1] for ids in source],  # without language and end
-                [[i for i in ids if i != EOS] for ids in target],
+                source,
+                target,
                 tokenizer.vocab_size,
                 first=a.first,
                 best=a.best,
             )
             made[pair] = own
-            used = {i for ids in source for i in ids[1:-1]}
+            used = {i for ids in source for i in ids}
+            learnt = len(learnt_from(source, target))
             mean = sum(len(own.of(i)) for i in used) / max(len(used), 1)
-            table.add_row(pair, f"{len(source):,}", f"{len(own.first):,}", f"{mean:.1f}")
+            table.add_row(
+                pair, f"{learnt:,} of {len(source):,}", f"{len(own.first):,}", f"{mean:.1f}"
+            )
             progress(number, len(text))
     shortlist_of(made, tokenizer).save(a.out)
     out.print(table)

@@ -28,6 +28,11 @@ from taskmoe.wmt.text.tokenizer import EOS, Tokenizer
 
 #: Words are a multiple, so that few shapes are compiled.
 MULTIPLE = 512
+#: What numpy raises of a file that is damaged or another's.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError),
+    *(zlib.error, zipfile.BadZipFile),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +123,7 @@ class Shortlist:
                 pair, _, field = name.rpartition("/")
                 fields.setdefault(pair, {})[field] = array
             found = {pair: Candidates(**own) for pair, own in fields.items()}
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
-            raise InputError(f"--shortlist {path} is no shortlist: {error}") from None
-        except zipfile.BadZipFile as error:
+        except _UNREADABLE as error:
             raise InputError(f"--shortlist {path} is no shortlist: {error}") from None
         if vocabulary != _digest(tokenizer):
             raise InputError(f"--shortlist {path} is of another vocabulary than the model's")

@@ -8,6 +8,7 @@ functions are pure; parameters are a pytree of arrays.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -128,14 +129,13 @@ def encode(
     x, key = _drop_embedded(x, config, key)
     mask = valid[:, None, None, :]
     mixture = config.moe("encoder")
+    apply = functools.partial(layer_fn, mesh=mesh, strategy=strategy)
 
     def run(layer: Params, x: jax.Array, key: jax.Array | None) -> Any:
         drop = _Dropout(config.dropout, key)
         q, k, v = qkv(layer["attention"], x, config)
         x = x + drop(attend(layer["attention"], q, k, v, mask))
-        y, report = _feed_forward(
-            layer["feed_forward"], mixture, x, valid, task, mesh, strategy, layer_fn=layer_fn
-        )
+        y, report = _feed_forward(layer["feed_forward"], mixture, x, valid, task, apply)
         return x + drop(y), report
 
     x, reports = _through(run, params["encoder"], x, key, remat)
@@ -169,6 +169,7 @@ def decode(
     cross_mask = memory_valid[:, None, None, :]
     sentence = _sentence(config, memory, memory_valid)
     mixture = config.moe("decoder")
+    apply = functools.partial(layer_fn, mesh=mesh, strategy=strategy)
 
     def run(layer: Params, x: jax.Array, key: jax.Array | None) -> Any:
         drop = _Dropout(config.dropout, key)
@@ -176,10 +177,7 @@ def decode(
         x = x + drop(attend(layer["attention"], q, k, v, causal))
         k, v = cross_key_value(layer["cross"], memory, config)
         x = x + drop(attend(layer["cross"], query(layer["cross"], x, config), k, v, cross_mask))
-        y, report = _feed_forward(
-            *(layer["feed_forward"], mixture, x, valid, task, mesh, strategy, sentence),
-            layer_fn=layer_fn,
-        )
+        y, report = _feed_forward(layer["feed_forward"], mixture, x, valid, task, apply, sentence)
         return x + drop(y), report
 
     x, reports = _through(run, params["decoder"], x, key, remat)
@@ -280,15 +278,10 @@ def decode_step(
         q = together(query(layer["cross"], x, config))
         y = attend_cached(layer["cross"], q, cache.cross_key[i], cache.cross_value[i], cross_mask)
         x = x + y.reshape(x.shape)
+        mixture = config.moe("decoder")
+        apply = functools.partial(moe.apply, mesh=mesh, strategy=strategy)
         y, _ = _feed_forward(
-            layer["feed_forward"],
-            config.moe("decoder"),
-            x,
-            alive[:, None],
-            task,
-            mesh,
-            strategy,
-            sentence,
+            layer["feed_forward"], mixture, x, alive[:, None], task, apply, sentence
         )
         x = x + y
     cache = cache._replace(self_key=tuple(keys), self_value=tuple(values), ancestors=ancestors)
@@ -380,25 +373,13 @@ def _feed_forward(
     x: jax.Array,
     valid: jax.Array,
     task: ArrayLike | None,
-    mesh: jax.sharding.Mesh | None,
-    strategy: str,
+    apply: Callable[..., Any],
     sentence: jax.Array | None = None,
-    *,
-    layer_fn: Callable[..., Any] = moe.apply,
 ) -> tuple[jax.Array, list[Any]]:
-    """The feed-forward branch, dense or mixture, and the metrics of a mixture."""
+    """The feed-forward branch, dense or mixture run by `apply`, and the metrics of a mixture."""
     x = rms_norm(x, p["norm"])
     if "ffn" in p:
         return moe.ffn(p["ffn"], x), []
     assert mixture is not None  # the parameters were made by the same configuration
-    y, report = layer_fn(
-        p["moe"],
-        mixture,
-        x,
-        valid=valid,
-        task=task,
-        sentence=sentence,
-        mesh=mesh,
-        strategy=strategy,
-    )
+    y, report = apply(p["moe"], mixture, x, valid=valid, task=task, sentence=sentence)
     return y, [report]

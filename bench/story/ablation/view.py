@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -108,7 +109,7 @@ def _chart(result: Ablated) -> Figure:
     across = min(6, len(shown))
     down = math.ceil(len(shown) / across)
     figure, panels = plt.subplots(
-        down, across, figsize=(2.2 * across, 1.7 * down), sharex=True, sharey=True,
+        down, across, figsize=(max(2.2 * across, 4), max(1.7 * down, 3)), sharex=True, sharey=True,
         layout="constrained", squeeze=False,
     )  # fmt: skip
     steps = np.linspace(result.steps / len(curves[TOKEN]), result.steps, len(curves[TOKEN]))
@@ -116,12 +117,12 @@ def _chart(result: Ablated) -> Figure:
         axes.axhline(0, color="black", linewidth=0.6)
         axes.plot(steps, curves[DENSE] - curves[TOKEN], color="0.7", label="dense")
         axes.plot(steps, curves[run.name] - curves[TOKEN], color="C0", label="changed")
-        axes.set_title(run.what, fontsize=7)
+        axes.set_title(textwrap.fill(run.what, 30), fontsize=7)
         axes.tick_params(labelsize=6)
     panels[0][0].set_ylim(-0.5, 0.5)
     panels[0][0].legend(fontsize=6)
     for axes in panels.flat[len(shown) :]:
         axes.set_axis_off()
     figure.supxlabel("steps", fontsize=8)
-    figure.supylabel("training loss less the token-routed model's", fontsize=8)
+    figure.supylabel("loss less the token-routed model's", fontsize=8)
     return figure
