@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,20 @@ from taskmoe.wmt.training import lost_peers
 
 SIZES = ["d_model=16", "d_ff=16", "num_heads=2", "num_experts=4", "vocab_size=330"]
 TRAINING = ["batch_tokens=512", "buckets=[16]", "learning_rate=0.01", "checkpoint_every=4"]
+#: Process 0 runs JAX's coordination service. Seldom (seen once on jaxlib 0.10) gRPC aborts in that
+#: server's destructor, when all work is done and kept: a call came while the server shut down.
+GRPC_ABORTS = r"F\d{4} .* server\.cc:\d+\] Check failed: queue\.Pop\(\) == nullptr"
+#: The processes that a test began.
+BEGUN: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _none_goes_on() -> Iterator[None]:
+    """A test that fails leaves no process and no open pipe to the next one."""
+    yield
+    while BEGUN:
+        with BEGUN.pop() as process:
+            process.kill()
 
 
 def start(data: Path, workdir: Path, steps: int | str, *more: str) -> subprocess.Popen[str]:
@@ -31,18 +46,23 @@ def start(data: Path, workdir: Path, steps: int | str, *more: str) -> subprocess
     env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
     if "--coordinator" in more:
         del env["JAX_COMPILATION_CACHE_DIR"]  # it is not made for two at a time
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
+    BEGUN.append(process)
+    return process
+
+
+def ended(process: subprocess.Popen[str], code: int, timeout: float = 300) -> tuple[str, str]:
+    """What a process that ends with this code printed: on stdout, and on stderr."""
+    said, errors = process.communicate(timeout=timeout)
+    ours, *aborted = re.split(GRPC_ABORTS, errors)
+    assert process.returncode == (-signal.SIGABRT if aborted else code), errors
+    return said, ours
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[str]:
-    printed = []
-    for process in processes:
-        said, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        printed.append(said)
-    return printed
+    return [ended(process, 0)[0] for process in processes]
 
 
 def wait_for(process: subprocess.Popen[str], line: str) -> None:
@@ -53,10 +73,8 @@ def wait_for(process: subprocess.Popen[str], line: str) -> None:
 
 def ends(process: subprocess.Popen[str], code: int) -> str:
     """The one line on stderr of a process that ends with this code."""
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
-    (line,) = errors.splitlines()
-    return str(line)
+    (line,) = ended(process, code, timeout=60)[1].splitlines()
+    return line
 
 
 def together() -> list[str]:
