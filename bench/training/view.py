@@ -31,15 +31,13 @@ def view(result: Trained) -> View:
     by = {(r.size, r.system): r.ratio.median for r in result.rows}
     sizes = list(dict.fromkeys(r.size for r in result.rows))
     said = []
-    theirs = [f"{by[size, TORCH]:.2f} at {size}" for size in sizes if (size, TORCH) in by]
+    theirs = [f"{by[size, TORCH]:.2f} ({size})" for size in sizes if (size, TORCH) in by]
     if theirs:
-        said.append(f"The dense model trains this much faster than PyTorch's: {', '.join(theirs)}.")
+        said.append(f"The dense model trains {', '.join(theirs)} times as fast as PyTorch's.")
     for system in ("token-routed", "task-routed"):
-        times = [f"{by[size, system]:.2f} at {size}" for size in sizes if (size, system) in by]
+        times = [f"{by[size, system]:.2f} ({size})" for size in sizes if (size, system) in by]
         if times:
-            said.append(
-                f"A {system} step takes this share of a dense one's time: {', '.join(times)}."
-            )
+            said.append(f"A {system} step takes {', '.join(times)} times as long as a dense one.")
     torch = result.machine.get("torch")
     notes = [] if torch else ["PyTorch is not installed, so nothing was compared with it."]
     about = (

@@ -31,11 +31,11 @@ def test_a_step_in_parts(small: None) -> None:
     assert routed.parameters > 2 * dense.parameters
     assert from_json(Trained, result.to_json()) == result
     told = view(result)
-    assert "A task-routed step takes this share of a dense one's time: " in told.answer
+    assert "A task-routed step takes " in told.answer
     assert ("PyTorch is not installed" in " ".join(told.findings)) != pytorch.is_present()
     faster = dataclasses.replace(dense, system=TORCH, ratio=measure.Spread(1.5, 1.4, 1.6))
     beside = dataclasses.replace(result, rows=[dense, faster])
-    assert "trains this much faster than PyTorch's: 1.50 at demo" in view(beside).answer
+    assert "The dense model trains 1.50 (demo) times as fast as PyTorch's." in view(beside).answer
 
 
 def test_what_the_times_of_parts_become(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
