@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
 from taskmoe.bench.exchange.measure import Row
+from taskmoe.bench.harness.results import Spread
 from taskmoe.bench.serving import systems as serving
 from taskmoe.moe.mesh import EXPERT_AXIS
 from taskmoe.moe.routing import capacity
@@ -106,8 +107,9 @@ def _systems(
 def timed(row: Row, seconds: Sequence[float] | np.ndarray) -> Row:
     """The row with its rounds: us with percentiles, and every round for ratios."""
     us = np.asarray(seconds) * 1e6
-    low, middle, high = map(float, np.quantile(us, (0.1, 0.5, 0.9)))
-    return dataclasses.replace(row, us=middle, us_p10=low, us_p90=high, rounds_us=us.tolist())
+    of = Spread.of(us)
+    fields = {"us": of.median, "us_p10": of.p10, "us_p90": of.p90, "rounds_us": us.tolist()}
+    return dataclasses.replace(row, **fields)
 
 
 def with_copy_shares(rows: Sequence[Row]) -> list[Row]:
@@ -120,10 +122,12 @@ def with_copy_shares(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         kept = by_name.get(TWINS.get(row.system, ""))
         if kept is not None and row.rounds_us:
-            shares = 1 - np.asarray(kept.rounds_us) / np.asarray(row.rounds_us)
-            low, middle, high = map(float, np.quantile(shares, (0.1, 0.5, 0.9)))
+            shares = Spread.of(1 - np.array(kept.rounds_us) / row.rounds_us)
             row = dataclasses.replace(
-                row, copy_share=middle, copy_share_p10=low, copy_share_p90=high
+                row,
+                copy_share=shares.median,
+                copy_share_p10=shares.p10,
+                copy_share_p90=shares.p90,
             )
         found.append(row)
     return found

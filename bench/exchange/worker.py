@@ -130,10 +130,10 @@ def measure_layer(mesh: Mesh, tokens: int, experts: int, d_model: int, rounds: i
             told = profile_communication(good[row.system])
             by_itself = timings.get(f"{ALONE}{row.system}")
             rows[at] = dataclasses.replace(
-                timed(row, timings[row.system].seconds),
+                timed(row, timings[row.system]),
                 transfer_share=told.transfer_share,
                 waiting_share=told.waiting_share,
-                alone_us=None if by_itself is None else 1e6 * by_itself.median,
+                alone_us=None if by_itself is None else 1e6 * float(np.median(by_itself)),
             )
     return with_copy_shares(rows)
 

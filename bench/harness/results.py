@@ -32,8 +32,7 @@ class Spread:
     @classmethod
     def of(cls, samples: Sequence[float] | np.ndarray) -> Spread:
         """Of these samples."""
-        low, middle, high = np.quantile(np.asarray(samples), (0.1, 0.5, 0.9))
-        return cls(float(middle), float(low), float(high))
+        return cls(*np.quantile(samples, (0.5, 0.1, 0.9)).tolist())
 
     def words(self, form: str, scale: float = 1.0) -> str:
         """Median and range, each in this format."""

@@ -12,16 +12,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from taskmoe.bench.harness import machine
+from taskmoe.bench.harness.console import each
 from taskmoe.bench.harness.results import Result, Spread
-from taskmoe.bench.harness.timing import Timing, alternate, ratio
+from taskmoe.bench.harness.timing import alternate
 from taskmoe.bench.ops import pytorch
 from taskmoe.bench.ops.cases import OURS, Built, OpCase, build
 from taskmoe.bench.ops.spec import Spec
 from taskmoe.cli.command_line import write_text
 from taskmoe.cli.devices import use_present_devices
-from taskmoe.cli.progress import bar
 
 #: Largest error, as a share of the result's norm. Both sides sum in float32, in another order.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 2e-2}
@@ -79,25 +80,18 @@ def measure(spec: Spec) -> Ops:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some
     use_present_devices()
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    with bar("compiling", "case") as move:
-        move(0, len(spec.cases))
-        compiled = compile_all(spec.cases, dtype, move)
-    with bar("timing ops", "case") as move:
-        move(0, len(spec.cases))
-        where = machine.describe() | {"backend": jax.default_backend()}
-        name, ceilings = jnp.dtype(dtype).name, measure_ceilings(dtype)
-        found = Ops(spec.command, where, name, spec.rounds, ceilings, [])
-        for i, case in enumerate(spec.cases):
-            try:
-                built = build(case, dtype)
-                found.lines.extend(
-                    time_case(case, built, compiled.pop(case), spec.rounds, ceilings)
-                )
-            except Disagreement as error:
-                found.wrong.append(str(error))
-            move(i + 1, len(spec.cases))
-            if spec.json is not None:  # an interrupted run leaves what it has measured
-                write_text(spec.json, json.dumps(found.to_json(), indent=1) + "\n")
+    compiled = compile_all(spec.cases, dtype)
+    where = machine.describe() | {"backend": jax.default_backend()}
+    name, ceilings = jnp.dtype(dtype).name, measure_ceilings(dtype)
+    found = Ops(spec.command, where, name, spec.rounds, ceilings, [])
+    for case in each("timing ops", "case", spec.cases):
+        try:
+            built = build(case, dtype)
+            found.lines.extend(time_case(case, built, compiled.pop(case), spec.rounds, ceilings))
+        except Disagreement as error:
+            found.wrong.append(str(error))
+        if spec.json is not None:  # an interrupted run leaves what it has measured
+            write_text(spec.json, json.dumps(found.to_json(), indent=1) + "\n")
     return found
 
 
@@ -109,7 +103,7 @@ def measure_ceilings(dtype: Any) -> Ceilings:
     long = jnp.ones(copied // a.dtype.itemsize, dtype)
     product, copy = jax.jit(lambda a: a @ a), jax.jit(jnp.copy)
     times = alternate({"product": lambda: product(a), "copy": lambda: copy(long)}, rounds=5)
-    fastest = {name: min(timing.seconds) for name, timing in times.items()}
+    fastest = {name: seconds.min() for name, seconds in times.items()}
     return Ceilings(2 * side**3 / fastest["product"], 2 * long.nbytes / fastest["copy"])
 
 
@@ -118,9 +112,7 @@ Compiled = dict[str, Callable[..., Any] | Exception]
 PLAIN = "plain definition"
 
 
-def compile_all(
-    cases: Sequence[OpCase], dtype: Any, move: Callable[[int, int], None]
-) -> dict[OpCase, Compiled]:
+def compile_all(cases: Sequence[OpCase], dtype: Any) -> dict[OpCase, Compiled]:
     """Compile every way of every case on all cores, so that nothing compiles while one is timed."""
     waiting: dict[OpCase, dict[str, Future[Any]]] = {}
     shared: dict[tuple[OpCase, str], Future[Any]] = {}
@@ -135,9 +127,8 @@ def compile_all(
                     shared[key] = pool.submit(_compile, way, shapes)
                 waiting[case][name] = shared[key]
         found: dict[OpCase, Compiled] = {}
-        for i, case in enumerate(cases):
+        for case in each("compiling", "case", cases):
             found[case] = {name: future.result() for name, future in waiting[case].items()}
-            move(i + 1, len(cases))
     return found
 
 
@@ -214,24 +205,23 @@ def line(
     case: OpCase,
     built: Built,
     way: str,
-    times: dict[str, Timing],
+    times: dict[str, np.ndarray],
     ceilings: Ceilings,
     failed: str | None,
 ) -> Line:
     """One way's figures, and the speedup of ours over it."""
-    timing = times[way]
-    low, high = timing.spread
-    flops, moved = built.flops / timing.median, built.least_bytes / timing.median
+    us = Spread.of(1e6 * times[way])
+    flops, moved = 1e6 * built.flops / us.median, 1e6 * built.least_bytes / us.median
     return Line(
         **dataclasses.asdict(case),
         way=way,
-        median_us=1e6 * timing.median,
-        p10_us=1e6 * low,
-        p90_us=1e6 * high,
+        median_us=us.median,
+        p10_us=us.p10,
+        p90_us=us.p90,
         gflop_per_s=flops / 1e9,
         gb_per_s=moved / 1e9,
         share_of_matmul=flops / ceilings.flops_per_s,
         share_of_copy=moved / ceilings.bytes_per_s,
-        ours_times_as_fast=None if way == OURS else Spread(*ratio(timing, times[OURS])),
+        ours_times_as_fast=None if way == OURS else Spread.of(times[way] / times[OURS]),
         failed=failed,
     )

@@ -376,13 +376,13 @@ def measure(
     timings = alternate({name: s.run for name, s in served.items()}, rounds=rounds, min_seconds=0)
     points = []
     for name, s in served.items():
-        speed = Spread.of(s.tokens / np.asarray(timings[name].seconds))
+        speed = Spread.of(s.tokens / timings[name])
         told = profile_communication(s.run)
         points.append(
             Point(
                 name, batch, speed.median, speed.p10, speed.p90, count_collectives(s.hlo),
                 told.step_ms / POSITIONS, told.transfer_share, told.waiting_share,
-                s.params_per_device, s.bytes_per_device, timings[name].seconds,
+                s.params_per_device, s.bytes_per_device, tuple(timings[name].tolist()),
             )
         )  # fmt: skip
     return points

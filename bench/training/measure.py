@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from taskmoe.bench.harness import machine
+from taskmoe.bench.harness.console import each
 from taskmoe.bench.harness.results import Result, Spread
-from taskmoe.bench.harness.timing import Timing, alternate
+from taskmoe.bench.harness.timing import alternate
 from taskmoe.bench.training import pytorch
 from taskmoe.bench.training.spec import SIZES, Spec
 from taskmoe.cli.devices import use_present_devices
 from taskmoe.cli.errors import InputError
-from taskmoe.cli.progress import bar
 from taskmoe.wmt.config import PRESETS, ModelConfig, TrainConfig
 from taskmoe.wmt.model.transformer import param_count
 from taskmoe.wmt.text.data import Batch
@@ -83,11 +83,8 @@ def measure(spec: Spec) -> Trained:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         about["torch"] = str(torch.__version__)
     rows: list[Row] = []
-    with bar("training", "sizes") as progress:
-        for done, size in enumerate(spec.sizes):
-            progress(done, len(spec.sizes))
-            rows += _measure_size(size, spec.rounds)
-        progress(len(spec.sizes), len(spec.sizes))
+    for size in each("training", "sizes", spec.sizes):
+        rows += _measure_size(size, spec.rounds)
     return Trained(about, spec.rounds, rows)
 
 
@@ -119,15 +116,30 @@ def _measure_size(size: str, rounds: int) -> list[Row]:
             if abs(losses[TORCH] - ours) > TOLERANCE * abs(ours):
                 raise InputError(f"{size}: PyTorch's loss is {losses[TORCH]:.6g}, ours {ours:.6g}")
             systems[TORCH] = theirs.parts()
-    timed = alternate(
+    seconds = alternate(
         {f"{name}/{part}": run for name, parts in systems.items() for part, run in parts.items()},
         rounds=rounds,
         min_seconds=0,
     )
-    return [
-        _row(size, name, counts[name], losses[name], timed, 2 * sentences * length)
-        for name in systems
-    ]
+    rows = []
+    for name, parts in systems.items():
+        ms = {part: 1e3 * float(np.median(seconds[f"{name}/{part}"])) for part in parts}
+        step = seconds[f"{name}/step"]
+        rows.append(
+            Row(
+                size,
+                name,
+                counts[name],
+                forward=ms["forward"],
+                backward=ms["gradient"] - ms["forward"],
+                optimiser=ms["optimiser"],
+                step=Spread.of(1e3 * step),
+                tokens_per_s=2e3 * sentences * length / ms["step"],
+                ratio=Spread.of(step / seconds["dense/step"]),
+                loss=losses[name],
+            )
+        )
+    return rows
 
 
 def _parts(config: ModelConfig, train: TrainConfig, batch: Batch) -> dict[str, Callable[[], Any]]:
@@ -157,24 +169,3 @@ def _parts(config: ModelConfig, train: TrainConfig, batch: Batch) -> dict[str, C
         "optimiser": optimiser,
         "step": whole,
     }
-
-
-def _row(
-    size: str, name: str, parameters: int, loss: float, timed: dict[str, Timing], tokens: int
-) -> Row:
-    parts = ("forward", "gradient", "optimiser", "step")
-    forward, gradient, optimiser, step = (timed[f"{name}/{part}"] for part in parts)
-    ms = 1e3 * np.asarray(step.seconds)
-    dense = 1e3 * np.asarray(timed["dense/step"].seconds)
-    return Row(
-        size,
-        name,
-        parameters,
-        forward=1e3 * forward.median,
-        backward=1e3 * (gradient.median - forward.median),
-        optimiser=1e3 * optimiser.median,
-        step=Spread.of(ms),
-        tokens_per_s=tokens / step.median,
-        ratio=Spread.of(ms / dense),
-        loss=loss,
-    )

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from taskmoe.bench.harness import machine
+from taskmoe.bench.harness.console import each
 from taskmoe.bench.harness.results import Result, Spread
 from taskmoe.bench.harness.timing import alternate
 from taskmoe.bench.serving import systems as serving
 from taskmoe.bench.serving.beam.spec import Spec
 from taskmoe.cli.devices import use_present_devices
-from taskmoe.cli.progress import bar
 from taskmoe.wmt.config import PRESETS, ModelConfig
 from taskmoe.wmt.model import transformer
 from taskmoe.wmt.model.decoding import search
@@ -64,11 +64,8 @@ def measure(spec: Spec) -> Searched:
     config = sub_network_config(spec.config)
     params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), config)
     rows = []
-    with bar("beam search", "batch sizes") as progress:
-        progress(0, len(spec.batches))
-        for number, batch in enumerate(spec.batches):
-            rows.append(one_batch(params, config, batch, spec.beam, spec.rounds))
-            progress(number + 1, len(spec.batches))
+    for batch in each("beam search", "batch sizes", spec.batches):
+        rows.append(one_batch(params, config, batch, spec.beam, spec.rounds))
     return Searched(
         "beam", machine.describe(), spec.config, param_count(params), spec.beam, spec.rounds, rows
     )
@@ -125,7 +122,7 @@ def one_batch(params: Params, config: ModelConfig, batch: int, beam: int, rounds
     if ((found == EOS) | (found == PAD)).any():
         raise RuntimeError("the search ended before its last position: its steps cannot be counted")
     product, copy = jax.jit(jnp.matmul), jax.jit(jnp.copy)
-    times = alternate(
+    seconds = alternate(
         {
             "search, short": searching(SHORT),
             "search, long": searching(LONG),
@@ -137,7 +134,6 @@ def one_batch(params: Params, config: ModelConfig, batch: int, beam: int, rounds
         },
         rounds=rounds,
     )
-    seconds = {name: np.asarray(timing.seconds) for name, timing in times.items()}
     step = (seconds["search, long"] - seconds["search, short"]) / (LONG - SHORT)
     alone = (seconds["steps, long"] - seconds["steps, short"]) / (LONG - SHORT)
     bandwidth = np.maximum(2 * large.nbytes / seconds["copy"], large.nbytes / seconds["few rows"])

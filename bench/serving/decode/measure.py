@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from taskmoe.bench.harness import machine
+from taskmoe.bench.harness.console import each
 from taskmoe.bench.harness.results import Result
 from taskmoe.bench.serving import systems as serving
 from taskmoe.bench.serving.decode.spec import Spec
 from taskmoe.bench.serving.systems import Agreement, Point, System
 from taskmoe.cli.errors import InputError
-from taskmoe.cli.progress import bar
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model.saved import load_model
 from taskmoe.wmt.model.subnetwork import one_task
@@ -82,12 +82,8 @@ def measure(spec: Spec) -> Decoded:
     )  # fmt: skip
     if found.wrong:
         return found
-    with bar("decoding", "batch sizes") as progress:
-        progress(0, len(spec.batches))
-        for number, batch in enumerate(spec.batches):
-            measured = serving.measure(systems, batch, rounds=spec.rounds, given=random)
-            found.points.extend(measured)
-            progress(number + 1, len(spec.batches))
+    for batch in each("decoding", "batch sizes", spec.batches):
+        found.points.extend(serving.measure(systems, batch, rounds=spec.rounds, given=random))
     return found
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from taskmoe.bench.harness import machine
+from taskmoe.bench.harness.console import each
 from taskmoe.bench.harness.results import Result, Spread
 from taskmoe.bench.serving.beam.measure import sub_network_config
 from taskmoe.bench.serving.serve import engines
@@ -20,7 +21,6 @@ from taskmoe.bench.serving.serve.engines import OURS, THEIRS, Batch, Ids
 from taskmoe.bench.serving.serve.spec import Spec
 from taskmoe.bench.serving.serve.worker import Engine, write_workload
 from taskmoe.cli.errors import InputError
-from taskmoe.cli.progress import bar
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model import transformer
 from taskmoe.wmt.model.decoding import MULTIPLE, length_limit
@@ -99,11 +99,7 @@ def measure(spec: Spec) -> Served:
         about["ctranslate2"] = version
     cases = [(batch, beam) for beam in spec.beams for batch in spec.batches]
     rows: list[Row] = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.ExitStack() as stack,
-        bar("serving", "cases") as progress,
-    ):
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         longest = max(length_limit(max(map(len, work.sentences))), TARGET) + MULTIPLE
         positions = None if version is None else 2 * longest
         write_workload(Path(folder), work.params, work.config, work.pieces, positions, work.words)
@@ -111,10 +107,8 @@ def measure(spec: Spec) -> Served:
         systems = {name: Engine(name, Path(folder)) for name in names}
         for system in systems.values():
             stack.enter_context(system)
-        for done, (batch, beam) in enumerate(cases):
-            progress(done, len(cases))
+        for batch, beam in each("serving", "cases", cases):
             rows += one_case(systems, batches(work, batch), beam, spec.rounds, work.ends)
-        progress(len(cases), len(cases))
     return Served(about, work.source, param_count(work.params), spec.rounds, rows)
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from taskmoe import moe
 from taskmoe.bench.harness import machine
 from taskmoe.bench.harness.collectives import count_collectives
-from taskmoe.bench.harness.results import Result
-from taskmoe.bench.harness.timing import alternate, ratio
+from taskmoe.bench.harness.results import Result, Spread
+from taskmoe.bench.harness.timing import alternate
 from taskmoe.bench.serving.task.spec import Spec
 from taskmoe.cli.devices import use_present_devices
 
@@ -94,13 +94,12 @@ def measure(spec: Spec) -> Tasks:
             compiled = jax.jit(_direction(f, direction)).lower(p, x).compile()
             runs[name] = functools.partial(compiled, p, x)
             collectives[name] = sum(count_collectives(compiled.as_text() or "").values())
-        timings = alternate(runs, rounds=spec.rounds)
-        for name, timing in timings.items():
-            low, high = timing.spread
-            over = ratio(timing, timings[DENSE])
+        found = alternate(runs, rounds=spec.rounds)
+        for name, seconds in found.items():
+            ms, over = Spread.of(1e3 * seconds), Spread.of(seconds / found[DENSE])
             rows.append(
                 Row(
-                    direction, name, 1e3 * timing.median, 1e3 * low, 1e3 * high, *over,
+                    direction, name, ms.median, ms.p10, ms.p90, over.median, over.p10, over.p90,
                     collectives[name],
                 )
             )  # fmt: skip

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from taskmoe.bench.harness import machine
-from taskmoe.bench.harness.console import out
+from taskmoe.bench.harness.console import each, out
 from taskmoe.bench.harness.results import Result
 from taskmoe.bench.serving import systems as serving
 from taskmoe.bench.serving.systems import Point
 from taskmoe.bench.story.demo.spec import Spec
 from taskmoe.cli.errors import InputError
-from taskmoe.cli.progress import bar
+from taskmoe.cli.progress import Bar, bar
 from taskmoe.wmt.config import ModelConfig, TrainConfig, split_pair
 from taskmoe.wmt.model.saved import Model, save_model
 from taskmoe.wmt.model.subnetwork import extract
@@ -140,10 +140,10 @@ def measure(spec: Spec) -> Demo:
     models = {name: model for name, (model, _) in trained.items()}
 
     _stage("3/5", "translating the test set, whole models and extracted sub-networks")
-    said = {
-        name: _translate(f"{name}, whole", model, test, mixed_tasks=True)
-        for name, model in models.items()
-    }
+    said = {}
+    for name, model in models.items():
+        with bar(f"{name}, whole", "sentences") as progress:
+            said[name] = _translate(model, test, Decoding(mixed_tasks=True), progress)
     facts = {
         name: dataclasses.replace(one, bleu=_scores(said[name], test))
         for name, (_, one) in trained.items()
@@ -235,10 +235,12 @@ def _train(
     return model, facts
 
 
-def _translate(title: str, model: Model, test: Pairs, *, mixed_tasks: bool) -> dict[str, list[str]]:
+def _translate(
+    model: Model, test: Pairs, how: Decoding, progress: Bar | None = None
+) -> dict[str, list[str]]:
+    """Direction -> translations of the test text."""
     requests = [(pair, line) for pair, (source, _) in test.items() for line in source]
-    with bar(title, "sentences") as progress:
-        found = iter(translate(model, requests, Decoding(mixed_tasks=mixed_tasks), progress))
+    found = iter(translate(model, requests, how, progress))
     return {pair: [next(found) for _ in source] for pair, (source, _) in test.items()}
 
 
@@ -256,26 +258,18 @@ def _extract_all(model: Model, test: Pairs, whole: dict[str, list[str]], work: P
     tasks = model.config.tasks("decoder")
     found: dict[str, list[str]] = {}
     largest, small = 0.0, model
-    with bar("sub-networks", "tasks") as progress:
-        for number, task in enumerate(tasks):
-            small = extract(model, task)
-            folder = work / "subnetworks" / task
-            save_model(small, folder, replace=folder.exists())
-            own = {pair: test[pair] for pair in small.config.pairs}
-            requests = [(pair, line) for pair, (source, _) in own.items() for line in source]
-            lines = iter(translate(small, requests, Decoding()))
-            found |= {pair: [next(lines) for _ in source] for pair, (source, _) in own.items()}
-            largest = max(largest, *(_logit_difference(model, small, p, own[p]) for p in own))
-            progress(number + 1, len(tasks))
-    pairs_of_lines = [
-        (mine, theirs)
-        for pair in test
-        for mine, theirs in zip(found[pair], whole[pair], strict=True)
-    ]
+    for task in each("sub-networks", "tasks", tasks):
+        small = extract(model, task)
+        folder = work / "subnetworks" / task
+        save_model(small, folder, replace=folder.exists())
+        own = {pair: test[pair] for pair in small.config.pairs}
+        found |= _translate(small, own, Decoding())
+        largest = max(largest, *(_logit_difference(model, small, p, own[p]) for p in own))
+    same = [a == b for pair in test for a, b in zip(found[pair], whole[pair], strict=True)]
     return Extraction(
         list(tasks),
-        len(pairs_of_lines),
-        sum(mine == theirs for mine, theirs in pairs_of_lines),
+        len(same),
+        sum(same),
         largest,
         _scores(found, test),
         param_count(small.params),
@@ -314,8 +308,8 @@ def _logits(
 def _serve(models: dict[str, Model], batches: Sequence[int]) -> Serving:
     token, task = models["token"], models["task"]
     tight = dataclasses.replace(token.config, capacity_factor=2.0)
-    each = {name: extract(task, name) for name in task.config.tasks("decoder")}
-    subs = list(itertools.islice(itertools.cycle(each.values()), DEVICES))  # some serve twice
+    cut = [extract(task, name) for name in task.config.tasks("decoder")]
+    subs = list(itertools.islice(itertools.cycle(cut), DEVICES))  # some serve twice
     mesh = serving.device_mesh(DEVICES)
     systems = {
         "token-MoE, dropless": serving.expert_parallel(token.params, token.config, mesh),
@@ -324,9 +318,7 @@ def _serve(models: dict[str, Model], batches: Sequence[int]) -> Serving:
             [s.params for s in subs], subs[0].config, mesh
         ),
     }
-    with bar("decoding", "batch sizes") as progress:
-        points: list[Point] = []
-        for number, batch in enumerate(batches):
-            points += serving.measure(systems, batch)
-            progress(number + 1, len(batches))
+    points: list[Point] = []
+    for batch in each("decoding", "batch sizes", batches):
+        points += serving.measure(systems, batch)
     return Serving(DEVICES, serving.POSITIONS, points)

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from sacrebleu.metrics import BLEU
 
+from taskmoe.bench.harness.console import each
 from taskmoe.bench.story.study.runs import System
 from taskmoe.cli.errors import InputError
-from taskmoe.cli.progress import bar
 from taskmoe.wmt.config import split_pair
 from taskmoe.wmt.text.folders import Pairs
 from taskmoe.wmt.text.scoring import tokenizer
@@ -97,12 +97,12 @@ def resampled(runs: Sequence[Counts]) -> np.ndarray:
 
     runs: of one system, one a seed.
     """
-    each = [
+    levels = [
         [bleu(sums) for sums in (drawn(len(counts)) @ counts).astype(np.int64)]
         for run in runs
         for counts in run.values()
     ]
-    return np.mean(each, axis=0)
+    return np.mean(levels, axis=0)
 
 
 def levels(systems: Sequence[System], text: Pairs) -> dict[str, np.ndarray]:
@@ -115,10 +115,8 @@ def levels(systems: Sequence[System], text: Pairs) -> dict[str, np.ndarray]:
     runs = {system.name: counted(system, text) for system in kept}
     _check_alike(kept, runs)
     found: dict[str, np.ndarray] = {}
-    with bar("drawing samples", "systems", enabled=sys.stderr.isatty()) as progress:
-        for name, each in runs.items():
-            found[name] = resampled(each)
-            progress(len(found), len(runs))
+    for name in each("drawing samples", "systems", list(runs), enabled=sys.stderr.isatty()):
+        found[name] = resampled(runs[name])
     return found
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from taskmoe.bench.harness import machine
+from taskmoe.bench.harness.console import each
 from taskmoe.bench.harness.results import Result, Spread
 from taskmoe.bench.harness.timing import alternate
 from taskmoe.bench.serving import systems as serving
@@ -167,10 +168,9 @@ def alike(name: str, model: Model, text: Pairs) -> dict[str, int]:
     with bar(f"{name}, whole", "sentences") as progress:
         whole = translate(model, requests, Decoding(mixed_tasks=True), progress)
     found: list[str] = []
-    with bar(f"{name}, sub-networks", "directions") as progress:
-        for number, (pair, (lines, _)) in enumerate(text.items()):
-            found += translate(extract(model, pair), [(pair, line) for line in lines], Decoding())
-            progress(number + 1, len(text))
+    for pair in each(f"{name}, sub-networks", "directions", list(text)):
+        own = [(pair, line) for line in text[pair][0]]
+        found += translate(extract(model, pair), own, Decoding())
     same = sum(mine == theirs for mine, theirs in zip(found, whole, strict=True))
     return {"translations": len(whole), "identical": same}
 
@@ -182,8 +182,7 @@ def _speeds(models: dict[str, Model], pair: str, text: Pairs, rounds: int) -> li
     """
     programs = {name: _decoding(model, pair, text[pair]) for name, model in models.items()}
     tokens = ROWS * serving.POSITIONS
-    timings = alternate(programs, rounds=rounds).values()
-    return [Spread.of(tokens / np.asarray(timing.seconds)) for timing in timings]
+    return [Spread.of(tokens / s) for s in alternate(programs, rounds=rounds).values()]
 
 
 def _decoding(model: Model, pair: str, text: Columns) -> Callable[[], jax.Array]:

@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from taskmoe.bench.harness.results import from_json
-from taskmoe.bench.harness.timing import Timing
 from taskmoe.bench.training import measure, pytorch, spec
 from taskmoe.bench.training.measure import TORCH, Trained
 from taskmoe.bench.training.view import view
@@ -41,10 +41,10 @@ def test_a_step_in_parts(small: None) -> None:
 def test_what_the_times_of_parts_become(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"forward": 1.0, "gradient": 3.0, "optimiser": 0.5, "step": 4.0}
 
-    def timed(functions: dict[str, Callable[[], object]], **_: object) -> dict[str, Timing]:
+    def timed(functions: dict[str, Callable[[], object]], **_: object) -> dict[str, np.ndarray]:
         for run in functions.values():
             run()
-        return {name: Timing((seconds[name.split("/")[1]],)) for name in functions}
+        return {name: np.array([seconds[name.split("/")[1]]]) for name in functions}
 
     monkeypatch.setattr(measure, "alternate", timed)
     for row in measure.measure(spec.Spec(["demo"], 1)).rows:
