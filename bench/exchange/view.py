@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -9,13 +10,21 @@ from matplotlib.figure import Figure
 
 from taskmoe.bench.exchange.measure import Exchanged, Row, Size
 from taskmoe.bench.exchange.step import SUB
-from taskmoe.bench.harness.view import Chart, Table, View
+from taskmoe.bench.harness.view import Chart, Columns, Table, View
 
-HEADINGS = (
-    *("system", "µs", "p10 to p90", "moving", "waiting", "by copy", "alone µs", "collectives"),
-    *("bytes sent", "error"),
-)
-STEP_HEADINGS = (*HEADINGS[:6], "collectives", "error")
+COLUMNS: Columns[Row] = {
+    "system": lambda r: r.system,
+    "µs": lambda r: f"{r.us:,.0f}",
+    "p10 to p90": lambda r: f"{r.us_p10:,.0f} to {r.us_p90:,.0f}",
+    "moving": lambda r: f"{r.transfer_share:.1%}",
+    "waiting": lambda r: f"{r.waiting_share:.1%}",
+    "by copy": lambda r: "" if r.copy_share is None else f"{r.copy_share:.1%}",
+    "alone µs": lambda r: "" if r.alone_us is None else f"{r.alone_us:,.0f}",
+    "collectives": lambda r: ", ".join(f"{n} {kind}" for kind, n in r.collectives.items()) or "0",
+    "bytes sent": lambda r: f"{r.bytes_sent:,.0f}",
+    "error": lambda r: "by design" if r.error is None else f"{r.error:.1e}",
+}
+OF_LAYERS = ("alone µs", "bytes sent")
 
 
 def view(*results: Exchanged) -> View:
@@ -25,19 +34,12 @@ def view(*results: Exchanged) -> View:
     said: list[str] = []
     wrong = []
     for result in results:
-        spec = result.spec
-        charts += _charts(result)
-        for shape in result.shapes:
-            sizes = f"{shape.experts} experts, d_model {shape.d_model}, {spec.words}"
-            rows = [_cells(r, HEADINGS) for r in shape.rows]
-            title = f"{shape.tokens} tokens, {sizes} (measured)"
-            tables.append(Table(title, HEADINGS, rows, _verdict(shape)))
-        for step in result.steps:
-            sizes = f"{step.experts} experts, d_model {step.d_model}, {spec.words}"
-            rows = [_cells(r, STEP_HEADINGS) for r in step.rows]
-            title = f"Decoding step of {step.batch} sequences, {sizes} (measured)"
-            tables.append(Table(title, STEP_HEADINGS, rows))
-        lead = f"{spec.words}: " if len(results) > 1 else ""
+        words = result.spec.words
+        if len(result.shapes) > 1:
+            name, draw = f"exchange-{result.spec.processes}", functools.partial(_chart, result)
+            charts.append(Chart(name, "Share of time in collectives", draw))
+        tables += [_table(size, words) for size in (*result.shapes, *result.steps)]
+        lead = f"{words}: " if len(results) > 1 else ""
         said += [f"{lead}{line}" for line in findings(result)]
         wrong += [
             f"{row.system} differs from one device by {row.error:.2g}: not timed"
@@ -81,31 +83,23 @@ def _answer(results: Sequence[Exchanged]) -> str:
     )
 
 
-def _charts(result: Exchanged) -> list[Chart]:
-    """Shares over tokens, where there is more than one size."""
-    if len(result.shapes) < 2:
-        return []
-    name = f"exchange-{result.spec.processes}"
-    return [Chart(name, "Share of time in collectives", lambda: _chart(result))]
-
-
-def _cells(r: Row, headings: tuple[str, ...]) -> tuple[str, ...]:
-    """A row of results as words under `HEADINGS` or `STEP_HEADINGS`."""
-    if not r.agrees:
-        return (r.system, *["-"] * (len(headings) - 2), f"{r.error:.1e}")
-    words = {
-        "system": r.system,
-        "µs": f"{r.us:,.0f}",
-        "p10 to p90": f"{r.us_p10:,.0f} to {r.us_p90:,.0f}",
-        "moving": f"{r.transfer_share:.1%}",
-        "waiting": f"{r.waiting_share:.1%}",
-        "by copy": f"{r.copy_share:.1%}" if r.copy_share is not None else "",
-        "alone µs": f"{r.alone_us:,.0f}" if r.alone_us is not None else "",
-        "collectives": ", ".join(f"{n} {kind}" for kind, n in r.collectives.items()) or "0",
-        "bytes sent": f"{r.bytes_sent:,.0f}",
-        "error": "by design" if r.error is None else f"{r.error:.1e}",
-    }
-    return tuple(words[heading] for heading in headings)
+def _table(size: Size, devices: str) -> Table:
+    """A row a system; of one that does not agree with one device, its error alone."""
+    what, columns, note = f"{size.tokens} tokens", COLUMNS, ""
+    if size.tokens is None:
+        what = f"Decoding step of {size.batch} sequences"
+        columns = {name: say for name, say in COLUMNS.items() if name not in OF_LAYERS}
+    else:
+        note = _verdict(size)
+    rows = [
+        tuple(
+            say(r) if r.agrees or name in ("system", "error") else "-"
+            for name, say in columns.items()
+        )
+        for r in size.rows
+    ]
+    title = f"{what}, {size.experts} experts, d_model {size.d_model}, {devices} (measured)"
+    return Table(title, tuple(columns), rows, note)
 
 
 #: Points by which two ways to tell a share may differ and still agree.
@@ -205,33 +199,21 @@ def _chart(result: Exchanged) -> Figure:
 def _share_chart(results: Sequence[Exchanged], batch: int) -> Figure:
     """Shares of the exchange by devices, the ways to tell them side by side, at one batch."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for axis, (name, title) in zip(
-        axes,
-        (
-            ("all_to_all, dropless", "all_to_all, dropless"),
-            ("all_to_all, capacity 1.25", "capacity 1.25"),
-        ),
-        strict=True,
-    ):
+    for axis, name in zip(axes, ("all_to_all, dropless", "all_to_all, capacity 1.25"), strict=True):
         for place, result in enumerate(results):
             step = next(m for m in result.steps if m.batch == batch)
             row = next(r for r in step.rows if r.system == name)
             first = place == 0 and axis is axes[0]
             moving, waiting = 100 * row.transfer_share, 100 * row.waiting_share
+            saved = 100 * (row.copy_share or 0)
             for at, height, bottom, colour, label in (
                 (place - 0.2, moving, 0, "#4c72b0", "moving, by the profiler"),
                 (place - 0.2, waiting, moving, "#a6bddb", "waiting, by the profiler"),
-                (
-                    place + 0.2,
-                    100 * (row.copy_share or 0),
-                    0,
-                    "#dd8452",
-                    "saved when parts are kept",
-                ),
+                (place + 0.2, saved, 0, "#dd8452", "saved when parts are kept"),
             ):
                 axis.bar(at, height, 0.36, bottom, color=colour, label=label if first else None)
         axis.set_xticks(range(len(results)), [r.spec.words for r in results])
-        axis.set_title(title)
+        axis.set_title("capacity 1.25" if "capacity" in name else name)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(f"% of a decoding step of {batch} sequences")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,

@@ -39,15 +39,15 @@ def _table(checked: Checked) -> Table:
     shown = [
         c for c in changes if checked.everything or c.verdict != "same" or c.interval is not None
     ]
-    rows = [
-        (c.subject, c.fact, _number(c.old), _number(c.new), change_words(c), c.verdict)
-        for c in shown
-    ]
     styles = {
         place: "bold red" if c.fails else "green"
         for place, c in enumerate(shown)
         if c.fails or c.verdict == "better"
     }
+    rows = [
+        (c.subject, c.fact, _number(c.old), _number(c.new), change_words(c), c.verdict)
+        for c in shown
+    ]
     headings = ("subject", "fact", "old", "new", "change", "verdict")
     return Table("Old against new", headings, rows, " ".join(said), styles)
 

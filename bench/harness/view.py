@@ -10,8 +10,9 @@ import dataclasses
 import html
 import io
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -24,6 +25,9 @@ from taskmoe.cli.command_line import write_bytes
 matplotlib.use("Agg")  # charts go to files; a machine without a screen has no other way
 
 Row = tuple[str, ...]
+R = TypeVar("R")
+#: Heading -> what a result says under it.
+Columns = Mapping[str, Callable[[R], str]]
 #: Cells up to this length stay on one line of the terminal.
 UNCUT = 34
 
@@ -37,6 +41,12 @@ class Table:
     rows: Sequence[Row]
     note: str = ""
     styles: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, title: str, results: Iterable[R], columns: Columns[R], note: str = "") -> Table:
+        """A row a result."""
+        rows = [tuple(say(result) for say in columns.values()) for result in results]
+        return cls(title, tuple(columns), rows, note)
 
     def only(self, headings: Sequence[str], keep: Callable[[Row], bool] = lambda _: True) -> Table:
         """The same with these columns, and the rows to keep."""

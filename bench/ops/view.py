@@ -4,12 +4,35 @@ from __future__ import annotations
 
 import math
 
-from taskmoe.bench.harness.view import Row, Table, View
+from taskmoe.bench.harness.view import Columns, Table, View
 from taskmoe.bench.ops.cases import OURS
 from taskmoe.bench.ops.measure import Line, Ops
 
 #: Parts of the names of baselines that do less or other work than the op.
 OTHER_WORK = ("dense", "GShard")
+
+
+def _time(r: Line) -> str:
+    if r.median_us is None:
+        return f"fails: {(r.failed or '')[:60]}"
+    return f"{r.median_us:,.0f}{' (wrong)' if r.failed else ''}"
+
+
+COLUMNS: Columns[Line] = {
+    "op": lambda r: r.op if r.shape is None else f"{r.shape} {r.op}",
+    "direction": lambda r: r.direction,
+    "rows": lambda r: f"{r.tokens:,}",
+    "experts": lambda r: str(r.experts),
+    "groups": lambda r: r.groups,
+    "way": lambda r: r.way,
+    "µs": _time,
+    "p10 to p90": lambda r: f"{r.p10_us:,.0f} to {r.p90_us:,.0f}" if r.median_us else "",
+    "GFLOP/s": lambda r: f"{r.gflop_per_s:,.1f}" if r.gflop_per_s else "",
+    "over matmul's": lambda r: f"{r.share_of_matmul:.2f}" if r.gflop_per_s else "",
+    "GB/s": lambda r: f"{r.gb_per_s:,.1f}" if r.median_us else "",
+    "over copy's": lambda r: f"{r.share_of_copy:.2f}" if r.median_us else "",
+    "speedup of ours": lambda r: r.ours_times_as_fast.words(".2f") if r.ours_times_as_fast else "",
+}
 
 
 def view(result: Ops) -> View:
@@ -26,14 +49,10 @@ def view(result: Ops) -> View:
         f"{result.dtype}; the ways of one op run in turns, after their results were compared, "
         f"{result.rounds} rounds. Measured in the same run: {measured}."
     )
-    headings = (
-        *("op", "direction", "rows", "experts", "groups", "way", "µs", "p10 to p90", "GFLOP/s"),
-        *("over matmul's", "GB/s", "over copy's", "speedup of ours"),
-    )
-    table = Table(
+    table = Table.of(
         f"Ops, {result.dtype} (measured)",
-        headings,
-        [_row(line) for line in result.lines],
+        result.lines,
+        COLUMNS,
         "Median and 10th to 90th percentile over rounds in turns. GFLOP/s and GB/s count what the "
         "op must do, the same for all ways, and stand over the rate of a large matmul and of a "
         f"copy ({measured}). Arrays that fit the caches can be read faster than a copy writes.",
@@ -53,23 +72,6 @@ def view(result: Ops) -> View:
     answer = f"{where}peedups over the fastest that does the same work, geometric means: {means}."
     return View(
         answer, about, [table, short], (), _findings(result) + wrong, short, int(bool(wrong))
-    )
-
-
-def _row(r: Line) -> Row:
-    op = r.op if r.shape is None else f"{r.shape} {r.op}"
-    case = (op, r.direction, f"{r.tokens:,}", str(r.experts), r.groups, r.way)
-    if r.median_us is None or r.p10_us is None or r.p90_us is None:
-        return (*case, f"fails: {(r.failed or '')[:60]}", *[""] * 6)
-    return (
-        *case,
-        f"{r.median_us:,.0f}{' (wrong)' if r.failed else ''}",
-        f"{r.p10_us:,.0f} to {r.p90_us:,.0f}",
-        f"{r.gflop_per_s:,.1f}" if r.gflop_per_s else "",
-        f"{r.share_of_matmul:.2f}" if r.gflop_per_s else "",
-        f"{r.gb_per_s:,.1f}",
-        f"{r.share_of_copy:.2f}",
-        r.ours_times_as_fast.words(".2f") if r.ours_times_as_fast else "",
     )
 
 

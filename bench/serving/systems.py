@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from taskmoe.bench.harness.collectives import count_collectives, profile_communi
 from taskmoe.bench.harness.results import Spread
 from taskmoe.bench.harness.timing import alternate
 from taskmoe.bench.serving import kept
+from taskmoe.bench.serving.points import Point
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model import transformer
 from taskmoe.wmt.model.transformer import (
@@ -329,42 +330,6 @@ def _local_rows(arrays: Any) -> tuple[np.ndarray, Any]:
         else np.concatenate([every[s.index[0]] for s in shards(first)])
     )
     return mine, jax.tree.map(rows, arrays)
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A system's decoding of a batch: speed with its 10th and 90th percentile, and where it goes.
-
-    seconds: of each round, a run. params_per_device, bytes_per_device: as `Served`. step_ms,
-    transfer_share, waiting_share: by the profiler.
-    """
-
-    system: str
-    batch: int
-    tokens_per_s: float
-    tokens_per_s_p10: float
-    tokens_per_s_p90: float
-    collectives: dict[str, int]
-    step_ms: float
-    transfer_share: float
-    waiting_share: float
-    params_per_device: int
-    bytes_per_device: int = 0
-    seconds: tuple[float, ...] = ()
-
-    @property
-    def share(self) -> float:
-        """Share of the time in collectives."""
-        return self.transfer_share + self.waiting_share
-
-
-def fastest(points: Iterable[Point]) -> dict[str, Point]:
-    """System -> its fastest point."""
-    best: dict[str, Point] = {}
-    for point in points:
-        if point.system not in best or point.tokens_per_s > best[point.system].tokens_per_s:
-            best[point.system] = point
-    return best
 
 
 def measure(

@@ -51,13 +51,14 @@ def view(result: Prepared) -> View:
         f"{CORES} workers (extrapolated)",
     )
     table = Table("Text made ready for training", headings, rows)
-    stages = Table(
+    stages = Table.of(
         "Stages (measured)",
-        ("stage", "seconds", "pairs/s"),
-        [
-            (x.name, f"{x.seconds:.1f}", f"{pairs / x.seconds:,.0f}" if x.seconds else "-")
-            for x in result.stages
-        ],
+        result.stages,
+        {
+            "stage": lambda s: s.name,
+            "seconds": lambda s: f"{s.seconds:.1f}",
+            "pairs/s": lambda s: f"{pairs / s.seconds:,.0f}" if s.seconds else "-",
+        },
     )
     right = result.planted_left == result.lost == 0
     said = (

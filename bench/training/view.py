@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from taskmoe.bench.harness.view import Table, View
-from taskmoe.bench.training.measure import TORCH, Trained
+from taskmoe.bench.harness.view import Columns, Table, View
+from taskmoe.bench.training.measure import TORCH, Row, Trained
 
-HEADINGS = (
-    *("size", "system", "tokens/s", "forward ms", "backward ms", "optimiser ms"),
-    *("step ms (p10 to p90)", "time over dense", "parameters"),
-)
+COLUMNS: Columns[Row] = {
+    "size": lambda r: r.size,
+    "system": lambda r: r.system,
+    "tokens/s": lambda r: f"{r.tokens_per_s:,.0f}",
+    "forward ms": lambda r: f"{r.forward:.1f}",
+    "backward ms": lambda r: f"{r.backward:.1f}",
+    "optimiser ms": lambda r: f"{r.optimiser:.1f}",
+    "step ms (p10 to p90)": lambda r: r.step.words(".1f"),
+    "time over dense": lambda r: r.ratio.words(".2f"),
+    "parameters": lambda r: f"{r.parameters:,}",
+}
 
 
 def view(result: Trained) -> View:
     """A row a system and size, and how the systems compare."""
-    rows = [
-        (
-            r.size,
-            r.system,
-            f"{r.tokens_per_s:,.0f}",
-            f"{r.forward:.1f}",
-            f"{r.backward:.1f}",
-            f"{r.optimiser:.1f}",
-            r.step.words(".1f"),
-            r.ratio.words(".2f"),
-            f"{r.parameters:,}",
-        )
-        for r in result.rows
-    ]
-    table = Table("A training step (measured)", HEADINGS, rows)
+    table = Table.of("A training step (measured)", result.rows, COLUMNS)
     by = {(r.size, r.system): r.ratio.median for r in result.rows}
     sizes = list(dict.fromkeys(r.size for r in result.rows))
     said = []

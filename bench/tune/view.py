@@ -9,21 +9,17 @@ from taskmoe.bench.tune.measure import Tuned
 def view(result: Tuned) -> View:
     """The fastest first."""
     rows = sorted(result.rows, key=lambda row: (row.modelled_us is None, row.modelled_us or 0.0))
-    table = Table(
+    least = result.best.modelled_us or 1.0
+    table = Table.of(
         f"{result.op} at {result.shape} on {result.chip}, {result.dtype} (modelled)",
-        ("blocks m, k, n", "bundles", "modelled µs", "over the best", "by"),
-        [
-            (
-                ", ".join(map(str, row.blocks)),
-                "" if row.bundles is None else f"{row.bundles:,}",
-                (row.error or "")[:60] if row.modelled_us is None else f"{row.modelled_us:,.1f}",
-                ""
-                if row.modelled_us is None
-                else f"{row.modelled_us / (result.best.modelled_us or 1.0):.2f}",
-                "the rule" if row is result.rows[0] else "",
-            )
-            for row in rows
-        ],
+        rows,
+        {
+            "blocks m, k, n": lambda r: ", ".join(map(str, r.blocks)),
+            "bundles": lambda r: "" if r.bundles is None else f"{r.bundles:,}",
+            "modelled µs": lambda r: f"{r.modelled_us:,.1f}" if r.modelled_us else r.error[:60],
+            "over the best": lambda r: f"{r.modelled_us / least:.2f}" if r.modelled_us else "",
+            "by": lambda r: "the rule" if r is result.rows[0] else "",
+        },
         f"Roofline: {result.roofline_us or 0.0:,.1f} µs.",
     )
     best = ", ".join(map(str, result.best.blocks))

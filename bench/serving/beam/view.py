@@ -6,32 +6,26 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from taskmoe.bench.harness.view import Chart, Table, View
-from taskmoe.bench.serving.beam.measure import LONG, SOURCE, Searched
+from taskmoe.bench.harness.view import Chart, Columns, Table, View
+from taskmoe.bench.serving.beam.measure import LONG, SOURCE, Row, Searched
+
+COLUMNS: Columns[Row] = {
+    "sentences": lambda r: str(r.batch),
+    "ms a step": lambda r: f"{1e3 * r.step_s.median:.1f}",
+    "p10 to p90": lambda r: f"{1e3 * r.step_s.p10:.1f} to {1e3 * r.step_s.p90:.1f}",
+    "floor ms": lambda r: f"{1e3 * r.floor_s.median:.1f}",
+    "over the floor": lambda r: r.over_floor.words(".2f"),
+    "steps alone, ms": lambda r: f"{1e3 * r.alone_s.median:.1f}",
+    "alone over the floor": lambda r: f"{r.alone_over_floor.median:.2f}",
+    "arithmetic ms": lambda r: f"{1e3 * r.arithmetic_s.median:.1f}",
+    "tokens/s": lambda r: f"{r.batch / r.step_s.median:.1f}",
+}
 
 
 def view(result: Searched) -> View:
     """A row a batch, and how many are near the floor."""
-    rows = [
-        (
-            str(r.batch),
-            f"{1e3 * r.step_s.median:.1f}",
-            f"{1e3 * r.step_s.p10:.1f} to {1e3 * r.step_s.p90:.1f}",
-            f"{1e3 * r.floor_s.median:.1f}",
-            r.over_floor.words(".2f"),
-            f"{1e3 * r.alone_s.median:.1f}",
-            f"{r.alone_over_floor.median:.2f}",
-            f"{1e3 * r.arithmetic_s.median:.1f}",
-            f"{r.batch / r.step_s.median:.1f}",
-        )
-        for r in result.rows
-    ]
-    headings = (
-        *("sentences", "ms a step", "p10 to p90", "floor ms", "over the floor"),
-        *("steps alone, ms", "alone over the floor", "arithmetic ms", "tokens/s"),
-    )
     title = f"{result.config}, {result.parameters:,} parameters, float32, beam {result.beam}"
-    table = Table(f"{title} (measured)", headings, rows)
+    table = Table.of(f"{title} (measured)", result.rows, COLUMNS)
     first, near = result.rows[0], [str(r.batch) for r in result.rows if r.over_floor.median <= 1.5]
     about = (
         f"A sub-network of the {result.config} model's sizes, {result.parameters:,} random "
@@ -68,9 +62,8 @@ def _chart(result: Searched) -> Figure:
         ("arithmetic_s", "arithmetic at the peak rate"),
     )
     for i, (key, label) in enumerate(bars):
-        axes.bar(
-            at + 0.2 * (i - 1.5), [1e3 * getattr(r, key).median for r in rows], 0.2, label=label
-        )
+        ms = [1e3 * getattr(r, key).median for r in rows]
+        axes.bar(at + 0.2 * (i - 1.5), ms, 0.2, label=label)
     axes.set_xticks(at, [str(r.batch) for r in rows])
     axes.set_xlabel(f"sentences at once, beam {result.beam}")
     axes.set_ylabel("ms")

@@ -15,7 +15,8 @@ from taskmoe.bench.harness.console import each
 from taskmoe.bench.harness.results import Result
 from taskmoe.bench.serving import systems as serving
 from taskmoe.bench.serving.decode.spec import Spec
-from taskmoe.bench.serving.systems import Agreement, Point, System
+from taskmoe.bench.serving.points import Point
+from taskmoe.bench.serving.systems import Agreement, System
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model.saved import load_model

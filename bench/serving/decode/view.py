@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from taskmoe.bench.harness import paper
 from taskmoe.bench.harness.view import Chart, Table, View
 from taskmoe.bench.serving.decode.measure import CAPACITY, DENSE, DROPLESS, TASK, Decoded
-from taskmoe.bench.serving.systems import fastest
+from taskmoe.bench.serving.points import SPEED, fastest, speeds
 
 
 def view(result: Decoded) -> View:
@@ -28,41 +28,29 @@ def view(result: Decoded) -> View:
         f"{result.positions} tokens a sequence, {result.rounds} rounds in turns, "
         f"{'trained' if result.trained else 'random'} parameters."
     )
-    rows = [
-        (
-            f"{r.batch:,}",
-            r.system,
-            f"{r.tokens_per_s:,.0f}",
-            f"{r.tokens_per_s_p10:,.0f} to {r.tokens_per_s_p90:,.0f}",
-            f"{r.transfer_share:.1%}",
-            f"{r.waiting_share:.1%}",
-            ", ".join(f"{n} {kind}" for kind, n in r.collectives.items()) or "0",
-            f"{r.bytes_per_device / 1e6:,.1f}",
-        )
-        for r in result.points
-    ]
-    headings = ("batch", "system", "tokens/s", "p10 to p90", "moving", "waiting", "collectives")
-    points = Table(
+    points = Table.of(
         f"Decoding {result.positions} positions, {sizes}, float32 (measured)",
-        (*headings, "MB a device"),
-        rows,
+        result.points,
+        {
+            "batch": lambda r: f"{r.batch:,}",
+            "system": lambda r: r.system,
+            **SPEED,
+            "MB a device": lambda r: f"{r.bytes_per_device / 1e6:,.1f}",
+        },
         "Moving and waiting: shares of the time spent in collectives, by the profiler. MB: "
         "parameters, caches and temporaries, as XLA counts them.",
     )
     task = best[TASK].tokens_per_s
-    peaks = Table(
+    peaks = Table.of(
         "Peaks",
-        ("system", "peak tokens/s", "at batch", "time in collectives", "sub-networks over it"),
-        [
-            (
-                name,
-                f"{r.tokens_per_s:,.0f}",
-                f"{r.batch:,}",
-                f"{r.share:.1%}",
-                f"{task / r.tokens_per_s:.2f}",
-            )
-            for name, r in best.items()
-        ],
+        best.values(),
+        {
+            "system": lambda r: r.system,
+            "peak tokens/s": lambda r: f"{r.tokens_per_s:,.0f}",
+            "at batch": lambda r: f"{r.batch:,}",
+            "time in collectives": lambda r: f"{r.share:.1%}",
+            "sub-networks over it": lambda r: f"{task / r.tokens_per_s:.2f}",
+        },
     )
     answer = (
         f"At its best a sub-network on each device decodes {task / best[DROPLESS].tokens_per_s:.2f}"
@@ -119,14 +107,8 @@ def _chart(result: Decoded) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for system, colour in colours.items():
         rows = [r for r in result.points if r.system == system]
-        batches = [r.batch for r in rows]
-        middle = [r.tokens_per_s / 1e3 for r in rows]
-        low = [r.tokens_per_s_p10 / 1e3 for r in rows]
-        high = [r.tokens_per_s_p90 / 1e3 for r in rows]
-        left.plot(batches, middle, "o-", label=system, color=colour)
-        left.fill_between(batches, low, high, color=colour, alpha=0.15, linewidth=0)
-        share = [100 * r.share for r in rows]
-        right.plot(batches, share, "o-", color=colour)
+        speeds(left, rows, colour, unit=1e3, linewidth=0)
+        right.plot([r.batch for r in rows], [100 * r.share for r in rows], "o-", color=colour)
     left.set_ylabel("thousand tokens/s, median and p10 to p90")
     right.set_ylabel("% of time in collectives")
     for axis in (left, right):

@@ -5,23 +5,27 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from taskmoe.bench.harness.view import Chart, Table, View
+from taskmoe.bench.harness.view import Chart, Columns, Table, View
 from taskmoe.bench.serving.serve.engines import OURS, THEIRS
 from taskmoe.bench.serving.serve.measure import Row, Served
 
-HEADINGS = (
-    *("beam", "sentences", "engine", "sentences/s", "tokens/s (p10 to p90)"),
-    *("over CTranslate2's", "one sentence, p50 and p95 ms", "MB", "as ours"),
-)
+COLUMNS: Columns[Row] = {
+    "beam": lambda r: str(r.beam),
+    "sentences": lambda r: str(r.batch),
+    "engine": lambda r: r.system,
+    "sentences/s": lambda r: f"{r.sentences_per_s.median:.2f}",
+    "tokens/s (p10 to p90)": lambda r: r.tokens_per_s.words(".0f"),
+    "over CTranslate2's": lambda r: r.over.words(".2f") if r.over else "",
+    "one sentence, p50 and p95 ms": lambda r: ", ".join(f"{ms:.0f}" for ms in r.latency_ms or ()),
+    "MB": lambda r: "" if r.memory_bytes is None else f"{r.memory_bytes / 2**20:.0f}",
+    "as ours": lambda r: f"{r.identical:.1%}",
+}
 
 
 def view(result: Served) -> View:
     """A row a beam, batch and engine."""
-    table = Table(
-        f"{result.source}, {result.parameters:,} parameters (measured)",
-        HEADINGS,
-        [_cells(row) for row in result.rows],
-    )
+    title = f"{result.source}, {result.parameters:,} parameters (measured)"
+    table = Table.of(title, result.rows, COLUMNS)
     said = []
     engine = result.machine.get("ctranslate2")
     if engine is None:
@@ -48,25 +52,10 @@ def view(result: Served) -> View:
         "holds at most beyond its libraries; the speed over CTranslate2's is in the same numbers, "
         "float32 or int8."
     )
-    short = table.only(
-        HEADINGS[1:6], lambda row: row[0] == str(result.rows[-1].beam) and row[2] in OURS
-    )
+    ours = [r for r in result.rows if r.beam == result.rows[-1].beam and r.system in OURS]
+    short = Table.of(title, ours, COLUMNS).only(tuple(COLUMNS)[1:6])
     chart = Chart("serve", "Tokens a second by engine and batch", lambda: _chart(result))
     return View(answer, about, [table], [chart], said, short)
-
-
-def _cells(r: Row) -> tuple[str, ...]:
-    return (
-        str(r.beam),
-        str(r.batch),
-        r.system,
-        f"{r.sentences_per_s.median:.2f}",
-        r.tokens_per_s.words(".0f"),
-        "" if r.over is None else r.over.words(".2f"),
-        "" if r.latency_ms is None else f"{r.latency_ms[0]:.0f}, {r.latency_ms[1]:.0f}",
-        "" if r.memory_bytes is None else f"{r.memory_bytes / 2**20:.0f}",
-        f"{r.identical:.1%}",
-    )
 
 
 def _times(rows: list[Row], ours: str, name: str) -> dict[tuple[int, int], float]:

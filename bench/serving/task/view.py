@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from taskmoe.bench.harness.view import Table, View
-from taskmoe.bench.serving.task.measure import LAYER, Tasks
+from taskmoe.bench.harness.view import Columns, Table, View
+from taskmoe.bench.serving.task.measure import LAYER, Row, Tasks
 
 TOLERANCE = 1e-5
+COLUMNS: Columns[Row] = {
+    "direction": lambda r: r.direction,
+    "system": lambda r: r.system,
+    "ms": lambda r: f"{r.ms:.1f}",
+    "p10 to p90": lambda r: f"{r.ms_p10:.1f} to {r.ms_p90:.1f}",
+    "time over dense": lambda r: f"{r.ratio:.3f} ({r.ratio_p10:.3f} to {r.ratio_p90:.3f})",
+    "collectives": lambda r: str(r.collectives),
+}
 
 
 def view(result: Tasks) -> View:
     """Every system in both directions; the exit code is 1 where results differ."""
-    rows = [
-        (
-            r.direction,
-            r.system,
-            f"{r.ms:.1f}",
-            f"{r.ms_p10:.1f} to {r.ms_p90:.1f}",
-            f"{r.ratio:.3f} ({r.ratio_p10:.3f} to {r.ratio_p90:.3f})",
-            str(r.collectives),
-        )
-        for r in result.rows
-    ]
     sizes = (
         f"{result.tokens:,} tokens, {result.experts} experts, d_model {result.d_model}, d_ff "
         f"{result.d_ff}, float32"
     )
-    headings = ("direction", "system", "ms", "p10 to p90", "time over dense", "collectives")
-    table = Table(f"{sizes} (measured)", headings, rows)
+    table = Table.of(f"{sizes} (measured)", result.rows, COLUMNS)
     if result.error > TOLERANCE:
         answer = f"The layer differs from the dense FFN by {result.error:.2g}."
     else:

@@ -18,7 +18,7 @@ from taskmoe.bench.harness import machine
 from taskmoe.bench.harness.console import each, out
 from taskmoe.bench.harness.results import Result
 from taskmoe.bench.serving import systems as serving
-from taskmoe.bench.serving.systems import Point
+from taskmoe.bench.serving.points import Point
 from taskmoe.bench.story.demo.spec import Spec
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import Bar, bar

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from taskmoe.bench.harness import paper
 from taskmoe.bench.harness.view import Chart, Row, Table, View
-from taskmoe.bench.serving.systems import Point, fastest
+from taskmoe.bench.serving.points import SPEED, Point, fastest, speeds
 from taskmoe.bench.story.demo.measure import Demo
 
 NAMES = {
@@ -167,24 +167,15 @@ def _scores(result: Demo) -> list[Table]:
 
 def _speeds(result: Demo) -> Table:
     serving = result.serving
-    rows = [
-        (
-            p.system,
-            str(p.batch),
-            f"{p.tokens_per_s:,.0f}",
-            f"{p.tokens_per_s_p10:,.0f} to {p.tokens_per_s_p90:,.0f}",
-            f"{p.transfer_share:.1%}",
-            f"{p.waiting_share:.1%}",
-            ", ".join(f"{n} {kind}" for kind, n in p.collectives.items()) or "0",
-            f"{p.params_per_device:,}",
-        )
-        for p in serving.points
-    ]
-    headings = ("system", "batch", "tokens/s", "p10 to p90", "moving", "waiting", "collectives")
-    return Table(
+    return Table.of(
         f"Greedy decoding of {serving.positions} positions, {serving.devices} devices (measured)",
-        (*headings, "parameters a device"),
-        rows,
+        serving.points,
+        {
+            "system": lambda p: p.system,
+            "batch": lambda p: str(p.batch),
+            **SPEED,
+            "parameters a device": lambda p: f"{p.params_per_device:,}",
+        },
         "Batch is all sequences together. Moving and waiting are shares of the step in "
         "collectives, by the profiler: waiting lasts until the last device has arrived. Each "
         "sub-network device serves another target language.",
@@ -258,12 +249,9 @@ def _throughput(result: Demo) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for colour, system in zip(_SYSTEM_COLOURS, _systems(result), strict=True):
         points = [p for p in result.serving.points if p.system == system]
-        batches = [p.batch for p in points]
-        axis.plot(batches, [p.tokens_per_s for p in points], "o-", color=colour, label=system)
-        low, high = ([getattr(p, f"tokens_per_s_p{q}") for p in points] for q in (10, 90))
-        axis.fill_between(batches, low, high, color=colour, alpha=0.15)
+        speeds(axis, points, colour)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(batches, [str(b) for b in batches])
+    axis.set_xticks([p.batch for p in points], [str(p.batch) for p in points])
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set_xlabel("sequences decoded together, all devices")

@@ -8,8 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from taskmoe.bench.harness.view import Chart, Table, View
-from taskmoe.bench.tpu import cases as kernel_cases
-from taskmoe.bench.tpu.cases import CHIPS, DTYPES, OPS, SHAPES
+from taskmoe.bench.tpu.cases import CHIPS, DIRECTIONS, DTYPES, OPS, SHAPES
 from taskmoe.bench.tpu.kernels import expert_bytes
 from taskmoe.bench.tpu.kernels.measure import Kernels, Row
 
@@ -61,10 +60,12 @@ def view(result: Kernels) -> View:
         "A whole expert in one kernel moves hardly a byte beyond its floor, which at decoding's "
         "sizes is the weights themselves."
     ] * bool(result.expert_bytes)
-    about = "Compiled for TPUs that were not there. Schedules are the compiler's; bytes and times "
+    about = (
+        "Compiled for TPUs that were not there. Schedules are the compiler's; bytes and times are "
+        "modelled."
+    )
     chart = Chart("kernels", "Kernels against the roofline", lambda: _chart(result))
     failed = any(r.error for r in rows if r.by == "taskmoe" and not r.is_too_large)
-    about += "are modelled."
     return View(answer, about, tables, [chart], findings, short, int(failed))
 
 
@@ -74,16 +75,9 @@ def _reached(r: Row) -> float:
 
 
 def _beside(row: Row) -> tuple[Any, ...]:
-    chips, dtypes, shapes = list(CHIPS), list(DTYPES), list(SHAPES)
-    return (
-        OPS.index(row.op),
-        kernel_cases.DIRECTIONS.index(row.direction),
-        chips.index(row.chip),
-        dtypes.index(row.dtype),
-        shapes.index(row.shape),
-        row.by != "taskmoe",
-        row.by,
-    )
+    order = {"op": OPS, "direction": DIRECTIONS, "chip": CHIPS, "dtype": DTYPES, "shape": SHAPES}
+    places = (list(known).index(getattr(row, name)) for name, known in order.items())
+    return (*places, row.by != "taskmoe", row.by)
 
 
 def _figures(r: Row) -> tuple[str, ...]:
@@ -110,21 +104,18 @@ def _figures(r: Row) -> tuple[str, ...]:
 
 
 def _bytes_table(result: Kernels) -> Table:
-    return Table(
+    return Table.of(
         f"HBM bytes of {expert_bytes.EXPERTS} experts, d_model {expert_bytes.D_MODEL}, d_ff "
         f"{expert_bytes.D_FF}, rows in bf16, random top-{expert_bytes.TOP_K} (modelled)",
-        ("chip", "rows", "way", "modelled MB", "floor MB", "over floor"),
-        [
-            (
-                r.chip,
-                str(r.rows),
-                r.way,
-                f"{r.moved_bytes / 1e6:,.2f}",
-                f"{r.floor_bytes / 1e6:,.2f}",
-                f"{r.ratio:.3f}",
-            )
-            for r in result.expert_bytes
-        ],
+        result.expert_bytes,
+        {
+            "chip": lambda r: r.chip,
+            "rows": lambda r: str(r.rows),
+            "way": lambda r: r.way,
+            "modelled MB": lambda r: f"{r.moved_bytes / 1e6:,.2f}",
+            "floor MB": lambda r: f"{r.floor_bytes / 1e6:,.2f}",
+            "over floor": lambda r: f"{r.ratio:.3f}",
+        },
         "Counted by walking the grid; floor: touched experts' weights once, rows in and rows out. "
         "megablox: the block of rows that moves least, whole matrices.",
     )
@@ -140,10 +131,8 @@ def _chart(result: Kernels) -> Figure:
     styles = {"taskmoe": ("#4c72b0", "o"), "megablox": ("#c44e52", "D")}
     for axis, chip in zip(axes[0], chips, strict=True):
         for by, (colour, marker) in styles.items():
-            rows = [
-                r for r in result.kernels
-                if r.chip == chip and r.by == by and r.modelled_us
-            ]  # fmt: skip
+            own = (r for r in result.kernels if r.chip == chip and r.by == by)
+            rows = [r for r in own if r.modelled_us]
             share = [_reached(r) * 100 for r in rows]
             place = [names.index(f"{r.op} {r.direction}") for r in rows]
             axis.plot(share, place, marker, color=colour, label=by, linestyle="none")

@@ -57,20 +57,17 @@ def view(result: Models) -> View:
         *findings,
     ]
     scenarios = [(chip.chip, row) for chip in result.chips for row in chip.scenarios]
-    short = Table(
+    first = result.chips[0].chip
+    short = Table.of(
         "Modelled steps",
-        ("chip", "batches", "compute by", "token-MoE in communication", "throughput ratio"),
-        [
-            (
-                chip,
-                row.batches,
-                TIMES[row.compute_by],
-                f"{row.token.communication_share:.1%}",
-                f"{row.throughput_ratio:.2f}",
-            )
-            for chip, row in scenarios
-            if row.batches == BLOG or chip == result.chips[0].chip
-        ][:8],
+        [(chip, s) for chip, s in scenarios if s.batches == BLOG or chip == first][:8],
+        {
+            "chip": lambda of: of[0],
+            "batches": lambda of: of[1].batches,
+            "compute by": lambda of: TIMES[of[1].compute_by],
+            "token-MoE in communication": lambda of: f"{of[1].token.communication_share:.1%}",
+            "throughput ratio": lambda of: f"{of[1].throughput_ratio:.2f}",
+        },
     )
     about = (
         "Parameters, memory, batches and bytes as compiled, times modelled. One step on "
@@ -168,22 +165,18 @@ def _times(chip: Chip, by: str) -> Table:
 def _served(chip: Chip) -> Table:
     """One core with the sub-network in float32, bf16 and int8."""
     first = {row.batch: row.tokens_per_s for row in chip.served if row.system == "sub-network"}
-    rows = [
-        (
-            row.system + " in float32" * (row.system == "sub-network"),
-            str(row.batch),
-            f"{row.hbm_bytes / 1e6:,.0f}",
-            f"{row.read_bytes / 1e6:,.0f}",
-            f"{1e6 * row.step_s:,.0f}",
-            f"{row.tokens_per_s:,.0f}",
-            f"{row.tokens_per_s / first[row.batch]:.2f}",
-        )
-        for row in chip.served
-    ]
-    return Table(
+    return Table.of(
         f"{chip.chip}, one core that serves a sub-network (compiled; times by the roofline)",
-        ("system", "batch", "MB held", "MB read a step", "modelled µs", "tokens/s", "over float32"),
-        rows,
+        chip.served,
+        {
+            "system": lambda r: r.system + " in float32" * (r.system == "sub-network"),
+            "batch": lambda r: str(r.batch),
+            "MB held": lambda r: f"{r.hbm_bytes / 1e6:,.0f}",
+            "MB read a step": lambda r: f"{r.read_bytes / 1e6:,.0f}",
+            "modelled µs": lambda r: f"{1e6 * r.step_s:,.0f}",
+            "tokens/s": lambda r: f"{r.tokens_per_s:,.0f}",
+            "over float32": lambda r: f"{r.tokens_per_s / first[r.batch]:.2f}",
+        },
         "The cache is bf16 with bf16 and float32 with int8, which many sentences show. Work counts "
         "at the bf16 peak, that of int8 too, whose peak is higher on some chips.",
     )

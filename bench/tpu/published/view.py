@@ -4,21 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from taskmoe.bench.harness.view import Table, View
+from taskmoe.bench.harness.view import Columns, Table, View
 from taskmoe.bench.tpu.published.measure import Published, Row
 
-HEADINGS = (
-    *("chip", "rows x depth by groups x depth x width", "blocks"),
-    *("modelled TFLOP/s", "published TFLOP/s", "error", "of peak, modelled"),
-)
+
+def _size(r: Row) -> str:
+    return f"{r.tokens * r.top_k}x{r.d_model} by {r.experts}x{r.d_model}x{r.d_ff}"
+
+
+def _speed(r: Row) -> str:
+    if r.modelled_tflop_per_s is None:
+        return (r.error or "")[:60]
+    return f"{r.modelled_tflop_per_s:.0f}"
+
+
+COLUMNS: Columns[Row] = {
+    "chip": lambda r: r.chip,
+    "rows x depth by groups x depth x width": _size,
+    "blocks": lambda r: r.blocks,
+    "modelled TFLOP/s": _speed,
+    "published TFLOP/s": lambda r: f"{r.published_tflop_per_s:.0f}",
+    "error": lambda r: "" if r.relative_error is None else f"{r.relative_error:+.0%}",
+    "of peak, modelled": lambda r: "" if r.share_of_peak is None else f"{r.share_of_peak:.0%}",
+}
 
 
 def view(result: Published) -> View:
     """Every measurement; the exit code is 1 where nothing compiled."""
-    table = Table(
+    table = Table.of(
         "gmm, bf16: our model beside published measurements of tokamax's ragged_dot",
-        HEADINGS,
-        [cells(row) for row in result.rows],
+        result.rows,
+        COLUMNS,
         f"Published: {result.source}. Group sizes here are random, about equal.",
     )
     firmer = (
@@ -28,18 +44,6 @@ def view(result: Published) -> View:
     short = table.only(("chip", "blocks", "modelled TFLOP/s", "published TFLOP/s", "error"))
     code = int(all(row.error is not None for row in result.rows))
     return View(verdict(result.rows), "", [table], findings=[firmer], short=short, code=code)
-
-
-def cells(r: Row) -> tuple[str, ...]:
-    """A row as words under `HEADINGS`."""
-    size = f"{r.tokens * r.top_k}x{r.d_model} by {r.experts}x{r.d_model}x{r.d_ff}"
-    published = f"{r.published_tflop_per_s:.0f}"
-    if r.relative_error is None:
-        return (r.chip, size, r.blocks, (r.error or "")[:60], published, "", "")
-    return (
-        *(r.chip, size, r.blocks, f"{r.modelled_tflop_per_s:.0f}", published),
-        *(f"{r.relative_error:+.0%}", f"{r.share_of_peak:.0%}"),
-    )
 
 
 def verdict(rows: Sequence[Row]) -> str:
