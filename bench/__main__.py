@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from pathlib import Path
 
 from taskmoe.cli.command_line import Parser, missing_package
 from taskmoe.cli.errors import InputError
@@ -59,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         lines = (module.__doc__ or "").strip()
         sub = commands.add_parser(name, help=lines.splitlines()[0], description=lines)
         options.add_arguments(sub)
+        if path != REPORT:
+            sub.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args(argv)
     try:
         path = COMMANDS[arguments.command]

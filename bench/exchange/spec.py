@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from taskmoe.bench.harness.options import numbers
+from taskmoe.bench.harness.options import need_at_least_one, numbers
 from taskmoe.cli.errors import InputError
 
 
@@ -38,7 +38,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--d-model", default="256", help="widths; hidden width is four times as much")
     p.add_argument("--rounds", type=int, default=9, help="times that each is measured")
     p.add_argument("--quick", action="store_true", help="one small batch, three rounds")
-    p.add_argument("--json", type=Path, help="write the results here")
     p.add_argument("--png", type=Path, help="draw shares in communication here")
 
 
@@ -51,8 +50,7 @@ def read(a: argparse.Namespace) -> Spec:
         )
     if a.devices > 64:
         raise InputError(f"--devices must be at most 64 on one host, got {a.devices}")
-    if a.rounds < 1:
-        raise InputError(f"--rounds must be at least 1, got {a.rounds}")
+    need_at_least_one(a, "rounds")
     sizes = {}
     for name in ("batches", "step_batches", "experts", "d_model"):
         by = 8 if name == "d_model" else a.devices  # four heads of an even width

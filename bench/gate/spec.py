@@ -38,7 +38,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--quick", action="store_true", help="v5e only, fewer rounds at most")
     p.add_argument("--all", action="store_true", help="show static facts that are the same, too")
     p.add_argument("--baseline", type=Path, default=BASELINE, help="folder of the baseline")
-    p.add_argument("--json", type=Path, help="write everything to this file as well")
 
 
 def read(a: argparse.Namespace) -> Spec:

@@ -14,6 +14,7 @@ from taskmoe.cli.command_line import write_text
 def run(package: str, a: argparse.Namespace) -> int:
     """Measure what the options ask for, keep it as a.json and a.png name, and print it."""
     spec = importlib.import_module(f"{package}.spec").read(a)
+    package = getattr(spec, "package", package)  # of several questions, the one that is asked
     result = importlib.import_module(f"{package}.measure").measure(spec)
     told = json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n"
     if a.json is not None:

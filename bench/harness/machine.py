@@ -18,7 +18,7 @@ def describe() -> dict[str, str]:
     gpu = _gpu()
     facts = {
         "cpu": _cpu_model(),
-        "cores": str(_cores()),
+        "cores": str(cores()),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
@@ -51,10 +51,10 @@ def cpu_details() -> str:
     pairs = [line.split(":", 1) for line in lines if ":" in line]
     told = {name.strip(): value.strip() for name, value in pairs}
     words = [f"{name} {told[name]}" for name in wanted if name in told]
-    return ", ".join([*words, f"{_cores()} cores"])
+    return ", ".join([*words, f"{cores()} cores"])
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

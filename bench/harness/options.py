@@ -1,7 +1,8 @@
-"""What several specifications read from options: lists of names and of numbers."""
+"""What several specifications read from options: names, numbers, and lists of them."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 
 from taskmoe.cli.errors import InputError
@@ -15,6 +16,14 @@ def chosen(what: str, given: str | None, known: Iterable[str], default: Iterable
     if unknown:
         raise InputError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
     return list(dict.fromkeys(names))
+
+
+def need_at_least_one(a: argparse.Namespace, *options: str) -> None:
+    """InputError that names the first of these options that is given and below 1."""
+    for option in options:
+        value = getattr(a, option)
+        if value is not None and value < 1:
+            raise InputError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
 
 
 def numbers(option: str, text: str, multiple_of: int = 1) -> list[int]:

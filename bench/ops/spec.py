@@ -27,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", help=f"sizes of models instead, comma-separated: {','.join(SHAPES)} (for a GPU)"
     )
-    parser.add_argument("--json", type=Path, help="write everything to this file as well")
 
 
 def read(a: argparse.Namespace) -> Spec:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 
+from taskmoe.bench.harness import machine
+from taskmoe.bench.harness.options import need_at_least_one
 from taskmoe.cli.errors import InputError
 
 #: Of the smallest number of pairs that gives each direction some.
@@ -34,17 +35,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="new folder to work in, about 600 bytes a pair (default: a temporary one)",
     )
     p.add_argument("--quick", action="store_true", help="20,000 pairs")
-    p.add_argument("--json", type=Path, help="write the results here")
 
 
 def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where there are too few pairs or workers."""
-    workers = len(os.sched_getaffinity(0)) if a.workers is None else a.workers
-    if workers < 1:
-        raise InputError(f"--workers must be at least 1, got {workers}")
+    need_at_least_one(a, "workers")
     pairs = 20_000 if a.quick else a.pairs
     if pairs < FEWEST:
         raise InputError(f"--pairs must be at least {FEWEST}, got {pairs}")
     if a.work is not None and a.work.exists():
         raise InputError(f"--work {a.work} is there already; name a new folder")
-    return Spec(pairs, workers, a.work)
+    return Spec(pairs, a.workers or machine.cores(), a.work)

@@ -100,7 +100,11 @@ def need_libtpu() -> None:
 
 
 def compile_all(cases: Sequence[Case]) -> list[Compiled]:
-    """What the compiler and the model say of each case, in their order, with a bar on stderr."""
+    """What the compiler and the model say of each case, in their order, with a bar on stderr.
+
+    Raises InputError where libtpu is not installed, or could not be loaded.
+    """
+    need_libtpu()
     results: dict[Case, Compiled] = {}
     chips = list(dict.fromkeys(case.chip for case in cases))
     stopping = threading.Event()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
+from typing import ClassVar
 
 from taskmoe.bench.harness.options import chosen
 from taskmoe.bench.tpu import cases as kernel_cases
@@ -22,6 +22,7 @@ class KernelSpec:
 
     cases: list[Case]
     expert_chips: list[str]
+    package: ClassVar[str] = "taskmoe.bench.tpu.kernels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +30,14 @@ class ModelSpec:
     """Chips whose slices serve the paper's models."""
 
     chips: list[str]
+    package: ClassVar[str] = "taskmoe.bench.tpu.model"
 
 
 @dataclasses.dataclass(frozen=True)
 class PublishedSpec:
     """Every measurement that is known."""
+
+    package: ClassVar[str] = "taskmoe.bench.tpu.published"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", help=f"comma-separated: {','.join(OPS)}")
     parser.add_argument("--dtypes", help=f"comma-separated: {','.join(DTYPES)}")
     parser.add_argument("--shapes", help=f"comma-separated, wmt if not given: {','.join(SHAPES)}")
-    parser.add_argument("--json", type=Path, help="write everything to this file as well")
 
 
 def read(a: argparse.Namespace) -> KernelSpec | ModelSpec | PublishedSpec:

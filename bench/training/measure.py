@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +79,7 @@ def measure(spec: Spec) -> Trained:
     about = machine.describe()
     if pytorch.is_present():
         torch: Any = importlib.import_module("torch")
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(machine.cores())
         about["torch"] = str(torch.__version__)
     rows: list[Row] = []
     for size in each("training", "sizes", spec.sizes):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
-from taskmoe.bench.harness.options import chosen
+from taskmoe.bench.harness.options import chosen, need_at_least_one
 from taskmoe.bench.tpu.cases import CHIPS, DTYPES, SHAPES, TILED
 from taskmoe.cli.errors import InputError
 
@@ -29,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", required=True, help=f"one of {', '.join(SHAPES)}")
     parser.add_argument("--dtype", default="bf16", help=f"one of {', '.join(DTYPES)}")
     parser.add_argument("--tries", type=int, default=8, help="block sizes beside the rule's")
-    parser.add_argument("--json", type=Path, help="write everything to this file as well")
 
 
 def read(a: argparse.Namespace) -> Spec:
@@ -39,6 +37,5 @@ def read(a: argparse.Namespace) -> Spec:
         chosen(what, getattr(a, what), names, names)
     if (a.chip, a.dtype) == ("v3", "bf16"):
         raise InputError("v3 takes kernels in f32 only: give --dtype f32")
-    if a.tries < 1:
-        raise InputError(f"--tries must be at least 1, got {a.tries}")
+    need_at_least_one(a, "tries")
     return Spec(a.chip, a.op, a.shape, a.dtype, a.tries)

@@ -16,7 +16,9 @@ def view(result: Tuned) -> View:
         {
             "blocks m, k, n": lambda r: ", ".join(map(str, r.blocks)),
             "bundles": lambda r: "" if r.bundles is None else f"{r.bundles:,}",
-            "modelled µs": lambda r: f"{r.modelled_us:,.1f}" if r.modelled_us else r.error[:60],
+            "modelled µs": lambda r: (
+                f"{r.modelled_us:,.1f}" if r.modelled_us else str(r.error)[:60]
+            ),
             "over the best": lambda r: f"{r.modelled_us / least:.2f}" if r.modelled_us else "",
             "by": lambda r: "the rule" if r is result.rows[0] else "",
         },

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from taskmoe.bench.harness.options import numbers
+from taskmoe.bench.harness.options import need_at_least_one, numbers
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import PRESETS
 
@@ -31,16 +31,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batches", help=f"sentences at once: {','.join(map(str, BATCHES))}")
     p.add_argument("--rounds", type=int, default=7, help="times that each is measured")
     p.add_argument("--quick", action="store_true", help="one sentence, three rounds")
-    p.add_argument("--json", type=Path, help="write the results here")
     p.add_argument("--png", type=Path, help="draw the times here")
 
 
 def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where a number does not fit."""
-    if a.beam < 2 or a.rounds < 1:
-        raise InputError(
-            f"--beam must be at least 2 and --rounds at least 1, got {a.beam} and {a.rounds}"
-        )
+    if a.beam < 2:
+        raise InputError(f"--beam must be at least 2, got {a.beam}")
+    need_at_least_one(a, "rounds")
     batches = QUICK_BATCHES if a.quick else BATCHES
     if a.batches:
         batches = tuple(sorted(set(numbers("--batches", a.batches))))

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from taskmoe.bench.harness.options import numbers
+from taskmoe.bench.harness.options import need_at_least_one, numbers
 from taskmoe.cli.errors import InputError
 
 BATCHES, QUICK_BATCHES = (64, 256, 1024, 4096), (64, 512)
@@ -34,21 +34,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="folder with dense/model, token/model and task/model, as the demo's work folder; or "
         "with dense-0 and so on, as a study's",
     )
-    p.add_argument("--json", type=Path, help="write the results here")
     p.add_argument("--png", type=Path, help="draw throughput over batch here")
 
 
 def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where a number does not fit."""
-    batches = _batches(a)
-    if a.rounds < 1:
-        raise InputError(f"--rounds must be at least 1, got {a.rounds}")
-    return Spec(a.devices, batches, 3 if a.quick else a.rounds, a.models)
-
-
-def _batches(a: argparse.Namespace) -> list[int]:
     if not 1 <= a.devices <= 64:
         raise InputError(f"--devices must be from 1 to 64 on one host, got {a.devices}")
-    if a.batches is None:
-        return [b for b in (QUICK_BATCHES if a.quick else BATCHES) if b % a.devices == 0]
-    return sorted(set(numbers("--batches", a.batches, a.devices)))
+    need_at_least_one(a, "rounds")
+    batches = [b for b in (QUICK_BATCHES if a.quick else BATCHES) if b % a.devices == 0]
+    if a.batches is not None:
+        batches = sorted(set(numbers("--batches", a.batches, a.devices)))
+    return Spec(a.devices, batches, 3 if a.quick else a.rounds, a.models)

@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from taskmoe.bench.harness import machine
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model.beams import Search
 from taskmoe.wmt.model.ctranslate2_export import VOCABULARY_MAP
@@ -80,7 +80,7 @@ def theirs(folder: Path, compute_type: str, pieces: Sequence[str]) -> Translate:
     """
     package = importlib.import_module("ctranslate2")
     translator: Any = package.Translator(
-        str(folder), compute_type=compute_type, inter_threads=1, intra_threads=_cores()
+        str(folder), compute_type=compute_type, inter_threads=1, intra_threads=machine.cores()
     )
     ids = {piece: i for i, piece in enumerate(pieces)}
 
@@ -106,9 +106,3 @@ def _until_end(row: list[int]) -> list[int]:
     while row and row[-1] == PAD:
         row.pop()
     return row
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

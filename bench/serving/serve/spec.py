@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from taskmoe.bench.harness.options import numbers
+from taskmoe.bench.harness.options import need_at_least_one, numbers
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import PRESETS
 
@@ -55,7 +55,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--rounds", type=int, default=3, help="times that each is measured")
     p.add_argument("--quick", action="store_true", help="up to four sentences, three rounds")
-    p.add_argument("--json", type=Path, help="write the results here")
     p.add_argument("--png", type=Path, help="draw the speeds here")
 
 
@@ -67,9 +66,7 @@ def read(a: argparse.Namespace) -> Spec:
         raise InputError("--pair is a direction of --model, which is not given")
     if a.words is not None and a.model is not None:
         raise InputError("--words is for random weights; a model's translations want their words")
-    for name in ("sentences", "rounds", "words"):
-        if (value := getattr(a, name)) is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(a, name)}")
+    need_at_least_one(a, "sentences", "rounds", "words")
     batches = QUICK_BATCHES if a.quick else BATCHES
     if a.batches:
         batches = tuple(sorted(set(numbers("--batches", a.batches))))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from taskmoe import moe
+from taskmoe.bench.harness.options import need_at_least_one
 from taskmoe.cli.errors import InputError
 
 
@@ -27,14 +27,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--d-ff", type=int, default=2048, help="hidden width of an expert")
     p.add_argument("--rounds", type=int, default=15, help="times that each is measured")
     p.add_argument("--quick", action="store_true", help="five rounds at a quarter of the tokens")
-    p.add_argument("--json", type=Path, help="write the results here")
 
 
 def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where a size does not fit."""
-    for name in ("tokens", "experts", "d_model", "d_ff", "rounds"):
-        if getattr(a, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    need_at_least_one(a, "tokens", "experts", "d_model", "d_ff", "rounds")
     try:
         config = moe.MoEConfig(a.d_model, a.d_ff, a.experts, routing="task", num_tasks=16)
     except ValueError as error:

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from taskmoe.bench.harness.options import chosen
-from taskmoe.cli.errors import InputError
+from taskmoe.bench.harness.options import chosen, need_at_least_one
 
 DENSE, TOKEN = "dense", "token"
 QUICK = (DENSE, TOKEN, "gate/10")
@@ -88,14 +87,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", type=int, default=600, help="training steps of each run")
     p.add_argument("--data", type=Path, help="a training set of `prepare` (the demo's corpus)")
     p.add_argument("--quick", action="store_true", help="20 steps, three runs: a look")
-    p.add_argument("--json", type=Path, help="write the results here")
     p.add_argument("--png", type=Path, help="draw the curves here")
 
 
 def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where a change is unknown or a number does not fit."""
-    if a.steps < 1:
-        raise InputError(f"--steps must be at least 1, got {a.steps}")
+    need_at_least_one(a, "steps")
     changes = chosen("change", a.changes, QUICK if a.quick else CHANGES, CHANGES)
     steps = min(a.steps, 20) if a.quick else a.steps
     return Spec(tuple(dict.fromkeys([DENSE, TOKEN, *changes])), steps, a.data)

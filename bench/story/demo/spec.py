@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from taskmoe.bench.harness.options import need_at_least_one
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.text.cldr import CldrConfig
 
@@ -28,14 +29,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", type=int, default=600, help="training steps of each model")
     p.add_argument("--sentences", type=int, default=50, help="test sentences of each direction")
     p.add_argument("--quick", action="store_true", help="at most 60 steps and 5 sentences: a look")
-    p.add_argument("--json", type=Path, help="write the results here too")
 
 
 def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where a number does not fit."""
     most = CldrConfig().test
-    if a.steps < 1:
-        raise InputError(f"--steps must be at least 1, got {a.steps}")
+    need_at_least_one(a, "steps")
     if not 1 <= a.sentences <= most:
         raise InputError(f"--sentences must be from 1 to {most}, got {a.sentences}")
     if a.quick:

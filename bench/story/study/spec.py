@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from taskmoe.bench.harness.options import chosen
+from taskmoe.bench.harness.options import chosen, need_at_least_one
 from taskmoe.cli.errors import InputError
 
 #: System -> what it is: routing of its encoder and decoder, or how it came about.
@@ -57,14 +57,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--rounds", type=int, default=5, help="times that each is measured")
     p.add_argument("--quick", action="store_true", help="20 validation sentences a direction only")
-    p.add_argument("--json", type=Path, help="write the results here")
     p.add_argument("--png", type=Path, help="draw scores and sizes here")
 
 
 def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where a number does not fit."""
-    if a.rounds < 1:
-        raise InputError(f"--rounds must be at least 1, got {a.rounds}")
+    need_at_least_one(a, "rounds", "high_resource")
     systems = chosen("system", a.systems, SYSTEMS, SYSTEMS)
     if "dense" not in systems:
         raise InputError(
@@ -75,7 +73,5 @@ def read(a: argparse.Namespace) -> Spec:
             raise InputError(
                 f"--systems must hold {whole}, which {name} is cut out of, got {a.systems}"
             )
-    if a.high_resource is not None and a.high_resource < 1:
-        raise InputError(f"--high-resource must be at least 1, got {a.high_resource}")
     sentences = 20 if a.quick else None
     return Spec(a.workdir, a.data, a.rounds, sentences, systems, a.high_resource)

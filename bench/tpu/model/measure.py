@@ -129,8 +129,8 @@ RESULT = Models
 
 def measure(spec: ModelSpec) -> Models:
     """Compile and model for every chip."""
-    table = parameters()
     with compiler() as ask, bar("compiling", "system") as move:
+        table = parameters()
         total, steps = len(spec.chips) * STEPS, itertools.count()
         move(next(steps), total)
         found = [look_at(chip, ask, lambda: move(next(steps), total)) for chip in spec.chips]

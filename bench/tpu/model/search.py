@@ -12,7 +12,7 @@ import jax
 from taskmoe.bench.harness.results import from_json
 from taskmoe.bench.harness.worker import Died, Worker
 from taskmoe.bench.tpu import cases as kernel_cases
-from taskmoe.bench.tpu.compiler import SETTINGS, death_note
+from taskmoe.bench.tpu.compiler import SETTINGS, death_note, need_libtpu
 from taskmoe.bench.tpu.model.step import CORES, Step, cache_shapes
 from taskmoe.cli.errors import InputError
 
@@ -21,7 +21,11 @@ Ask = Callable[[str, str, int], Step]
 
 @contextlib.contextmanager
 def compiler() -> Iterator[Ask]:
-    """A function of (system, chip, batch) that compiles in a process beside this one."""
+    """A function of (system, chip, batch) that compiles in a process beside this one.
+
+    Raises InputError where libtpu is not installed, or could not be loaded.
+    """
+    need_libtpu()
     with Worker("taskmoe.bench.tpu.model.worker", settings=SETTINGS) as worker:
 
         def ask(system: str, chip: str, batch: int) -> Step:

@@ -48,7 +48,6 @@ def test_the_miss_by_hand_and_in_words(monkeypatch: Any, capsys: Any) -> None:
     others = [dataclasses.astuple(t) for t in tune.neighbours(SPEC, rule)]
     times = dict.fromkeys(others, 130.0) | {dataclasses.astuple(rule): 120.0}
     times[others[1]] = 100.0
-    monkeypatch.setattr(tune, "need_libtpu", lambda: None)
     monkeypatch.setattr(tune, "compile_all", fake(times, others[0]))
     found = tune.measure(SPEC)
     assert found.best.blocks == others[1]

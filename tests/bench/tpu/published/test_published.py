@@ -6,7 +6,6 @@ import pytest
 
 from taskmoe.bench.__main__ import main
 from taskmoe.bench.tpu import cases as kernel_cases
-from taskmoe.bench.tpu import measure as tpu
 from taskmoe.bench.tpu.compiler import Compiled
 from taskmoe.bench.tpu.published import measure as tpu_published
 from taskmoe.bench.tpu.published import view
@@ -35,7 +34,6 @@ def test_error_by_hand() -> None:
 
 
 def test_command(monkeypatch: Any, capsys: Any, tmp_path: Any) -> None:
-    monkeypatch.setattr(tpu, "need_libtpu", lambda: None)
     monkeypatch.setattr(
         tpu_published, "compile_all", lambda cases: [Compiled(modelled_us=1e3) for _ in cases]
     )
