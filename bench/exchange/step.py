@@ -55,19 +55,16 @@ def measure_step(
     Systems that decode otherwise than one device have `agrees` False and are not timed.
     """
     systems, errors = _systems(mesh, experts, d_model)
-    rows = [Row(name, e, e is None or e <= tolerance) for name, e in errors.items()]
-    good = {r.system: systems[r.system] for r in rows if r.agrees}
-    measured = {p.system: p for p in serving.measure(good, batch, rounds=rounds, given=True)}
-    for place, row in enumerate(rows):
-        if row.agrees:
-            told = measured[row.system]
-            rows[place] = dataclasses.replace(
-                timed(row, np.asarray(told.seconds) / serving.POSITIONS),
-                collectives=told.collectives,
-                transfer_share=told.transfer_share,
-                waiting_share=told.waiting_share,
-            )
-    return with_copy_shares(rows)
+    rows = {name: Row(name, e, e is None or e <= tolerance) for name, e in errors.items()}
+    good = {name: systems[name] for name, row in rows.items() if row.agrees}
+    for told in serving.measure(good, batch, rounds=rounds, given=True):
+        rows[told.system] = dataclasses.replace(
+            timed(rows[told.system], np.asarray(told.seconds) / serving.POSITIONS),
+            collectives=told.collectives,
+            transfer_share=told.transfer_share,
+            waiting_share=told.waiting_share,
+        )
+    return with_copy_shares(list(rows.values()))
 
 
 def _systems(
@@ -89,11 +86,7 @@ def _systems(
         systems[name] = serving.expert_parallel(params, config, mesh, strategy)
         errors[name] = None
         if strategy != "kept":
-            # Capacity is counted on each device's own rows, so one device drops others: what must
-            # agree is the same program with room for all.
-            roomy = config if factor is None else dataclasses.replace(
-                config, capacity_factor=float(experts)
-            )  # fmt: skip
+            roomy = serving.with_room(config)
             spread = serving.expert_parallel(params, roomy, mesh, strategy)
             errors[name] = serving.agreement(spread, params, roomy, mesh.size).error
     params = serving.random_model(task)

@@ -90,11 +90,14 @@ def measure(spec: Spec) -> Checked:
     with contextlib.ExitStack() as stack:
         # What does not fit is told before anything runs.
         there = stack.enter_context(checked_out(spec.against)) if spec.against else None
-        old_facts = _static_baseline(spec, here) if spec.static else {}
+        old_facts = _baseline(spec, STATIC, here) if spec.static else {}
         old_speeds: dict[str, Speed] = {}
         notes: list[str] = []
         if spec.timed and there is None:
-            old_speeds, notes = _speed_baseline(spec, here)
+            try:
+                old_speeds = _baseline(spec, TIMED, here)
+            except NotComparable as why:
+                notes = [f"Speeds were not compared: {why}; or name a revision with --against."]
         changes: list[Change] = []
         facts, speeds = None, None
         if spec.static:
@@ -109,33 +112,23 @@ def measure(spec: Spec) -> Checked:
             told = _timed(spec, sides, old_speeds)
             speeds, old_speeds = told[HERE], told.get(THERE, old_speeds)
             changes += _slower(speeds, old_speeds)
-    if spec.update:
-        _store(spec.baseline, here, facts, speeds)
     updated = spec.baseline if spec.update else None
+    if updated is not None and facts is not None:
+        _store(updated / STATIC, StoredFacts(here, facts))
+    if updated is not None and speeds is not None:
+        _store(updated / TIMED, StoredSpeeds(here, speeds))
     return Checked(here, changes, facts, speeds, notes, updated, spec.everything, spec.against)
 
 
-def _static_baseline(spec: Spec, here: Mapping[str, str]) -> static.Facts:
-    """The stored static facts; none where they are to be rewritten and cannot be compared with."""
+def _baseline(spec: Spec, name: str, here: Mapping[str, str]) -> Any:
+    """The stored facts; none where they are to be rewritten and cannot be compared with."""
+    kind: Any = StoredFacts if name == STATIC else StoredSpeeds
+    same = COMPILED_BY if name == STATIC else TIMED_ON
     try:
-        return stored(StoredFacts, spec.baseline / STATIC, here, COMPILED_BY).facts
+        return stored(kind, spec.baseline / name, here, same).facts
     except InputError:
         if spec.update:
             return {}
-        raise
-
-
-def _speed_baseline(spec: Spec, here: Mapping[str, str]) -> tuple[dict[str, Speed], list[str]]:
-    """The stored speeds, and a line where there are none of this machine."""
-    try:
-        return stored(StoredSpeeds, spec.baseline / TIMED, here, TIMED_ON).facts, []
-    except NotComparable as error:
-        if spec.update:
-            return {}, []
-        return {}, [f"Speeds were not compared: {error}; or name a revision with --against."]
-    except InputError:
-        if spec.update:
-            return {}, []
         raise
 
 
@@ -202,17 +195,5 @@ def _slower(new: Mapping[str, Speed], old: Mapping[str, Speed]) -> list[Change]:
     ]
 
 
-def _store(
-    folder: Path,
-    here: Mapping[str, str],
-    facts: static.Facts | None,
-    speeds: Mapping[str, Speed] | None,
-) -> None:
-    """Make what was found the baseline."""
-    made_on = dict(here)
-    for name, each in (
-        (STATIC, None if facts is None else StoredFacts(made_on, facts)),
-        (TIMED, None if speeds is None else StoredSpeeds(made_on, dict(speeds))),
-    ):
-        if each is not None:
-            write_text(folder / name, json.dumps(each.to_json(), indent=1) + "\n")
+def _store(path: Path, found: Result) -> None:
+    write_text(path, json.dumps(found.to_json(), indent=1) + "\n")

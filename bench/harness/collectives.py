@@ -14,7 +14,7 @@ import math
 import re
 import tempfile
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,37 +39,50 @@ _COLLECTIVE = re.compile(
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
+class Collective(NamedTuple):
+    """An instruction of an optimised HLO text. form: "-start", "-done" or ""; result: its shape."""
+
+    kind: str
+    form: str
+    result: str
+    line: str
+
+    @property
+    def bytes(self) -> int:
+        """Of what it returns on one device; ValueError for an element of unknown width."""
+        size = 0
+        for dtype, shape in _ARRAY.findall(self.result):
+            if dtype not in WIDTHS:
+                raise ValueError(f"element of unknown width in a collective: {self.line[:200]}")
+            size += WIDTHS[dtype] * math.prod(int(n) for n in shape.split(",") if n)
+        return size
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """All of an optimised HLO text."""
+    matches = ((_COLLECTIVE.search(line), line.strip()) for line in hlo.splitlines())
+    return [Collective(m["kind"], m["form"], m["result"], line) for m, line in matches if m]
+
+
 def count_collectives(hlo: str) -> dict[str, int]:
     """Instructions of each kind of collective in an optimised HLO text; those that occur only.
 
     An asynchronous pair (start and done) counts once.
     """
-    counts = {}
-    for kind in COLLECTIVES:
-        found = re.findall(rf"(?<![\w-]){kind}(?:-start)?\(", hlo)
-        if found:
-            counts[kind] = len(found)
-    return counts
+    found = Counter(one.kind for one in collectives(hlo) if one.form != "-done")
+    return {kind: found[kind] for kind in COLLECTIVES if kind in found}
 
 
 def collective_bytes(hlo: str) -> dict[str, int]:
     """Bytes of what each kind of collective returns on one device, those that occur only.
 
-    Of an asynchronous pair, what its end returns. Raises ValueError for an element of unknown
-    width, so that none is counted as nothing.
+    Of an asynchronous pair, what its end returns. Raises ValueError as `Collective.bytes`.
     """
-    found: dict[str, int] = {}
-    for line in hlo.splitlines():
-        match = _COLLECTIVE.search(line)
-        if match is None or match["form"] == "-start":
-            continue
-        size = 0
-        for dtype, shape in _ARRAY.findall(match["result"]):
-            if dtype not in WIDTHS:
-                raise ValueError(f"element of unknown width in a collective: {line.strip()[:200]}")
-            size += WIDTHS[dtype] * math.prod(int(n) for n in shape.split(",") if n)
-        found[match["kind"]] = found.get(match["kind"], 0) + size
-    return found
+    found: Counter[str] = Counter()
+    for one in collectives(hlo):
+        if one.form != "-start":
+            found[one.kind] += one.bytes
+    return dict(found)
 
 
 class Communication(NamedTuple):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,19 +42,21 @@ SOURCE_LENGTH = 32
 AXIS = "expert"
 kept.register()
 
+Decoded = tuple[jax.Array, jax.Array | None]
+
 
 @dataclasses.dataclass(frozen=True)
 class System:
     """A model in its place: parameters (each process holds them whole), how they lie on the mesh.
 
-    program: (params, memory, token, positions, keep_logits) -> tokens and logits, as `decode`.
+    program: (params, memory, token, keep_logits) -> `POSITIONS` tokens and logits, as `decode`.
     """
 
     config: ModelConfig
     params: Params
     specs: Any
     mesh: Mesh
-    program: Callable[..., tuple[jax.Array, jax.Array | None]]
+    program: Callable[..., Decoded]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +98,11 @@ def expert_parallel(
     strategy: as in `moe.apply`, or "kept", with which nothing travels and results are wrong.
     """
 
-    def program(
-        params: Params, memory: jax.Array, token: jax.Array, positions: int, keep_logits: bool
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def program(params: Params, memory: jax.Array, token: jax.Array, keep_logits: bool) -> Decoded:
         options: Any = {"mesh": mesh, "strategy": strategy, "keep_logits": keep_logits}
-        return decode(params, config, memory, token, positions, **options)
+        return decode(params, config, memory, token, POSITIONS, **options)
 
-    return System(config, params, _expert_specs(params), mesh, program)
+    return System(config, params, expert_specs(params), mesh, program)
 
 
 def sub_networks(models: Sequence[Params], config: ModelConfig, mesh: Mesh) -> System:
@@ -114,18 +113,14 @@ def sub_networks(models: Sequence[Params], config: ModelConfig, mesh: Mesh) -> S
     """
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *models)
 
-    def program(
-        params: Params, memory: jax.Array, token: jax.Array, positions: int, keep_logits: bool
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def program(params: Params, memory: jax.Array, token: jax.Array, keep_logits: bool) -> Decoded:
         def local(params: Params, memory: jax.Array, token: jax.Array) -> Any:
             own = jax.tree.map(lambda leaf: leaf[0], params)
-            return decode(own, config, memory, token, positions, keep_logits=keep_logits)
+            return decode(own, config, memory, token, POSITIONS, keep_logits=keep_logits)
 
         # An empty cache is the same on every device, a filled one is not: without the check of it.
         options: Any = {"in_specs": P(AXIS), "out_specs": P(AXIS), "check_vma": False}
-        found: tuple[jax.Array, jax.Array | None] = jax.shard_map(local, mesh=mesh, **options)(
-            params, memory, token
-        )
+        found: Decoded = jax.shard_map(local, mesh=mesh, **options)(params, memory, token)
         return found
 
     return System(config, stacked, jax.tree.map(lambda _: P(AXIS), stacked), mesh, program)
@@ -142,7 +137,7 @@ def decode(
     mesh: Mesh | None = None,
     strategy: str = "all_to_all",
     keep_logits: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> Decoded:
     """Greedy decoding without early exit: tokens [B, positions], and logits [B, positions, V].
 
     memory: [B, S, D], the encoder's output, all of it valid. token: [B] i32, where to begin; or
@@ -205,20 +200,13 @@ def inputs(
     return memory, np.full((batch,), BOS, np.int32)
 
 
-def _expert_specs(params: Params) -> Any:
-    """Experts over the mesh, everything else on every device."""
-
-    def specs(tree: Any) -> Any:
-        if isinstance(tree, dict):
-            return {
-                name: moe.param_specs(leaf) if name == "moe" else specs(leaf)
-                for name, leaf in tree.items()
-            }
-        if isinstance(tree, list):
-            return [specs(leaf) for leaf in tree]
-        return jax.tree.map(lambda _: P(), tree)
-
-    return specs(params)
+def expert_specs(params: Any) -> Any:
+    """Experts over the mesh axis "expert", everything else on every device."""
+    if isinstance(params, dict):
+        return {k: moe.param_specs(v) if k == "moe" else expert_specs(v) for k, v in params.items()}
+    if isinstance(params, list):
+        return [expert_specs(leaf) for leaf in params]
+    return jax.tree.map(lambda _: P(), params)
 
 
 def random_model(config: ModelConfig) -> Params:
@@ -238,7 +226,7 @@ def serve(system: System, batch: int, *, given: bool = False) -> Served:
     arguments = place(system.mesh, inputs(system.config, batch, given=given), P(AXIS))
 
     def program(params: Params, memory: jax.Array, token: jax.Array) -> jax.Array:
-        return system.program(params, memory, token, POSITIONS, False)[0]
+        return system.program(params, memory, token, False)[0]
 
     compiled = jax.jit(program).lower(params, *arguments).compile()
     held = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(params)]
@@ -285,51 +273,42 @@ def agreement(
     sequences that its devices hold.
     """
     memory, token = inputs(config, batch, given=given)
-
-    def spread(params: Params, memory: Any, token: Any) -> Any:
-        return system.program(params, memory, token, POSITIONS, True)
-
     placed = place(system.mesh, system.params, system.specs)
     arguments = place(system.mesh, (memory, token), P(AXIS))
-    mine, have = _local_rows(jax.jit(spread)(placed, *arguments))
-    want = jax.tree.map(
-        lambda leaf: np.asarray(leaf)[mine],
-        _on_one_device(params, config, memory, token, POSITIONS, task),
-    )
-    same = have[0] == want[0]
+    found = jax.jit(system.program, static_argnums=3)(placed, *arguments, True)
+    (mine, tokens), (_, logits) = map(_local_rows, found)
+    whole = _on_one_device(params, config, memory, token, POSITIONS, task, keep_logits=True)
+    want_tokens, want = (np.asarray(array)[mine] for array in whole)
+    same = tokens == want_tokens
     counted = np.ones_like(same)
     if not given:
         counted[:, 1:] = np.logical_and.accumulate(same[:, :-1], axis=1)
-    error = np.abs(have[1] - want[1]).max(axis=-1)[counted].max() / np.abs(want[1]).max()
+    error = np.abs(logits - want).max(axis=-1)[counted].max() / np.abs(want).max()
     return Agreement(same.size, int((same & counted).sum()), float(error))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 4))
-def _on_one_device(
-    params: Params, config: ModelConfig, memory: Any, token: Any, positions: int, task: Any
-) -> Any:
-    return decode(params, config, memory, token, positions, task, keep_logits=True)
+_on_one_device: Any = jax.jit(decode, static_argnames=("config", "positions", "keep_logits"))
 
 
-def _local_rows(arrays: Any) -> tuple[np.ndarray, Any]:
-    """Rows of arrays [batch, ...] that lie on this process's devices: which, and what they hold."""
+def _local_rows(array: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of an array [batch, ...] on this process's devices: which, and what they hold."""
+    every = np.arange(array.shape[0])
+    if array.is_fully_addressable:
+        return every, np.asarray(array)
+    shards = sorted(array.addressable_shards, key=lambda s: s.index[0].start or 0)
+    which = [every[s.index[0]] for s in shards]
+    return np.concatenate(which), np.concatenate([np.asarray(s.data) for s in shards])
 
-    def shards(array: jax.Array) -> list[Any]:
-        return sorted(array.addressable_shards, key=lambda s: s.index[0].start or 0)
 
-    def rows(array: jax.Array) -> np.ndarray:
-        if array.is_fully_addressable:
-            return np.asarray(array)
-        return np.concatenate([np.asarray(s.data) for s in shards(array)])
+def with_room(config: ModelConfig) -> ModelConfig:
+    """The same with capacity for all rows.
 
-    first = jax.tree.leaves(arrays)[0]
-    every = np.arange(first.shape[0])
-    mine = (
-        every
-        if first.is_fully_addressable
-        else np.concatenate([every[s.index[0]] for s in shards(first)])
-    )
-    return mine, jax.tree.map(rows, arrays)
+    Capacity is counted on each device's own rows, so one device drops others: what must agree with
+    it is the same program with room.
+    """
+    if config.capacity_factor is None:
+        return config
+    return dataclasses.replace(config, capacity_factor=float(config.num_experts))
 
 
 def measure(

@@ -128,8 +128,7 @@ def build(
     (dense, dense_config), (token, token_config) = models["dense"], models["token"]
     task, task_config = models["task"]
     tight = dataclasses.replace(token_config, capacity_factor=2.0)
-    number = len(task_config.tasks("decoder"))
-    served = np.arange(devices) % number  # the task of each device
+    served = np.arange(devices) % len(task_config.tasks("decoder"))  # the task of each device
     small_config = task_config
     subs = []
     for one in served:
@@ -144,15 +143,12 @@ def build(
     }
     rows = -(-CHECKED // devices) * devices
     tasks = np.repeat(served, rows // devices).astype(np.int32)
-    # Capacity is counted on each device's own rows, so one device drops others: it cannot agree,
-    # and stands on the dropless system's check of the same strategy and path.
     agreement = functools.partial(serving.agreement, batch=rows, given=given)
     checks = {
         DENSE: agreement(systems[DENSE], dense, dense_config),
         DROPLESS: agreement(systems[DROPLESS], token, token_config),
         TASK: agreement(systems[TASK], task, task_config, task=tasks),
     }
-    roomy = dataclasses.replace(tight, capacity_factor=float(tight.num_experts))
-    spread = serving.expert_parallel(token, roomy, mesh)
-    checks[CAPACITY] = agreement(spread, token, roomy)
+    roomy = serving.with_room(tight)
+    checks[CAPACITY] = agreement(serving.expert_parallel(token, roomy, mesh), token, roomy)
     return systems, checks

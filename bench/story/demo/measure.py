@@ -120,6 +120,11 @@ class Demo(Result):
     serving: Serving
     seconds: float
 
+    @property
+    def bleu(self) -> dict[str, float]:
+        """Model -> its average over all directions."""
+        return {name: model.bleu.averages["all"] for name, model in self.models.items()}
+
 
 RESULT = Demo
 
@@ -130,30 +135,31 @@ def measure(spec: Spec) -> Demo:
     began = time.perf_counter()
     work = spec.out / "work"
 
-    _stage("1/5", f"the corpus: {len(PAIRS)} directions from Unicode CLDR")
+    def stage(number: int, title: str) -> None:
+        out.print(f"[bold]{number}/5[/bold]  {title}")
+
+    stage(1, f"the corpus: {len(PAIRS)} directions from Unicode CLDR")
     text, test, tokenizer = corpus(work, spec.sentences)
     config = TrainConfig(steps=spec.steps, **TRAIN)
     data = TrainingData.encoded(text, tokenizer, config)
 
-    _stage("2/5", "training a small dense model, and three of equal compute per token")
-    trained = {name: _train(name, work, config, data, tokenizer) for name in ROUTING}
-    models = {name: model for name, (model, _) in trained.items()}
+    stage(2, "training a small dense model, and three of equal compute per token")
+    models, facts = {}, {}
+    for name in ROUTING:
+        models[name], facts[name] = _train(name, work, config, data, tokenizer)
 
-    _stage("3/5", "translating the test set, whole models and extracted sub-networks")
+    stage(3, "translating the test set, whole models and extracted sub-networks")
     said = {}
     for name, model in models.items():
         with bar(f"{name}, whole", "sentences") as progress:
             said[name] = _translate(model, test, Decoding(mixed_tasks=True), progress)
-    facts = {
-        name: dataclasses.replace(one, bleu=_scores(said[name], test))
-        for name, (_, one) in trained.items()
-    }
+        facts[name] = dataclasses.replace(facts[name], bleu=_scores(said[name], test))
     extraction = _extract_all(models["task"], test, said["task"], work)
 
-    _stage("4/5", f"decoding on {DEVICES} devices, expert-parallel against sub-networks")
+    stage(4, f"decoding on {DEVICES} devices, expert-parallel against sub-networks")
     served = _serve(models, spec.batches)
 
-    _stage("5/5", "the report")
+    stage(5, "the report")
     return Demo(
         machine.describe(),
         {"train": data.sizes, "test": {pair: len(s) for pair, (s, _) in test.items()}},
@@ -166,10 +172,6 @@ def measure(spec: Spec) -> Demo:
     )
 
 
-def _stage(number: str, title: str) -> None:
-    out.print(f"[bold]{number}[/bold]  {title}")
-
-
 def corpus(work: Path, sentences: int) -> tuple[Pairs, Pairs, Tokenizer]:
     """(training text, so many test sentences a direction, vocabulary); text is kept in `work`."""
     folder = work / "corpus"
@@ -178,8 +180,7 @@ def corpus(work: Path, sentences: int) -> tuple[Pairs, Pairs, Tokenizer]:
             cldr.write_corpus(folder, cldr.CldrConfig(), progress=progress)
     except ValueError as error:
         raise InputError(str(error)) from None
-    text = read_pairs(folder, "train", PAIRS)
-    test = read_pairs(folder, "test", PAIRS)
+    text, test = (read_pairs(folder, split, PAIRS) for split in ("train", "test"))
     test = {pair: (s[:sentences], t[:sentences]) for pair, (s, t) in test.items()}
     lines: dict[str, dict[str, None]] = {}
     for pair, sides in text.items():
@@ -222,11 +223,8 @@ def _train(
             report=report,
             note=lambda line: out.print(f"  {line}"),
         )
-    facts = Facts(
-        param_count(model.params),
-        param_count(model.params["decoder"]),
-        round(time.perf_counter() - began, 1),
-    )
+    sizes = param_count(model.params), param_count(model.params["decoder"])
+    facts = Facts(*sizes, round(time.perf_counter() - began, 1))
     if log:  # empty where an earlier run had trained it
         speed = float(np.median([p.tokens_per_s for p in log]))
         facts = dataclasses.replace(
@@ -246,11 +244,8 @@ def _translate(
 
 def _scores(found: dict[str, list[str]], test: Pairs) -> Bleu:
     scores = {pair: score(pair, found[pair], references) for pair, (_, references) in test.items()}
-    return Bleu(
-        averages({pair: s.bleu for pair, s in scores.items()}),
-        {pair: s.bleu for pair, s in scores.items()},
-        sorted({s.signature for s in scores.values()}),
-    )
+    bleu = {pair: s.bleu for pair, s in scores.items()}
+    return Bleu(averages(bleu), bleu, sorted({s.signature for s in scores.values()}))
 
 
 def _extract_all(model: Model, test: Pairs, whole: dict[str, list[str]], work: Path) -> Extraction:
@@ -284,10 +279,8 @@ def _logit_difference(
     limit = 64
     ids = model.tokenizer.encode_source(lines[0], split_pair(pair)[1])
     wanted = model.tokenizer.encode_target(lines[1])
-    source, target = (
-        serving.padded(ids, limit),
-        serving.padded([[BOS, *w[:-1]] for w in wanted], limit),
-    )
+    source = serving.padded(ids, limit)
+    target = serving.padded([[BOS, *w[:-1]] for w in wanted], limit)
     rows = [np.full(len(ids), i, np.int32) for i in task_ids(model.config, pair) if i is not None]
     whole = _logits(model.params, model.config, source, target, Tasks(*rows))
     config = dataclasses.replace(small.config, pairs=("source-target",))  # one compilation for all

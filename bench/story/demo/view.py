@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 from taskmoe.bench.harness import paper
@@ -25,7 +26,7 @@ def view(result: Demo) -> View:
     extraction, points = result.extraction, fastest(result.serving.points)
     claimed = Table("Claimed by the paper, measured here", HEADINGS, claims(result))
     ratio = points[TASK].tokens_per_s / points[TOKEN].tokens_per_s
-    bleu = {name: model.bleu.averages["all"] for name, model in result.models.items()}
+    bleu = result.bleu
     gains = [f"{bleu['task'] - bleu[name]:+.2f}" for name in ("narrow", "dense")]
     answer = (
         f"The task-routed model scores {gains[0]} BLEU over the paper's dense baseline and "
@@ -65,8 +66,7 @@ HEADINGS = ("claim", "paper", "here", "remark")
 
 def claims(result: Demo) -> list[tuple[str, str, str, str]]:
     """Rows of what the paper claims and what was measured: claim, paper, here, remark."""
-    bleu = {name: m.bleu.averages["all"] for name, m in result.models.items()}
-    extraction, points = result.extraction, fastest(result.serving.points)
+    bleu, extraction, points = result.bleu, result.extraction, fastest(result.serving.points)
     token, task = (points[name] for name in (TOKEN, TASK))
     whole = result.models["task"].decoder_parameters
     ratio = whole / extraction.decoder_parameters
@@ -129,14 +129,13 @@ def claims(result: Demo) -> list[tuple[str, str, str, str]]:
 
 def _caveats(result: Demo) -> list[str]:
     """What to bear in mind where this comes out otherwise than the paper."""
-    bleu = {name: m.bleu.averages["all"] for name, m in result.models.items()}
     sizes = sorted(m.parameters / 1e6 for m in result.models.values())
     said = [
         f"These are models of {sizes[0]:.1f} to {sizes[-1]:.1f} million parameters after "
         f"{result.training['steps']} steps: the scores show how fast each learns, not how much it "
         "can learn in the end."
     ]
-    if bleu["token"] < bleu["dense"]:
+    if result.bleu["token"] < result.bleu["dense"]:
         said.append(
             "A likely reason for the order of the scores: task routing gives each expert its "
             "language from the first step on, while a token gate must first learn what to tell "
@@ -207,27 +206,22 @@ def _bleu(result: Demo) -> Figure:
         1, 2, figsize=(13, 4.2), width_ratios=[1, 2.6], layout="constrained"
     )
     groups = ("all", "en→xx", "xx→en")
+    directions = list(models["task"].bleu.directions)
+    order = sorted(directions, key=lambda p: (p.startswith("en-"), p), reverse=True)
+    each = {name: [m.bleu.directions[p] for p in order] for name, m in models.items()}
     for i, (name, model) in enumerate(models.items()):
         at = [g + 0.21 * (i - 1.5) for g in range(3)]
         values = [model.bleu.averages[g] for g in groups]
         bars = left.bar(at, values, 0.2, color=COLOURS[name], label=NAMES[name])
         left.bar_label(bars, fmt="%.1f", fontsize=7)
+        dot = {"color": COLOURS[name], "markersize": 5 + (i == 3)}
+        right.plot(each[name], "o", label=NAMES[name], **dot)
+    low, high = np.min(list(each.values()), 0), np.max(list(each.values()), 0)
+    right.vlines(range(len(order)), low, high, color="#dddddd", zorder=0)
     left.set_xticks(range(3), groups)
     left.set_ylabel("BLEU")
     left.set_title("average")
     left.margins(y=0.12)
-    directions = list(models["task"].bleu.directions)
-    order = sorted(directions, key=lambda p: (p.startswith("en-"), p), reverse=True)
-    for i, (name, model) in enumerate(models.items()):
-        values = [model.bleu.directions[pair] for pair in order]
-        right.plot(values, "o", color=COLOURS[name], label=NAMES[name], markersize=5 + (i == 3))
-    right.vlines(
-        range(len(order)),
-        [min(m.bleu.directions[p] for m in models.values()) for p in order],
-        [max(m.bleu.directions[p] for m in models.values()) for p in order],
-        color="#dddddd",
-        zorder=0,
-    )
     right.set_xticks(range(len(order)), order, rotation=90, fontsize=8)
     right.set_title("each direction")
     keys = right.get_legend_handles_labels()
@@ -263,28 +257,19 @@ def _throughput(result: Demo) -> Figure:
 
 
 def _step_time(result: Demo) -> Figure:
-    points = result.serving.points
     systems = _systems(result)
-    batches = sorted({p.batch for p in points})
+    points = sorted(result.serving.points, key=lambda p: (p.batch, systems.index(p.system)))
+    at = [i + i // len(systems) for i in range(len(points))]  # with a gap between batches
     figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
-    labels, at = [], []
-    for b, batch in enumerate(batches):
-        for i, system in enumerate(systems):
-            (p,) = [p for p in points if p.batch == batch and p.system == system]
-            y = b * (len(systems) + 1) + i
-            rest = 1 - p.share
-            parts = (
-                (rest, "#4c72b0", "computing"),
-                (p.transfer_share, "#c44e52", "collectives: moving data"),
-                (p.waiting_share, "#e9b8ba", "collectives: waiting for other devices"),
-            )
-            left = 0.0
-            for share, colour, label in parts:
-                axis.barh(y, 100 * share, left=left, color=colour, label=None if y else label)
-                left += 100 * share
-            labels.append(f"{system}, batch {batch}")
-            at.append(y)
-    axis.set_yticks(at, labels, fontsize=8)
+    left = np.zeros(len(points))
+    for colour, label, shares in (
+        ("#4c72b0", "computing", [1 - p.share for p in points]),
+        ("#c44e52", "collectives: moving data", [p.transfer_share for p in points]),
+        ("#e9b8ba", "collectives: waiting for other devices", [p.waiting_share for p in points]),
+    ):
+        axis.barh(at, 100 * np.array(shares), left=left, color=colour, label=label)
+        left += 100 * np.array(shares)
+    axis.set_yticks(at, [f"{p.system}, batch {p.batch}" for p in points], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, 100)
     axis.set_xlabel("% of a decoding step, mean over devices, from the profiler")

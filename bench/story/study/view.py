@@ -53,8 +53,12 @@ def view(*results: Studied) -> View:
     return View(answer, " ".join(about), tables, charts, said, short, int(wrong))
 
 
+def _bleu(rows: Sequence[Row]) -> dict[str, float]:
+    return {r.system: float(np.mean(r.test)) for r in rows}
+
+
 def _answer(rows: Sequence[Row]) -> str:
-    bleu = {r.system: float(np.mean(r.test)) for r in rows}
+    bleu = _bleu(rows)
     best = max(bleu, key=lambda name: bleu[name])
     said = f"The best system is {SYSTEMS[best]}, with {bleu[best]:.2f} BLEU."
     for name, what in (("target", "by target"), ("token", "by token")):
@@ -89,26 +93,24 @@ def _about(result: Studied) -> str:
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """A line a system, as words under `HEADINGS`."""
-    bleu = {r.system: float(np.mean(r.test)) for r in rows}
+    bleu = _bleu(rows)
     lines: list[tuple[str, ...]] = []
     for r in rows:
-        name, mean, speed = r.system, bleu[r.system], r.tokens_per_s
-        spread = f" ± {np.std(r.test, ddof=1):.2f}" if len(r.test) > 1 else ""
-        theirs = paper.STUDY.get(name)
+        name, mean = r.system, bleu[r.system]
+        theirs, their_dense = paper.STUDY.get(name, (None, None))
+        gain = f"{theirs - their_dense:+.2f}" if theirs and their_dense else ""
         lines.append(
             (
                 SYSTEMS[name],
-                f"{mean:.2f}{spread}",
+                f"{mean:.2f}" + (f" ± {np.std(r.test, ddof=1):.2f}" if len(r.test) > 1 else ""),
                 str(len(r.seeds)),
                 over(mean, bleu["dense"], r.over_dense) if name != "dense" else "",
                 over(mean, bleu.get("narrow"), r.over_narrow) if name != "narrow" else "",
-                "" if theirs is None else f"{theirs[0]:.2f}",
-                f"{theirs[0] - theirs[1]:+.2f}"
-                if theirs and theirs[1] and name != "narrow"
-                else "",
+                f"{theirs:.2f}" if theirs else "",
+                gain if name != "narrow" else "",
                 f"{r.parameters:,}",
                 f"{r.served:,}",
-                speed.words(",.0f"),
+                r.tokens_per_s.words(",.0f"),
                 f"{r.identical:,} of {r.translations:,}" if r.translations else "",
             )
         )
@@ -139,7 +141,7 @@ def over(mean: float, base: float | None, interval: Interval | None) -> str:
 
 def findings(rows: Sequence[Row], drawn: Bootstrap | None = None) -> list[str]:
     """What the scores say, sentence by sentence; drawn: the result's `bootstrap`."""
-    bleu = {r.system: float(np.mean(r.test)) for r in rows}
+    bleu = _bleu(rows)
     order = sorted(bleu, key=lambda name: -bleu[name])
     lines = ["Best first: " + ", ".join(f"{SYSTEMS[n]} {bleu[n]:.2f}" for n in order) + "."]
     base = "narrow" if "narrow" in bleu else "dense"
@@ -158,25 +160,25 @@ def findings(rows: Sequence[Row], drawn: Bootstrap | None = None) -> list[str]:
         return lines
     gain = gain_kept(bleu["dense"], bleu["token"], bleu["distilled"], bleu["target"])
     told = {r.system: r.over_dense for r in rows if r.system in ("token", "target", "distilled")}
-    teacher, task = paper.DISTILLATION_KEEPS["teacher"], paper.DISTILLATION_KEEPS["task"]
-    ends = (drawn.kept_of_teacher, drawn.kept_of_task_moe) if drawn else (None, None)
-    for whose, share, theirs, interval in (
-        ("the token-routed teacher's", gain.of_teacher, teacher, ends[0]),
-        ("the task-routed model's", gain.of_task_moe, task, ends[1]),
+    kept = (drawn.kept_of_teacher, drawn.kept_of_task_moe) if drawn else (None, None)
+    theirs = paper.DISTILLATION_KEEPS
+    for whose, share, keeps, interval in (
+        ("the token-routed teacher's", gain.of_teacher, theirs["teacher"], kept[0]),
+        ("the task-routed model's", gain.of_task_moe, theirs["task"], kept[1]),
     ):
         if share is None or not np.isfinite(share):
-            lines.append(f"There is nothing to keep of {whose} gain over dense: it gains nothing.")
+            said = f"There is nothing to keep of {whose} gain over dense: it gains nothing."
         elif share <= 0:
-            lines.append(
+            said = (
                 f"The student does not reach dense and keeps nothing of {whose} gain over it "
-                f"(the paper: {theirs}%)."
+                f"(the paper: {keeps}%)."
             )
         else:
-            lines.append(f"The student keeps {share:.0f}% of {whose} gain (the paper: {theirs}%).")
+            said = f"The student keeps {share:.0f}% of {whose} gain (the paper: {keeps}%)."
+        lines.append(said)
         if interval is not None:
-            lines.append(
-                f"95% interval of that share: {interval.low:.0f}% to {interval.high:.0f}%."
-            )
+            ends = f"{interval.low:.0f}% to {interval.high:.0f}%"
+            lines.append(f"95% interval of that share: {ends}.")
         elif drawn is not None and share is not None and all(told.values()):
             lines.append(
                 "That share has no interval: the gain may be nothing with other sentences."
@@ -191,8 +193,7 @@ def _told_apart(rows: Sequence[Row], drawn: Bootstrap | None) -> list[str]:
             "There are no intervals: the translations of the test text were not kept; "
             "runs/study.sh keeps them now."
         ]
-    bleu = {r.system: float(np.mean(r.test)) for r in rows}
-    lines = []
+    bleu, lines = _bleu(rows), []
     for base in (b for b in ("dense", "narrow") if b in bleu):
         ends = {r.system: r.over_dense if base == "dense" else r.over_narrow for r in rows}
         known = {name: interval for name, interval in ends.items() if interval is not None}
@@ -221,13 +222,13 @@ def _doubtful(rows: Sequence[Row]) -> list[str]:
     if len(tests["dense"]) < 2:
         return []
     apart = {n: tests[n] - tests["dense"] for n in tests if n != "dense"}
-    small = {n: d for n, d in apart.items() if abs(d.mean()) < d.std(ddof=1)}
-    said = ", ".join(
-        f"{SYSTEMS[n]} {d.mean():+.2f} ± {d.std(ddof=1):.2f}" for n, d in small.items()
-    )
-    return [
-        f"These differences to dense are no larger than their spread over seeds: {said}."
-    ] * bool(small)
+    small = [
+        f"{SYSTEMS[n]} {d.mean():+.2f} ± {d.std(ddof=1):.2f}"
+        for n, d in apart.items()
+        if abs(d.mean()) < d.std(ddof=1)
+    ]
+    said = "These differences to dense are no larger than their spread over seeds"
+    return [f"{said}: {', '.join(small)}."] * bool(small)
 
 
 def _chart(result: Studied) -> Figure:
@@ -242,9 +243,8 @@ def _chart(result: Studied) -> Figure:
     left.set_yticks(at, names)
     left.set_xlabel("test BLEU, mean over directions (a dot a seed)")
     right.barh(at, [r.parameters / 1e6 for r in rows], color="lightgray", label="whole model")
-    right.barh(
-        at, [r.served / 1e6 for r in rows], 0.5, color="tab:orange", label="serves one direction"
-    )
+    served = [r.served / 1e6 for r in rows]
+    right.barh(at, served, 0.5, color="tab:orange", label="serves one direction")
     right.set_xlabel("million parameters")
     figure.legend(loc="outside upper right", ncols=2, fontsize=8)
     return figure

@@ -24,8 +24,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from taskmoe import moe
-from taskmoe.bench.harness.collectives import WIDTHS, count_collectives
+from taskmoe.bench.harness.collectives import collectives, count_collectives
+from taskmoe.bench.serving.systems import expert_specs
 from taskmoe.wmt.config import PRESETS, ModelConfig
 from taskmoe.wmt.model import subnetwork, transformer
 from taskmoe.wmt.model.quantization import quantized
@@ -121,21 +121,12 @@ def cache_shapes(system: str, batch: int) -> transformer.Cache:
     return cache
 
 
-def specs(params: Any) -> Any:
-    """Experts over the mesh axis "expert", everything else on every core."""
-    if isinstance(params, dict):
-        return {k: moe.param_specs(v) if k == "moe" else specs(v) for k, v in params.items()}
-    if isinstance(params, list):
-        return [specs(leaf) for leaf in params]
-    return jax.tree.map(lambda _: P(), params)
-
-
 def system_mesh(system: str, chip: str) -> Mesh:
     """The cores that serve a system: 2 x 32 of the slice, or one."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=SLICES[chip]).devices
-    axes: Any = {"axis_types": (AxisType.Auto,) * 2}
     cores = CORES.get(system, 1)
     shape = (DATA, EXPERT) if cores > 1 else (1, 1)
+    axes: Any = {"axis_types": (AxisType.Auto,) * 2}
     return Mesh(np.array(devices[:cores]).reshape(shape), ("data", "expert"), **axes)
 
 
@@ -161,19 +152,16 @@ def compile_step(system: str, chip: str, batch: int) -> Step:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
     exchange = mesh if CORES.get(system, 1) > 1 else None
-    placed = place(params, specs(params))
+    placed = place(params, expert_specs(params))
     cache = everywhere(cache_shapes(system, batch), by_sequence)
     valid = jax.ShapeDtypeStruct((batch, SOURCE_LENGTH), bool)
     token, position = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    inputs = (everywhere((valid, token), by_sequence), everywhere(position, P()))
+    inputs = *everywhere((valid, token), by_sequence), everywhere(position, P())
     start = time.perf_counter()
     try:
         with jax.set_mesh(mesh):  # by which Pallas knows the chip
-            compiled = (
-                jax.jit(step, donate_argnums=1, keep_unused=True)
-                .lower(placed, cache, *inputs[0], inputs[1])
-                .compile()
-            )
+            jitted = jax.jit(step, donate_argnums=1, keep_unused=True)
+            compiled = jitted.lower(placed, cache, *inputs).compile()
     except Exception as error:  # a refusal is a result
         return Step(batch, error=" ".join(str(error).split())[:500])
     hlo = compiled.as_text() or ""
@@ -216,18 +204,15 @@ def exchange_bytes(hlo: str) -> int:
     Raises ValueError where an all-to-all is written in a way that is not known here.
     """
     sent = 0
-    for line in hlo.splitlines():
-        if not re.search(r"(?<![\w-])all-to-all(?:-start)?\(", line):
+    for one in collectives(hlo):
+        if one.kind != "all-to-all":
             continue
-        result = re.search(r"= (\S+) all-to-all\(", line)
-        array = re.fullmatch(r"(\w+)\[([\d,]*)\](?:\{.*\})?", result[1]) if result else None
-        peers = group_size(line)
-        if array is None or peers is None or array[1] not in WIDTHS:
-            raise ValueError(f"all-to-all of an unknown form: {line.strip()[:200]}")
-        elements = math.prod(int(size) for size in array[2].split(",") if size)
-        if elements % peers:
-            raise ValueError(f"all-to-all that {peers} peers do not divide: {line.strip()[:200]}")
-        sent += elements // peers * (peers - 1) * WIDTHS[array[1]]
+        peers = group_size(one.line)
+        if peers is None or one.form or one.result.startswith("("):
+            raise ValueError(f"all-to-all of an unknown form: {one.line[:200]}")
+        if one.bytes % peers:
+            raise ValueError(f"all-to-all that {peers} peers do not divide: {one.line[:200]}")
+        sent += one.bytes // peers * (peers - 1)
     return sent
 
 

@@ -348,7 +348,7 @@ def test_speeds_against_a_revision_end_to_end(
     repository: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     monkeypatch.setattr(measure, "_static", lambda quick: {})
-    monkeypatch.setattr(measure, "_static_baseline", lambda *_: {})
+    monkeypatch.setattr(measure, "_baseline", lambda *_: {})
 
     def side(slowdown: float, seed: int) -> Any:
         @contextlib.contextmanager

@@ -14,6 +14,7 @@ from taskmoe.bench.harness.results import from_json
 from taskmoe.bench.serving import systems as serving
 from taskmoe.bench.serving.decode import measure as decode
 from taskmoe.bench.serving.decode.view import largest
+from taskmoe.bench.serving.points import Point, fastest
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model import transformer
 
@@ -87,11 +88,11 @@ def test_a_wrong_sub_network_is_noticed() -> None:
 
 
 def test_peaks_and_largest_by_hand() -> None:
-    def point(batch: int, speed: float, size: int) -> serving.Point:
-        return serving.Point("a", batch, speed, speed, speed, {}, 1.0, 0.0, 0.0, 1, size)
+    def point(batch: int, speed: float, size: int) -> Point:
+        return Point("a", batch, speed, speed, speed, {}, 1.0, 0.0, 0.0, 1, size)
 
     points = [point(64, 10.0, 1000), point(128, 30.0, 1640), point(256, 20.0, 2920)]
-    assert serving.fastest(points)["a"].batch == 128
+    assert fastest(points)["a"].batch == 128
     stored = Path(__file__).parents[3] / "bench/results/decode.json"
     result = from_json(decode.Decoded, json.loads(stored.read_text()))
     result = dataclasses.replace(result, points=points, ram_bytes=8 * 5480, devices=8)
