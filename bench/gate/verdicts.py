@@ -63,13 +63,12 @@ class Change:
 def compare(old: Facts, new: Facts) -> list[Change]:
     """Every fact of either, in the new one's order, subjects that are gone last."""
     found = []
-    for subject in [*new, *(s for s in old if s not in new)]:
+    for subject in dict.fromkeys([*new, *old]):
         before, after = old.get(subject), new.get(subject)
         if after is None:
             found.append(Change(subject, "", None, None, None, "gone"))
             continue
-        names = [*after, *(name for name in before or {} if name not in after)]
-        for fact in names:
+        for fact in dict.fromkeys([*after, *(before or {})]):
             was = None if before is None else before.get(fact)
             found.append(_judge(subject, fact, was, after.get(fact), before is None))
     return found
@@ -93,7 +92,7 @@ def _judge(
     return Change(subject, fact, old, new, worse, verdict)
 
 
-def interval(blocks: Sequence[np.ndarray], *, seed: int = 0) -> Interval:
+def interval(blocks: Sequence[np.ndarray]) -> Interval:
     """Median of all rounds, and its interval by resampling blocks with replacement.
 
     blocks: [n] of ratios, rounds that ran within about a second. Raises ValueError for fewer than
@@ -101,7 +100,7 @@ def interval(blocks: Sequence[np.ndarray], *, seed: int = 0) -> Interval:
     """
     if len(blocks) < 2:
         raise ValueError(f"blocks must be at least 2, got {len(blocks)}")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     picks = rng.integers(0, len(blocks), (RESAMPLES, len(blocks)))
     medians = [np.median(np.concatenate([blocks[i] for i in pick])) for pick in picks]
     low, high = np.quantile(medians, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))

@@ -89,18 +89,12 @@ class Communication(NamedTuple):
     """Where a step's time went, means over devices and runs.
 
     step_ms: from a device's first instruction to its last.
-    transfer_share, waiting_share: of that, in [0, 1]. by_kind: collective -> share, both parts.
+    transfer_share, waiting_share: of that, in [0, 1].
     """
 
     step_ms: float
     transfer_share: float
     waiting_share: float
-    by_kind: dict[str, float]
-
-    @property
-    def share(self) -> float:
-        """Share of the step spent in collectives, waiting included, as a profiler shows it."""
-        return self.transfer_share + self.waiting_share
 
 
 class _Event(NamedTuple):
@@ -109,16 +103,16 @@ class _Event(NamedTuple):
     end: float
 
 
-def profile_communication(run: Callable[[], Any], repeats: int = 3) -> Communication:
+def profile_communication(run: Callable[[], Any]) -> Communication:
     """Run a compiled step under the profiler and add up its collectives.
 
-    run: starts one step; called once before and `repeats` times under the profiler, one at a time.
+    run: starts one step; called once before and three times under the profiler, one at a time.
     Raises RuntimeError where the profiler saw no instruction of any device.
     """
     jax.block_until_ready(run())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in range(repeats):
+            for _ in range(3):
                 jax.block_until_ready(run())
         traces = sorted(Path(folder).rglob("*.xplane.pb"))
         data = jax.profiler.ProfileData.from_file(str(traces[0]))
@@ -134,13 +128,10 @@ def _device_events(data: Any) -> dict[Any, dict[int, list[_Event]]]:
     for plane in data.planes:
         for line in plane.lines:
             for event in line.events:
-                stats = dict(event.stats)
-                if "hlo_op" not in stats or "device_ordinal" not in stats:
-                    continue
-                one = _Event(
-                    str(stats["hlo_op"]), event.start_ns, event.start_ns + event.duration_ns
-                )
-                found[stats["run_id"]][int(stats["device_ordinal"])].append(one)
+                stats, end = dict(event.stats), event.start_ns + event.duration_ns
+                if "hlo_op" in stats and "device_ordinal" in stats:
+                    events = found[stats["run_id"]][int(stats["device_ordinal"])]
+                    events.append(_Event(str(stats["hlo_op"]), event.start_ns, end))
     for devices in found.values():
         for events in devices.values():
             events.sort(key=lambda e: e.start)
@@ -154,7 +145,6 @@ def summarise(runs: dict[Any, dict[int, list[_Event]]]) -> Communication:
     Raises RuntimeError where there is no run.
     """
     whole = waiting = transfer = 0.0
-    by_kind: dict[str, float] = defaultdict(float)
     steps = 0
     for devices in runs.values():
         meetings: dict[tuple[str, int], list[_Event]] = defaultdict(list)
@@ -163,28 +153,21 @@ def summarise(runs: dict[Any, dict[int, list[_Event]]]) -> Communication:
             steps += 1
             seen: dict[str, int] = defaultdict(int)
             for event in events:
-                if kind_of(event.name):
+                if is_collective(event.name):
                     meetings[event.name, seen[event.name]].append(event)
                     seen[event.name] += 1
-        for (name, _), events in meetings.items():
+        for events in meetings.values():
             last = max(e.start for e in events)
             for event in events:
                 pause = min(last, event.end) - event.start
                 waiting += pause
                 transfer += event.end - event.start - pause
-                by_kind[str(kind_of(name))] += event.end - event.start
     if not whole:
         raise RuntimeError("the profiler reported no instruction of any device")
-    return Communication(
-        step_ms=whole / steps / 1e6,
-        transfer_share=transfer / whole,
-        waiting_share=waiting / whole,
-        by_kind={kind: time / whole for kind, time in by_kind.items()},
-    )
+    return Communication(whole / steps / 1e6, transfer / whole, waiting / whole)
 
 
-def kind_of(instruction: str) -> str | None:
-    """The collective that an HLO instruction's name such as `all-to-all.3` tells of, or None."""
+def is_collective(instruction: str) -> bool:
+    """Whether an HLO instruction's name, such as `all-to-all.3`, tells of a collective."""
     name = re.sub(r"[.\d]+$", "", instruction).removesuffix("-start").removesuffix("-done")
-    name = name.replace("_", "-")
-    return name if name in COLLECTIVES else None
+    return name.replace("_", "-") in COLLECTIVES

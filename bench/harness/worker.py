@@ -23,7 +23,6 @@ class Died(Exception):
 
     def __init__(self, code: int, log: str) -> None:
         said = [line.strip() for line in log.splitlines() if line.strip()]
-        self.code = code
         self.last = said[-1] if said else "it said nothing"
         super().__init__(f"ended with exit code {code}: {self.last[:300]}")
 

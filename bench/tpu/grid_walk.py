@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import math
 import mmap
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -97,31 +98,23 @@ def unwritten_zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
 def _record(
     kernel: Callable[..., None], out_shape: Any, options: dict[str, Any], operands: Any
 ) -> KernelCall:
-    spec = options.get("grid_spec")
-    grid = options["grid"] if spec is None else spec.grid
-    in_specs = options["in_specs"] if spec is None else spec.in_specs
-    out_specs = options["out_specs"] if spec is None else spec.out_specs
+    spec = options.get("grid_spec") or types.SimpleNamespace(**options)
+    grid = [int(size) for size in spec.grid]
     prefetched = getattr(spec, "num_scalar_prefetch", 0)
     scalars = jax.tree.map(np.asarray, operands[:prefetched])
     is_spec: Any = lambda x: isinstance(x, pl.BlockSpec) or x is None  # noqa: E731
-    specs = jax.tree.leaves([*in_specs, out_specs], is_leaf=is_spec)
-    arrays = [*operands[prefetched:], out_shape]
-    pairs = [
-        (block, array)
-        for block, array in zip(
-            specs, jax.tree.leaves(arrays, is_leaf=lambda x: x is None), strict=True
-        )
-        if array is not None
-    ]
+    blocks = jax.tree.leaves([*spec.in_specs, spec.out_specs], is_leaf=is_spec)
+    arrays = jax.tree.leaves([*operands[prefetched:], out_shape], is_leaf=lambda x: x is None)
+    pairs = [pair for pair in zip(blocks, arrays, strict=True) if pair[1] is not None]
     by_hand = [block.memory_space in (pltpu.HBM, pl.ANY) for block, _ in pairs]
     walked = [
-        walk_bytes(block, array, [int(size) for size in grid], scalars)
+        walk_bytes(block, array, grid, scalars)
         for (block, array), skip in zip(pairs, by_hand, strict=True)
         if not skip
     ]
     # The compiler names a kernel without a name after the function that it was called in.
     name = options.get("name") or getattr(kernel, "__qualname__", "kernel").split(".")[0]
-    steps = math.prod(int(size) for size in grid)
+    steps = math.prod(grid)
     call = KernelCall(name, options.get("cost_estimate"), steps, sum(walked), any(by_hand))
     if not scalars or not isinstance(scalars[0], Visits):
         return call
@@ -131,7 +124,7 @@ def _record(
     size = sub_rows(rows, chip().mxu_column_size if sums_over_rows else SUB_ROWS)
     whole, part = own_blocks(scalars[0], rows, size)
     sweeps = steps // max(int(scalars[0].num[0]), 1)
-    results = int(changes(last, [int(size) for size in grid], scalars)[1].sum())
+    results = int(changes(last, grid, scalars)[1].sum())
     worked = whole * rows + part * size
     return dataclasses.replace(
         call,
@@ -181,10 +174,3 @@ def changes(
     changed = np.ones(steps, bool)
     changed[1:] = (index[:, 1:] != index[:, :-1]).any(axis=0)
     return index, changed
-
-
-def record(chip: str, f: Callable[..., Any], *args: Any) -> list[KernelCall]:
-    """The kernel calls of f(*args), args being arrays."""
-    with recording(chip) as calls:
-        f(*args)
-    return calls

@@ -78,9 +78,9 @@ def test_trips_of_gmm_by_hand() -> None:
     x, w = jnp.zeros((512, 128), jnp.bfloat16), jnp.zeros((3, 128, 256), jnp.bfloat16)
     sizes = jnp.asarray([100, 156, 256], jnp.int32)
     tiling = Tiling(256, 128, 128)
-    (call,) = grid_walk.record(
-        "v5e", lambda: gmm(x, w, sizes, tiling=tiling, implementation="mosaic")
-    )
+    with grid_walk.recording("v5e") as calls:
+        gmm(x, w, sizes, tiling=tiling, implementation="mosaic")
+    (call,) = calls
     assert call.trips == Trips(step=6, whole=2, part=6, result=4)  # two blocks of width
     assert call.rows_share == (256 + 3 * 128) / 512
 

@@ -46,16 +46,16 @@ def test_one_kernel_is_compiled_and_modelled(tmp_path: Path, capsys: Any) -> Non
 def test_walked_bytes_of_gmm_by_hand() -> None:
     x, w = jnp.zeros((64, 128), jnp.bfloat16), jnp.zeros((4, 128, 256), jnp.bfloat16)
     sizes = jnp.asarray([24, 0, 40, 0], jnp.int32)
-    (call,) = grid_walk.record(
-        V5E, lambda: gmm(x, w, sizes, tiling=Tiling(16, 128, 256), implementation="mosaic")
-    )
+    with grid_walk.recording(V5E) as calls:
+        gmm(x, w, sizes, tiling=Tiling(16, 128, 256), implementation="mosaic")
+    (call,) = calls
     touched = 2 * 128 * 256 * 2
     assert call.moved_bytes == x.nbytes + touched + 64 * 256 * 2
     # A planted waste: a cut depth fetches every matrix once a visit.
     wide = jnp.zeros((64, 256), jnp.bfloat16), jnp.zeros((4, 256, 256), jnp.bfloat16)
-    (call,) = grid_walk.record(
-        V5E, lambda: gmm(*wide, sizes, tiling=Tiling(16, 128, 256), implementation="mosaic")
-    )
+    with grid_walk.recording(V5E) as calls:
+        gmm(*wide, sizes, tiling=Tiling(16, 128, 256), implementation="mosaic")
+    (call,) = calls
     visits = 5  # rows 16..31 are of two groups
     assert call.moved_bytes == visits * (16 * 256 + 256 * 256) * 2 + 64 * 256 * 2
 
