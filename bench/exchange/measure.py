@@ -7,6 +7,7 @@ import dataclasses
 import socket
 import subprocess
 from collections.abc import Sequence
+from typing import Any
 
 from taskmoe.bench.exchange.spec import Spec
 from taskmoe.bench.harness.results import Result, from_json
@@ -84,9 +85,6 @@ class Worked(Result):
     process: int
 
 
-RESULT = Exchanged
-
-
 def measure(spec: Spec) -> Exchanged:
     """Run the worker processes of a specification and return what the first one found.
 
@@ -94,22 +92,21 @@ def measure(spec: Spec) -> Exchanged:
     """
     sizes = len(spec.experts) * len(spec.d_model)
     shapes = sizes * (len(spec.batches) + len(spec.step_batches))
-    port = _free_port()
-    found: dict[str, object] = {}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    found: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
-        workers = [
-            stack.enter_context(Worker("taskmoe.bench.exchange.worker"))
-            for _ in range(spec.processes)
-        ]
-        for number, worker in enumerate(workers):
-            worker.say(Worked(spec, port, number).to_json())
+        workers: list[Worker] = []
+        for number in range(spec.processes):
+            workers.append(stack.enter_context(Worker("taskmoe.bench.exchange.worker")))
+            workers[-1].say(Worked(spec, port, number).to_json())
         progress = stack.enter_context(bar("exchange", "shapes"))
         progress(0, shapes)
         with contextlib.suppress(Died):  # who died first is told below
             while "machine" not in found:
                 found = workers[0].hear()
-                done = found.get("done")
-                progress(done if isinstance(done, int) else shapes, shapes)
+                progress(found.get("done", shapes), shapes)
         _all_ended(workers)
     return from_json(Exchanged, found)
 
@@ -126,14 +123,7 @@ def _all_ended(workers: Sequence[Worker]) -> None:
         try:
             codes.append(worker.end(4 * HEARTBEAT_S))
         except subprocess.TimeoutExpired:
-            seconds = 4 * HEARTBEAT_S
-            raise InputError(f"process {number} did not end within {seconds} s") from None
+            raise InputError(f"process {number} did not end within {4 * HEARTBEAT_S} s") from None
     if any(codes):
         first = min(range(len(codes)), key=lambda i: (codes[i] >= 0, codes[i] == 0))
         raise InputError(f"process {first} of {len(codes)} {workers[first].death()}")
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

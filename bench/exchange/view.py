@@ -179,8 +179,7 @@ def _chart(result: Exchanged) -> Figure:
     for system in [r.system for r in shapes[0].rows if r.agrees]:
         rows = [r for s in shapes for r in s.rows if r.system == system]
         tokens = [s.tokens for s in shapes]
-        share = [100 * r.share for r in rows]
-        left.plot(tokens, share, "o-", label=system)
+        left.plot(tokens, [100 * r.share for r in rows], "o-", label=system)
         right.plot(tokens, [r.us for r in rows], "o-", label=system)
     left.set_ylabel("% of the layer's time in collectives")
     right.set_ylabel("µs a layer (median)")
@@ -191,8 +190,7 @@ def _chart(result: Exchanged) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
     left.set_ylim(bottom=-2)
     right.legend(frameon=False, fontsize=8)
-    spec = result.spec
-    figure.suptitle(f"{first[0]} experts, d_model {first[1]}, {spec.words}")
+    figure.suptitle(f"{first[0]} experts, d_model {first[1]}, {result.spec.words}")
     return figure
 
 

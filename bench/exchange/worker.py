@@ -11,31 +11,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
-from taskmoe.bench.exchange.measure import (
-    HEARTBEAT_S,
-    Exchanged,
-    Row,
-    Size,
-    Worked,
-)
-from taskmoe.bench.exchange.step import (
-    SUB,
-    SYSTEMS,
-    exchange_alone,
-    measure_step,
-    timed,
-    with_copy_shares,
-)
+from taskmoe.bench.exchange import step
+from taskmoe.bench.exchange.measure import HEARTBEAT_S, Exchanged, Row, Size, Worked
 from taskmoe.bench.harness import machine
 from taskmoe.bench.harness.collectives import count_collectives, profile_communication
 from taskmoe.bench.harness.results import from_json
 from taskmoe.bench.harness.timing import alternate
 from taskmoe.bench.harness.worker import serve
-from taskmoe.bench.serving.systems import place
+from taskmoe.bench.serving.systems import device_mesh, place
 from taskmoe.moe.exchange import bytes_sent
 from taskmoe.moe.mesh import EXPERT_AXIS
 from taskmoe.moe.travel import Peers
@@ -58,7 +45,7 @@ def answer(asked: object) -> Iterator[dict[str, object]]:
             worked.process,
             heartbeat_timeout_seconds=HEARTBEAT_S,
         )
-    mesh = Mesh(np.array(jax.devices()), (EXPERT_AXIS,), axis_types=(AxisType.Auto,))
+    mesh = device_mesh(spec.devices)
     shapes: list[Size] = []
     steps: list[Size] = []
     for experts, d_model in itertools.product(spec.experts, spec.d_model):
@@ -67,7 +54,7 @@ def answer(asked: object) -> Iterator[dict[str, object]]:
             shapes.append(Size(experts, d_model, rows, tokens=tokens))
             yield {"done": len(shapes) + len(steps)}
         for batch in spec.step_batches:
-            rows = measure_step(mesh, batch, experts, d_model, spec.rounds, TOLERANCE)
+            rows = step.measure_step(mesh, batch, experts, d_model, spec.rounds, TOLERANCE)
             steps.append(Size(experts, d_model, rows, batch=batch))
             yield {"done": len(shapes) + len(steps)}
     if worked.process == 0:
@@ -78,17 +65,13 @@ def measure_layer(mesh: Mesh, tokens: int, experts: int, d_model: int, rounds: i
     """A row a system for a batch of `tokens` sequences of one token."""
     x = np.random.default_rng(0).standard_normal((tokens, 1, d_model)).astype(np.float32)
     sharded = place(mesh, x, P(EXPERT_AXIS))
+    units, sizes = tokens // mesh.size, (d_model, 4 * d_model, experts)
     runs: dict[str, Callable[[], Any]] = {}
     alone: dict[str, Callable[[], Any]] = {}
     rows: list[Row] = []
-    for name, (factor, strategy) in SYSTEMS.items():
-        config = moe.MoEConfig(
-            d_model,
-            4 * d_model,
-            experts,
-            capacity_factor=factor,
-            group_size=None if factor is None else tokens // mesh.size,
-        )
+    for name, (factor, strategy) in step.SYSTEMS.items():
+        group = None if factor is None else units
+        config = moe.MoEConfig(*sizes, capacity_factor=factor, group_size=group)
         params = jax.tree.map(np.asarray, moe.init(jax.random.key(0), config))
         inputs = place(mesh, params, moe.param_specs(params)), sharded
 
@@ -102,24 +85,22 @@ def measure_layer(mesh: Mesh, tokens: int, experts: int, d_model: int, rounds: i
         error = None
         if strategy != "kept":
             error = _difference(compiled(*inputs), np.asarray(jax.jit(one_device)(params, x)))
-        units = tokens // mesh.size
-        peers = Peers(mesh.size, ragged=False)
-        _, sent = bytes_sent(strategy, config, units, peers, 4, d_model)
+        _, sent = bytes_sent(strategy, config, units, Peers(mesh.size, ragged=False), 4, d_model)
         rows.append(_row(name, compiled, error, sent))
         runs[name] = functools.partial(compiled, *inputs)
         if strategy == "all_to_all":
-            alone[name] = exchange_alone(mesh, config, tokens)
+            alone[name] = step.exchange_alone(mesh, config, tokens)
 
-    task = moe.MoEConfig(d_model, 4 * d_model, experts, routing="task", num_tasks=16)
+    task = moe.MoEConfig(*sizes, routing="task", num_tasks=16)
     params = jax.tree.map(np.asarray, moe.init(jax.random.key(0), task))
     small = moe.extract(params, task, 3)
     inputs = place(mesh, small, jax.tree.map(lambda _: P(), small)), sharded
     compiled = jax.jit(moe.ffn).lower(*inputs).compile()
     ids = np.full(tokens, 3, np.int32)
     whole = jax.jit(lambda p, x: moe.apply(p, task, x, task=ids)[0])(params, x)
-    name = SUB
-    rows.append(_row(name, compiled, _difference(compiled(*inputs), np.asarray(whole)), 0.0))
-    runs[name] = functools.partial(compiled, *inputs)
+    error = _difference(compiled(*inputs), np.asarray(whole))
+    rows.append(_row(step.SUB, compiled, error, 0.0))
+    runs[step.SUB] = functools.partial(compiled, *inputs)
 
     good = {r.system: runs[r.system] for r in rows if r.agrees}
     beside = {f"{ALONE}{name}": run for name, run in alone.items() if name in good}
@@ -130,12 +111,12 @@ def measure_layer(mesh: Mesh, tokens: int, experts: int, d_model: int, rounds: i
             told = profile_communication(good[row.system])
             by_itself = timings.get(f"{ALONE}{row.system}")
             rows[at] = dataclasses.replace(
-                timed(row, timings[row.system]),
+                step.timed(row, timings[row.system]),
                 transfer_share=told.transfer_share,
                 waiting_share=told.waiting_share,
                 alone_us=None if by_itself is None else 1e6 * float(np.median(by_itself)),
             )
-    return with_copy_shares(rows)
+    return step.with_copy_shares(rows)
 
 
 def _row(name: str, compiled: Any, error: float | None, sent: float) -> Row:

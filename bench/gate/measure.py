@@ -174,8 +174,7 @@ def _timed(
     subjects = {workload: subject for subject, workload in WORKLOADS.items()}
 
     def decided(workload: str, so_far: Mapping[str, Interval]) -> bool:
-        known = old.get(subjects[workload])
-        before = so_far.get(THERE, known.interval if known is not None else None)
+        before = so_far.get(THERE, old.get(subjects[workload]))
         return before is None or verdicts.decided(verdicts.slower(before, so_far[HERE]))
 
     with bar("timing", "processes") as move:
@@ -188,7 +187,7 @@ def _timed(
 
 def _slower(new: Mapping[str, Speed], old: Mapping[str, Speed]) -> list[Change]:
     return [
-        verdicts.judge_timed(subject, old[subject].interval, speed.interval)
+        verdicts.judge_timed(subject, old[subject], speed)
         if subject in old
         else Change(subject, verdicts.TIMED_FACT, None, speed.median, None, "new")
         for subject, speed in new.items()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from taskmoe.bench.harness import machine
 from taskmoe.cli.errors import InputError
 
 HERE = Path(__file__).resolve().parent
@@ -47,8 +47,4 @@ def checked_out(revision: str) -> Iterator[tuple[Path, str]]:
 
 def _git(*words: str) -> str | None:
     """What git says in this checkout, or None where it fails."""
-    try:
-        done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    return machine.said_by("git", *words, cwd=HERE, seconds=None)

@@ -47,6 +47,4 @@ def read(a: argparse.Namespace) -> Spec:
     if a.against is not None and (a.update or a.static):
         other = "--update" if a.update else "--static"
         raise InputError(f"--against compares speeds of two revisions: leave {other} out")
-    return Spec(
-        not a.timed, not a.static, a.update, a.quick, a.all, a.baseline, a.against
-    )  # fmt: skip
+    return Spec(not a.timed, not a.static, a.update, a.quick, a.all, a.baseline, a.against)

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from taskmoe import moe
@@ -127,13 +127,12 @@ def step_facts() -> Facts:
 def layer_facts(mesh: Mesh) -> Facts:
     """Collectives and their bytes in a layer, forward and with its gradients, and a sub-network."""
     found: Facts = {}
-    x = jax.ShapeDtypeStruct(
-        (TOKENS, 1, D_MODEL), np.float32, sharding=NamedSharding(mesh, P(serving.AXIS))
-    )
+    x: Any = jax.ShapeDtypeStruct((TOKENS, 1, D_MODEL), np.float32)
+    x = serving.place_shapes(mesh, x, P(serving.AXIS))
     for name, (factor, strategy) in LAYERS.items():
         config = moe.MoEConfig(D_MODEL, D_FF, EXPERTS, capacity_factor=factor)
-        make = functools.partial(moe.init, jax.random.key(0), config)
-        params = _shapes(make, moe.param_specs, mesh)
+        params = jax.eval_shape(functools.partial(moe.init, jax.random.key(0), config))
+        params = serving.place_shapes(mesh, params, moe.param_specs(params))
 
         def forward(params: Any, x: Any, config: Any = config, how: str = strategy) -> Any:
             return moe.apply(params, config, x, mesh=mesh, strategy=how)[0]
@@ -148,10 +147,7 @@ def layer_facts(mesh: Mesh) -> Facts:
     def extracted() -> Any:
         return moe.extract(moe.init(jax.random.key(0), task), task, 1)
 
-    def everywhere(tree: Any) -> Any:
-        return jax.tree.map(lambda _: P(), tree)
-
-    small = _shapes(extracted, everywhere, mesh)
+    small = serving.place_shapes(mesh, jax.eval_shape(extracted), P())
     name = f"layer, sub-network, forward, {DEVICES} devices"
     return found | {name: exchanged(_hlo(moe.ffn, small, x))}
 
@@ -165,8 +161,7 @@ def decoding_facts(mesh: Mesh) -> Facts:
     token = ModelConfig(pairs=("en-de",), encoder="dense", decoder="token", **sizes)
     task = ModelConfig(pairs=("en-de", "de-en"), encoder="dense", decoder="target", **sizes)
     params = transformer.init(jax.random.key(0), task)
-    tasks = transformer.Tasks(None, np.int32(1))
-    params, small, _ = subnetwork.one_task(params, task, tasks)
+    params, small, _ = subnetwork.one_task(params, task, transformer.Tasks(None, np.int32(1)))
     systems = {
         "token-MoE": serving.expert_parallel(
             transformer.init(jax.random.key(0), token), token, mesh
@@ -203,12 +198,3 @@ def _directions(forward: Callable[..., Any]) -> Iterator[tuple[str, Callable[...
         return pull(y)
 
     yield "forward and backward", both
-
-
-def _shapes(make: Callable[[], Any], specs: Callable[[Any], Any], mesh: Mesh) -> Any:
-    shapes = jax.eval_shape(make)
-    return jax.tree.map(
-        lambda s, spec: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, spec)),
-        shapes,
-        specs(shapes),
-    )

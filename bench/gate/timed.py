@@ -49,20 +49,12 @@ CHECK, QUICK, BASELINE = Effort(2, 14, 5), Effort(1, 4, 3), Effort(12, 12, 6)
 
 
 @dataclasses.dataclass(frozen=True)
-class Speed:
+class Speed(Interval):
     """What a baseline keeps of a workload: its interval in calibrations, and what it rests on."""
 
-    median: float
-    low: float
-    high: float
     rounds: int
     processes: int
     tokens_per_s: float
-
-    @property
-    def interval(self) -> Interval:
-        """The interval of the median."""
-        return Interval(self.median, self.low, self.high)
 
 
 @dataclasses.dataclass

@@ -39,11 +39,8 @@ def _table(checked: Checked) -> Table:
     shown = [
         c for c in changes if checked.everything or c.verdict != "same" or c.interval is not None
     ]
-    styles = {
-        place: "bold red" if c.fails else "green"
-        for place, c in enumerate(shown)
-        if c.fails or c.verdict == "better"
-    }
+    colours = {"REGRESSION": "bold red", "better": "green"}
+    styles = {i: colours[c.verdict] for i, c in enumerate(shown) if c.verdict in colours}
     rows = [
         (c.subject, c.fact, _number(c.old), _number(c.new), change_words(c), c.verdict)
         for c in shown

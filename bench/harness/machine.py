@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "numpy")
 GPU_PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
@@ -17,7 +18,7 @@ def describe() -> dict[str, str]:
     """CPU model, cores, GPU where there is one, OS, Python, library versions, and the commit."""
     gpu = _gpu()
     facts = {
-        "cpu": _cpu_model(),
+        "cpu": _cpu().get("model name") or platform.processor() or platform.machine(),
         "cores": str(cores()),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -27,31 +28,46 @@ def describe() -> dict[str, str]:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return facts | gpu | {"commit": _commit() or "of no checkout"}
+    # Of the checkout that this file lies in, marked if sources were changed.
+    words = "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"
+    commit = said_by("git", *words, cwd=Path(__file__).resolve().parent)
+    return facts | gpu | {"commit": commit or "of no checkout"}
 
 
 def _gpu() -> dict[str, str]:
     """Name and driver of the first NVIDIA GPU."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+    query = "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"
+    said = said_by("nvidia-smi", *query)
+    if said is None:
         return {}
-    name, _, driver = done.stdout.strip().partition(", ")
+    name, _, driver = said.partition(", ")
     return {"gpu": name, "driver": driver}
+
+
+def said_by(*command: str, cwd: Path | None = None, seconds: float | None = 20) -> str | None:
+    """What a command prints, or None where it fails, is not there, or takes longer."""
+    options: Any = {"capture_output": True, "text": True, "check": True}
+    try:
+        return str(subprocess.run(command, cwd=cwd, timeout=seconds, **options).stdout.strip())
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def cpu_details() -> str:
     """What tells CPUs of one name apart: family, model, stepping, cache and cores."""
-    wanted = ("cpu family", "model", "stepping", "cache size")
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
-    except OSError:
-        lines = []
-    pairs = [line.split(":", 1) for line in lines if ":" in line]
-    told = {name.strip(): value.strip() for name, value in pairs}
+    told, wanted = _cpu(), ("cpu family", "model", "stepping", "cache size")
     words = [f"{name} {told[name]}" for name in wanted if name in told]
     return ", ".join([*words, f"{cores()} cores"])
+
+
+def _cpu() -> dict[str, str]:
+    """What Linux tells of the first core; elsewhere nothing."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def cores() -> int:
@@ -59,28 +75,3 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file lies in, marked if sources were changed."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).resolve().parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
