@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from taskmoe.bench.harness import machine
+from taskmoe.bench.serving.systems import padded
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model.beams import Search
 from taskmoe.wmt.model.ctranslate2_export import VOCABULARY_MAP
@@ -38,10 +39,7 @@ class Batch:
     @functools.cached_property
     def source(self) -> np.ndarray:
         """Source ids [rows, width] i32, padded."""
-        found = np.full((self.rows, self.width), PAD, np.int32)
-        for row, ids in zip(found, self.sentences, strict=False):
-            row[: len(ids)] = ids
-        return found
+        return padded([*self.sentences, *[[]] * (self.rows - len(self.sentences))], self.width)
 
 
 #: Translates a batch with so many hypotheses.

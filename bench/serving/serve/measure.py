@@ -19,13 +19,12 @@ from taskmoe.bench.serving.beam.measure import sub_network_config
 from taskmoe.bench.serving.serve import engines
 from taskmoe.bench.serving.serve.engines import OURS, THEIRS, Batch, Ids
 from taskmoe.bench.serving.serve.spec import Spec
-from taskmoe.bench.serving.serve.worker import Engine, write_workload
+from taskmoe.bench.serving.serve.worker import Engine, Workload, write_workload
 from taskmoe.cli.errors import InputError
-from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model import transformer
 from taskmoe.wmt.model.decoding import MULTIPLE, length_limit
 from taskmoe.wmt.model.saved import load_model
-from taskmoe.wmt.model.transformer import Params, param_count
+from taskmoe.wmt.model.transformer import param_count
 from taskmoe.wmt.model.translation import task_ids
 from taskmoe.wmt.text.tokenizer import BOS, EOS, PAD, UNK
 
@@ -71,25 +70,6 @@ class Served(Result):
     command: str = "serve"
 
 
-RESULT = Served
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """A dense network, its vocabulary, and what it translates.
-
-    ends: translations end by `</s>`. words: ids that the softmax looks at; None is all.
-    """
-
-    params: Params
-    config: ModelConfig
-    pieces: list[str]
-    sentences: Ids
-    source: str
-    ends: bool
-    words: list[int] | None = None
-
-
 def measure(spec: Spec) -> Served:
     """Every engine; InputError where CTranslate2's float32 does not translate as we do."""
     work = random_workload(spec) if spec.model is None else text_workload(spec)
@@ -101,8 +81,7 @@ def measure(spec: Spec) -> Served:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         longest = max(length_limit(max(map(len, work.sentences))), TARGET) + MULTIPLE
-        positions = None if version is None else 2 * longest
-        write_workload(Path(folder), work.params, work.config, work.pieces, positions, work.words)
+        write_workload(Path(folder), work, None if version is None else 2 * longest)
         names = [*OURS, *([] if version is None else THEIRS)]
         systems = {name: Engine(name, Path(folder)) for name in names}
         for system in systems.values():
@@ -117,10 +96,8 @@ def random_workload(spec: Spec) -> Workload:
     config = sub_network_config(spec.config)
     params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), config)
     # A translation that ends early would look fast: `</s>` is made as likely as the average word.
-    if config.tie_embeddings:
-        params = params | {"embedding": params["embedding"].at[EOS].set(0)}
-    else:
-        params = params | {"softmax": params["softmax"].at[:, EOS].set(0)}
+    softmax, row = ("embedding", EOS) if config.tie_embeddings else ("softmax", (slice(None), EOS))
+    params = params | {softmax: params[softmax].at[row].set(0)}
     special = {PAD: "<pad>", UNK: "<unk>", BOS: "<s>", EOS: "</s>"}
     pieces = [special.get(i, f"word{i}") for i in range(config.vocab_size)]
     rows = max(*spec.batches, LATENCIES)

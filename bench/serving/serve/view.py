@@ -28,15 +28,18 @@ def view(result: Served) -> View:
     table = Table.of(title, result.rows, COLUMNS)
     said = []
     engine = result.machine.get("ctranslate2")
-    if engine is None:
-        answer = (
-            "CTranslate2 is not installed, so nothing was compared with it: "
-            "pip install 'taskmoe[ctranslate2]'."
+    answer = (
+        "CTranslate2 is not installed, so nothing was compared with it: "
+        "pip install 'taskmoe[ctranslate2]'."
+    )
+    if engine is not None:
+        times = {ours: _times(result.rows, ours, n) for ours, n in zip(OURS, THEIRS, strict=True)}
+        answer = " ".join(
+            f"In {OURS[ours]} taskmoe makes {min(of.values()):.2f} to {max(of.values()):.2f} times "
+            "the tokens of CTranslate2."
+            for ours, of in times.items()
         )
-    else:
-        pairs = list(zip(OURS, THEIRS, strict=True))
-        answer = " ".join(_range(result.rows, *pair) for pair in pairs)
-        said += [_beside(result.rows, *pair) for pair in pairs]
+        said += [_beside(ours, n, times[ours]) for ours, n in zip(OURS, THEIRS, strict=True)]
         different = [r for r in result.rows if r.system in list(THEIRS)[:1] and r.identical < 1]
         if different:
             said.append(
@@ -65,16 +68,8 @@ def _times(rows: list[Row], ours: str, name: str) -> dict[tuple[int, int], float
     return {case: speed[ours, *case] / speed[name, *case] for case in cases}
 
 
-def _range(rows: list[Row], ours: str, name: str) -> str:
-    """The least and the largest of our speeds over an engine's, in a sentence."""
-    times = sorted(_times(rows, ours, name).values())
-    span = f"{times[0]:.2f} to {times[-1]:.2f}"
-    return f"In {OURS[ours]} taskmoe makes {span} times the tokens of CTranslate2."
-
-
-def _beside(rows: list[Row], ours: str, name: str) -> str:
+def _beside(ours: str, name: str, times: dict[tuple[int, int], float]) -> str:
     """Our speed over an engine's at each beam and batch, in a sentence."""
-    times = _times(rows, ours, name)
     parts = []
     for beam in dict.fromkeys(beam for beam, _ in times):
         of = ", ".join(f"{time:.2f} at {n}" for (b, n), time in times.items() if b == beam)

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from taskmoe.bench.harness.worker import Worker, serve
 from taskmoe.bench.serving.serve import engines
-from taskmoe.bench.serving.serve.engines import OURS, THEIRS, Batch, Translate
+from taskmoe.bench.serving.serve.engines import OURS, THEIRS, Batch, Ids, Translate
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model.ctranslate2_export import VOCABULARY_MAP, specification
 from taskmoe.wmt.model.quantization import quantized
@@ -36,60 +36,63 @@ class Engine(Worker):
     def __init__(self, name: str, folder: Path) -> None:
         super().__init__("taskmoe.bench.serving.serve.worker", [name, str(folder)])
 
-    def translate(self, batches: list[Batch], beam: int) -> dict[str, Any]:
+    def translate(self, batches: list[Batch], beam: int) -> Any:
         """{"found": ids of every batch, "memory_bytes": of the process at most}."""
         return self._ask(batches, beam, timed=False)
 
     def time(self, batches: list[Batch], beam: int) -> list[float]:
         """Seconds of each batch."""
-        seconds: list[float] = self._ask(batches, beam, timed=True)["seconds"]
-        return seconds
+        return list(self._ask(batches, beam, timed=True)["seconds"])
 
     def _ask(self, batches: list[Batch], beam: int, timed: bool) -> Any:
         every = [dataclasses.asdict(batch) for batch in batches]
         return self.ask({"batches": every, "beam": beam, "timed": timed})
 
 
-def write_workload(
-    folder: Path,
-    params: Params,
-    config: ModelConfig,
-    pieces: list[str],
-    positions: int | None,
-    words: list[int] | None = None,
-) -> None:
-    """What the processes read.
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A dense network, its vocabulary, and what it translates.
 
-    positions: of CTranslate2's table; None leaves its files out. words: ids that engines look at.
+    ends: translations end by `</s>`. words: ids that the softmax looks at; None is all.
     """
-    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-    (folder / "pieces.json").write_text(json.dumps(pieces), encoding="utf-8")
-    (folder / "words.json").write_text(json.dumps(words), encoding="utf-8")
-    for name, tree in (("float32", params), ("int8", quantized(params))):
+
+    params: Params
+    config: ModelConfig
+    pieces: list[str]
+    sentences: Ids
+    source: str
+    ends: bool
+    words: list[int] | None = None
+
+
+def write_workload(folder: Path, work: Workload, positions: int | None) -> None:
+    """What the processes read; positions: of CTranslate2's table, None leaves its files out."""
+    fields = {"config": work.config.to_json(), "pieces": work.pieces, "words": work.words}
+    (folder / "workload.json").write_text(json.dumps(fields), encoding="utf-8")
+    for name, tree in (("float32", work.params), ("int8", quantized(work.params))):
         arrays = {k: np.asarray(v) for k, v in flatten(tree).items()}
         save_file(arrays, folder / f"{name}.safetensors")
     if positions is not None:
-        spec = specification(params, config, pieces, positions)
+        spec = specification(work.params, work.config, work.pieces, positions)
         (folder / "ctranslate2").mkdir()
         spec.save(str(folder / "ctranslate2"))
-        if words is not None:
-            line = f"\t{' '.join(pieces[i] for i in words)}\n"
+        if work.words is not None:
+            line = f"\t{' '.join(work.pieces[i] for i in work.words)}\n"
             (folder / "ctranslate2" / VOCABULARY_MAP).write_text(line, encoding="utf-8")
 
 
 def engine(name: str, folder: Path) -> Translate:
     """The engine of that name, loaded."""
+    work = json.loads((folder / "workload.json").read_text(encoding="utf-8"))
     if name in THEIRS:
-        pieces = json.loads((folder / "pieces.json").read_text(encoding="utf-8"))
-        return engines.theirs(folder / "ctranslate2", THEIRS[name], pieces)
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = ModelConfig.from_dict(fields)
+        return engines.theirs(folder / "ctranslate2", THEIRS[name], work["pieces"])
+    config = ModelConfig.from_dict(json.loads(work["config"]))
     arrays: Mapping[str, np.ndarray] = load_file(folder / f"{OURS[name]}.safetensors")
     template = structure_of(config, int8=OURS[name] == "int8")
     leaves = [jax.numpy.asarray(arrays[name]) for name in flatten(template)]
     params = jax.tree.unflatten(jax.tree.structure(template), leaves)
-    words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
-    return engines.ours(params, config, None if words is None else np.array(words, np.int32))
+    words = None if work["words"] is None else np.array(work["words"], np.int32)
+    return engines.ours(params, config, words)
 
 
 def answered(translate: Translate, libraries: int, question: Any) -> Iterator[dict[str, Any]]:

@@ -67,12 +67,9 @@ def count(pair: str, translations: Sequence[str], references: Sequence[str]) -> 
     Raises ValueError where there are not equally many.
     """
     metric = BLEU(tokenize=tokenizer(split_pair(pair)[1]), effective_order=True)
-    scores = [
-        metric.sentence_score(ours, [wanted])
-        for ours, wanted in zip(translations, references, strict=True)
-    ]
-    rows = [[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores]
-    return np.array(rows, np.int64)
+    pairs = zip(translations, references, strict=True)
+    scores = (metric.sentence_score(ours, [wanted]) for ours, wanted in pairs)
+    return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], np.int64)
 
 
 def bleu(sums: np.ndarray) -> float:
@@ -157,10 +154,8 @@ def shares(levels: Mapping[str, np.ndarray]) -> Bootstrap | None:
     if "distilled" not in levels:
         return Bootstrap(SAMPLES)
     dense, student = levels["dense"], levels["distilled"]
-    both = [
-        share(student, dense, levels[best]) if best in levels else None
-        for best in ("token", "target")
-    ]
+    teachers = (levels.get(name) for name in ("token", "target"))
+    both = [None if best is None else share(student, dense, best) for best in teachers]
     return Bootstrap(SAMPLES, *both)
 
 

@@ -81,9 +81,6 @@ class Studied(Result):
     command: str = "study"
 
 
-RESULT = Studied
-
-
 def measure(spec: Spec) -> Studied:
     """Gather, check and time."""
     finished = {name: finished_seeds(spec.workdir, name) for name in spec.systems}
@@ -101,29 +98,26 @@ def measure(spec: Spec) -> Studied:
     served = {name: _served(model, pairs[0]) for name, model in models.items()}
     levels = _resampled(systems, pairs, spec)
     compared = {name: alike(name, model, text) for name, model in models.items()}
-    speeds = _speeds(served, pairs[0], text, spec.rounds)
+    programs = {n: _decoding(model, pairs[0], text[pairs[0]]) for n, model in served.items()}
+    seconds = alternate(programs, rounds=spec.rounds)
     sizes = sizes_of(dense) if spec.high_resource else None
+    groups: Any = {"trained": pairs, "sizes": sizes, "high_resource": spec.high_resource or 0}
     rows = [
         Row(
-            system.name,
-            system.seeds,
-            system.valid,
-            system.test,
-            system.directions,
-            param_count(models[WHOLE.get(system.name, system.name)].params),
-            param_count(served[system.name].params),
-            **compared[system.name],
-            tokens_per_s=speed,
-            averages=averages(
-                system.directions,
-                trained=pairs,
-                sizes=sizes,
-                high_resource=spec.high_resource or 0,
-            ),
-            over_dense=bootstrap.difference(levels, system.name, "dense"),
-            over_narrow=bootstrap.difference(levels, system.name, "narrow"),
+            s.name,
+            s.seeds,
+            s.valid,
+            s.test,
+            s.directions,
+            param_count(models[WHOLE.get(s.name, s.name)].params),
+            param_count(served[s.name].params),
+            **compared[s.name],
+            tokens_per_s=Spread.of(ROWS * serving.POSITIONS / seconds[s.name]),
+            averages=averages(s.directions, **groups),
+            over_dense=bootstrap.difference(levels, s.name, "dense"),
+            over_narrow=bootstrap.difference(levels, s.name, "narrow"),
         )
-        for system, speed in zip(systems, speeds, strict=True)
+        for s in systems
     ]
     return Studied(
         machine.describe(),
@@ -154,15 +148,16 @@ def _model_of(system: System, pair: str) -> Model:
 
 def _served(model: Model, pair: str) -> Model:
     """What serves one direction: the sub-network where there is one, else the whole model."""
-    config = model.config
-    tasks = [side for side in ("encoder", "decoder") if config.tasks(side)]
-    return extract(model, pair) if tasks else model
+    return extract(model, pair) if _has_tasks(model) else model
+
+
+def _has_tasks(model: Model) -> bool:
+    return any(model.config.tasks(side) for side in ("encoder", "decoder"))
 
 
 def alike(name: str, model: Model, text: Pairs) -> dict[str, int]:
     """Translations of the validation text that sub-networks and the whole model have in common."""
-    config = model.config
-    if not any(config.tasks(side) for side in ("encoder", "decoder")):
+    if not _has_tasks(model):
         return {"translations": 0, "identical": 0}
     requests = [(pair, line) for pair, (lines, _) in text.items() for line in lines]
     with bar(f"{name}, whole", "sentences") as progress:
@@ -175,18 +170,11 @@ def alike(name: str, model: Model, text: Pairs) -> dict[str, int]:
     return {"translations": len(whole), "identical": same}
 
 
-def _speeds(models: dict[str, Model], pair: str, text: Pairs, rounds: int) -> list[Spread]:
-    """Tokens decoded a second by each system, in turns.
+def _decoding(model: Model, pair: str, text: Columns) -> Callable[[], jax.Array]:
+    """A compiled decoding of `ROWS` sentences of one direction, the encoder's output given.
 
     Of each reference the first positions are given, so that every system takes equally many steps.
     """
-    programs = {name: _decoding(model, pair, text[pair]) for name, model in models.items()}
-    tokens = ROWS * serving.POSITIONS
-    return [Spread.of(tokens / s) for s in alternate(programs, rounds=rounds).values()]
-
-
-def _decoding(model: Model, pair: str, text: Columns) -> Callable[[], jax.Array]:
-    """A compiled decoding of `ROWS` sentences of one direction, the encoder's output given."""
     config = dataclasses.replace(model.config, pairs=(pair,))
     take = np.resize(np.arange(len(text[0])), ROWS)
     source = model.tokenizer.encode_source([text[0][i] for i in take], split_pair(pair)[1])

@@ -13,7 +13,6 @@ from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import split_pair
 from taskmoe.wmt.text.textfiles import read_lines
 
-_SPLITS = ("valid", "test")
 MIXTURES = ("token", "sentence", "target", "token-target", "static")
 
 
@@ -59,35 +58,28 @@ def gather(workdir: Path, name: str, seeds: list[int], trained: tuple[str, ...])
 
     trained: the directions that count in means. Raises InputError where a file is damaged.
     """
-    done = {seed: folders_of(workdir, name, seed) for seed in seeds}
-    valid, test = ([_bleu(folders, split) for folders in done.values()] for split in _SPLITS)
-    directions = {p: float(np.mean([bleu[p] for bleu in test])) for p in test[-1]}
-    last = done[seeds[-1]]
-    sentences = sum(s["sentences"] for folder in last for _, s in _scores(folder / "test.json"))
-    lines = [_translations(folders) for folders in done.values()]
-    if not all(lines):
-        lines = []
-    models = done[seeds[0]]
+    done = [folders_of(workdir, name, seed) for seed in seeds]
+    scores = {split: [_scores(folders, split) for folders in done] for split in ("valid", "test")}
+    bleu = {
+        split: [{pair: score["bleu"] for pair, score in seed.items()} for seed in every]
+        for split, every in scores.items()
+    }
+    lines = [_translations(folders) for folders in done]
+
+    def means(split: str) -> list[float]:
+        return [float(np.mean([b for p, b in run.items() if p in trained])) for run in bleu[split]]
+
     return System(
         name,
-        models,
-        list(done),
-        [_mean(bleu, trained) for bleu in valid],
-        [_mean(bleu, trained) for bleu in test],
-        directions,
-        sentences,
-        test,
-        lines,
+        done[0],
+        seeds,
+        means("valid"),
+        means("test"),
+        {p: float(np.mean([run[p] for run in bleu["test"]])) for p in bleu["test"][-1]},
+        sum(score["sentences"] for score in scores["test"][-1].values()),
+        bleu["test"],
+        lines if all(lines) else [],
     )
-
-
-def _mean(bleu: dict[str, float], trained: tuple[str, ...]) -> float:
-    return float(np.mean([level for pair, level in bleu.items() if pair in trained]))
-
-
-def _bleu(folders: list[Path], split: str) -> dict[str, float]:
-    """Direction -> BLEU of a system's models of one seed."""
-    return {p: s["bleu"] for folder in folders for p, s in _scores(folder / f"{split}.json")}
 
 
 def _translations(folders: list[Path]) -> dict[str, list[str]]:
@@ -97,7 +89,7 @@ def _translations(folders: list[Path]) -> dict[str, list[str]]:
         kept = folder / "translations"
         if not kept.is_dir():
             return {}
-        for pair, _ in _scores(folder / "test.json"):
+        for pair in _scores([folder], "test"):
             found[pair] = read_lines(kept / f"test.{pair}.{split_pair(pair)[1]}")
     return found
 
@@ -130,8 +122,10 @@ def same_training(workdir: Path, systems: list[System]) -> dict[str, Any]:
     return {"training": dense["train"], "model": mixture["model"], "taught": taught}
 
 
-def _scores(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    return list(_read(path, "scores")["scores"].items())
+def _scores(folders: list[Path], split: str) -> dict[str, dict[str, Any]]:
+    """Direction -> scores of a system's models of one seed."""
+    each = (_read(folder / f"{split}.json", "scores")["scores"] for folder in folders)
+    return {pair: score for scores in each for pair, score in scores.items()}
 
 
 def _read(path: Path, *wanted: str) -> dict[str, Any]:

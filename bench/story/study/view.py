@@ -49,8 +49,7 @@ def view(*results: Studied) -> View:
             said.append(f"left out, as not all systems have a test.json of it: seed {seeds}")
     wrong = any(r.translations != r.identical for result in results for r in result.rows)
     answer = " ".join(_answer(result.rows) for result in results)
-    short = tables[0].only(SHORT)
-    return View(answer, " ".join(about), tables, charts, said, short, int(wrong))
+    return View(answer, " ".join(about), tables, charts, said, tables[0].only(SHORT), int(wrong))
 
 
 def _bleu(rows: Sequence[Row]) -> dict[str, float]:
