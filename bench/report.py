@@ -13,6 +13,7 @@ import functools
 import importlib
 import json
 import re
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,8 @@ class Sections:
         folder, benchmark = self.root / RESULTS, BENCHMARKS[name]
         draw(view, folder)
         made = [f"- `{_command(stem)}`: {_where(r.machine)}" for stem, r in results.items()]
-        text = "\n\n".join(
-            (f"# {benchmark.question}", whole(view, "."), "Made by", "\n".join(made))
-        )
-        write_text(folder / f"{name}.md", f"{text}\n")
+        parts = f"# {benchmark.question}", whole(view, "."), "Made by", "\n".join(made)
+        write_text(folder / f"{name}.md", "\n\n".join(parts) + "\n")
         rows = f"[Every row]({RESULTS}/{name}.md), by `{_command(next(iter(results)))}`."
         return f"{brief(view, str(RESULTS))}\n\n{paragraph(rows)}"
 
@@ -163,9 +162,10 @@ class Sections:
         return found
 
     def _results(self, name: str) -> dict[str, Any]:
-        """Stem of the JSON file -> result, of the type that the benchmark's measure names."""
+        """Stem of the JSON file -> result, of the type that the benchmark's measure returns."""
         benchmark = BENCHMARKS[name]
-        kind = importlib.import_module(f"taskmoe.bench.{benchmark.package}.measure").RESULT
+        measure = importlib.import_module(f"taskmoe.bench.{benchmark.package}.measure").measure
+        kind = typing.get_type_hints(measure)["return"]
         return {
             stem: load(kind, self.root / RESULTS / f"{stem}.json", _command(stem))
             for stem in benchmark.results

@@ -45,8 +45,7 @@ def decoding(name: str) -> Run:
 
 def layer(name: str) -> Run:
     """A forward pass of one task's layer, its sub-network or a dense layer."""
-    config = MoEConfig(256, 1024, 32, routing="task", num_tasks=16)
-    x, systems = task.systems(Spec(config, 512, 9))
+    x, systems = task.systems(Spec(MoEConfig(256, 1024, 32, routing="task", num_tasks=16), 512, 9))
     function, params = systems[name]
     return functools.partial(jax.jit(function), params, x)
 

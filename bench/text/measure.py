@@ -66,15 +66,10 @@ class Prepared(Result):
     command: str = "text"
 
 
-RESULT = Prepared
-
-
 def measure(spec: Spec) -> Prepared:
     """Generate, prepare, and draw batches."""
-    with contextlib.ExitStack() as stack:
-        work = spec.work
-        if work is None:
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="taskmoe-text-")))
+    with tempfile.TemporaryDirectory(prefix="taskmoe-text-") as temporary:
+        work = spec.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         text, wanted = generate(work / "text", spec.pairs)
         return _prepared(spec, work, text, wanted)
@@ -96,16 +91,9 @@ def _prepared(spec: Spec, work: Path, text: Path, wanted: dict[str, int]) -> Pre
             clock.note(stage.split(maxsplit=1)[0], part)
             progress.stage(stage, done, total)
 
-        plan = Plan(
-            [source],
-            PAIRS,
-            read_held_out([source], {"en", *LANGUAGES}),
-            {},
-            config,
-            preset[0]["vocab_size"],
-            "generated text",
-            str(text),
-        )
+        held_out = read_held_out([source], {"en", *LANGUAGES})
+        words = preset[0]["vocab_size"], "generated text", str(text)
+        plan = Plan([source], PAIRS, held_out, {}, config, *words)
         made = prepare(work / "set", plan, spec.workers, report)
     clock.note("", part)
     kept = {p: sum(d.counts) + d.beyond for p, d in made.manifest.directions.items()}

@@ -18,9 +18,8 @@ def view(result: Prepared) -> View:
     larger = PAPER / pairs
     fixed = seconds.get("vocabulary", 0.0)
     rest = sum(seconds.values()) - fixed
-    own = max(0.0, seconds["reading"] * result.workers - result.reading) + (
-        seconds["encoding"] * result.workers
-    )
+    own = max(0.0, seconds["reading"] * result.workers - result.reading)
+    own += seconds["encoding"] * result.workers
     single = result.reading + seconds.get("judging", 0.0) + seconds.get("merging", 0.0)
     many = max(own / CORES, result.reading) + (single - result.reading)
     rows = [
@@ -43,14 +42,9 @@ def view(result: Prepared) -> View:
         ),
         ("seconds to the first batch", f"{result.open_s:.2f}", "the same", "the same"),
     ]
-    cores = f"{result.workers} workers"
-    headings = (
-        "what",
-        f"measured, {cores}",
-        f"WMT's text, {cores} (extrapolated)",
-        f"{CORES} workers (extrapolated)",
-    )
-    table = Table("Text made ready for training", headings, rows)
+    here = f"{result.workers} workers"
+    wmt = f"WMT's text, {here} (extrapolated)", f"{CORES} workers (extrapolated)"
+    table = Table("Text made ready for training", ("what", f"measured, {here}", *wmt), rows)
     stages = Table.of(
         "Stages (measured)",
         result.stages,
@@ -81,8 +75,7 @@ def view(result: Prepared) -> View:
         f"{CORES} workers, no faster than one process reads. Memory grows by {LINE_BYTES} bytes a "
         f"line of the largest direction, which is taken to have {LARGEST:.0%} of all."
     )
-    code = 0 if right else 1
-    return View(said, about, [table, stages], findings=findings, short=table, code=code)
+    return View(said, about, [table, stages], findings=findings, code=int(not right))
 
 
 def _sizes(size: int, larger: float) -> tuple[str, str]:

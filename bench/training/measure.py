@@ -23,12 +23,7 @@ from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import PRESETS, ModelConfig, TrainConfig
 from taskmoe.wmt.model.transformer import param_count
 from taskmoe.wmt.text.data import Batch
-from taskmoe.wmt.training.step import (
-    apply_gradients,
-    init_state,
-    make_objective,
-    make_train_step,
-)
+from taskmoe.wmt.training.step import apply_gradients, init_state, make_objective, make_train_step
 
 #: System -> routing of encoder and decoder. The dense one is as wide as the experts of a token.
 ROUTING = {"dense": "dense", "token-routed": "token", "task-routed": "target"}
@@ -68,9 +63,6 @@ class Trained(Result):
     rounds: int
     rows: list[Row]
     command: str = "training"
-
-
-RESULT = Trained
 
 
 def measure(spec: Spec) -> Trained:

@@ -45,18 +45,13 @@ class Tuned(Result):
     @property
     def best(self) -> Row:
         """The fastest that compiled."""
-        return min(
-            (row for row in self.rows if row.modelled_us is not None),
-            key=lambda row: row.modelled_us or 0.0,
-        )
+        modelled = [row for row in self.rows if row.modelled_us is not None]
+        return min(modelled, key=lambda row: row.modelled_us or 0.0)
 
     @property
     def missed(self) -> float:
         """Share by which the rule's choice takes longer than the best."""
         return (self.rows[0].modelled_us or 0.0) / (self.best.modelled_us or 1.0) - 1
-
-
-RESULT = Tuned
 
 
 def rule(spec: Spec) -> Tiling:
@@ -89,12 +84,10 @@ def neighbours(spec: Spec, chosen: Tiling) -> list[Tiling]:
     heights = [h for h in (chosen.m, 2 * chosen.m, chosen.m // 2) if h >= least and h % least == 0]
     depths = beside(s.d_model, chosen.k) if spec.op in ("gmm", "tgmm") else [chosen.k]
     widths = beside(s.d_ff, chosen.n)
-    found = [Tiling(*blocks) for blocks in itertools.product(heights, depths, widths)]
-
-    def changes(t: Tiling) -> int:
-        return (t.m != chosen.m) + (t.k != chosen.k) + (t.n != chosen.n)
-
-    return sorted((t for t in found if t != chosen), key=changes)[: spec.tries]
+    was = dataclasses.astuple(chosen)
+    found = [blocks for blocks in itertools.product(heights, depths, widths) if blocks != was]
+    found.sort(key=lambda blocks: sum(a != b for a, b in zip(blocks, was, strict=True)))
+    return [Tiling(*blocks) for blocks in found[: spec.tries]]
 
 
 def measure(spec: Spec) -> Tuned:

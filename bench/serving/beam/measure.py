@@ -55,9 +55,6 @@ class Searched(Result):
     rows: list[Row]
 
 
-RESULT = Searched
-
-
 def measure(spec: Spec) -> Searched:
     """Time every batch."""
     use_present_devices()

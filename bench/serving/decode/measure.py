@@ -64,9 +64,6 @@ class Decoded(Result):
         return next((n for n, check in self.checks.items() if not check.error <= TOLERANCE), None)
 
 
-RESULT = Decoded
-
-
 def measure(spec: Spec) -> Decoded:
     """Check, and measure where every system agrees."""
     serving.use_host_devices(spec.devices)

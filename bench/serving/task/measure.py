@@ -52,9 +52,6 @@ class Tasks(Result):
     d_ff: int = 2048
 
 
-RESULT = Tasks
-
-
 def systems(spec: Spec) -> tuple[jax.Array, dict[str, tuple[Callable[..., Any], Any]]]:
     """The input, and system -> function of (parameters, input), and its parameters."""
     config = spec.config

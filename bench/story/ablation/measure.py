@@ -61,9 +61,6 @@ class Ablated(Result):
     command: str = "ablation"
 
 
-RESULT = Ablated
-
-
 class _Text(NamedTuple):
     """title: in words. data, unseen: what a run learns from and is scored on, by its config."""
 
@@ -136,12 +133,8 @@ class _Changed(ModelConfig):
 def _train(name: str, change: Change, base: TrainConfig, text: _Text) -> Run:
     config = dataclasses.replace(base, **change.train)
     sizes = {"encoder": "token", "decoder": "token"} | MODEL | dict(change.model)
-    model = _Changed(
-        pairs=text.pairs,
-        vocab_size=text.tokenizer.vocab_size,
-        layer=tuple(change.layer.items()),
-        **sizes,
-    )
+    sizes |= {"vocab_size": text.tokenizer.vocab_size, "layer": tuple(change.layer.items())}
+    model = _Changed(pairs=text.pairs, **sizes)
     step = make_train_step(model, config)
     state = init_state(model, config, None, _first(model, config, change))
     data, losses = text.data(config), []
@@ -171,10 +164,9 @@ def _first(model: ModelConfig, config: TrainConfig, change: Change) -> Params:
             return jnp.broadcast_to(leaf[:1], leaf.shape)
         return leaf
 
-    params: Params = jax.tree_util.tree_map_with_path(
-        changed, init(jax.random.key(config.seed), model)
-    )
-    return params
+    params = init(jax.random.key(config.seed), model)
+    found: Params = jax.tree_util.tree_map_with_path(changed, params)
+    return found
 
 
 def _slowed(before: Params, state: State, rate: float) -> State:
@@ -192,8 +184,7 @@ def _is_gate(path: Any) -> bool:
 
 def _unseen(model: ModelConfig, config: TrainConfig, params: Params, data: TrainingData) -> float:
     """Mean loss of batches of unseen text, without dropout."""
-    still = dataclasses.replace(model, dropout=0.0)
-    objective = make_objective(still, config)
+    objective = make_objective(dataclasses.replace(model, dropout=0.0), config)
     sums = jax.jit(lambda p, batch: objective(p, batch, jnp.float32(1), jax.random.key(0))[1])
     found = [sums(params, data.batch(number)) for number in range(BATCHES)]
     return float(sum(one["loss"] for one in found) / sum(one["tokens"] for one in found))

@@ -14,42 +14,42 @@ from taskmoe.bench.harness.view import Chart, Table, View
 from taskmoe.bench.story.ablation.measure import Ablated, Run
 from taskmoe.bench.story.ablation.spec import DENSE, TOKEN
 
-HEADINGS = ("change", "loss on unseen text", "over token-routed", "over dense", "busiest expert")
-
 
 def view(*results: Ablated) -> View:
     """A table and a chart a corpus."""
     tables, charts, said, answers, about = [], [], [], [], []
     for number, result in enumerate(results):
-        title = f"{result.text}, {result.steps:,} steps (measured)"
-        tables.append(Table(title, HEADINGS, _cells(result.runs)))
+        tables.append(_table(result))
         name = "ablation" + (f"-{number + 1}" if number else "")
-        charts.append(
-            Chart(name, f"Training losses, {result.text}", functools.partial(_chart, result))
-        )
+        draw = functools.partial(_chart, result)
+        charts.append(Chart(name, f"Training losses, {result.text}", draw))
         answers.append(_answer(result))
         said.append(_counting(result))
         about.append(_about(result))
-    few = _few(tables[0])
-    return View(" ".join(answers), " ".join(about), tables, charts, said, few)
+    return View(" ".join(answers), " ".join(about), tables, charts, said, _few(tables[0]))
 
 
-def _losses(runs: list[Run]) -> dict[str, float]:
-    return {run.name: run.unseen for run in runs}
+def _losses(result: Ablated) -> dict[str, float]:
+    return {run.name: run.unseen for run in result.runs}
 
 
-def _cells(runs: list[Run]) -> list[tuple[str, ...]]:
-    loss = _losses(runs)
-    return [
-        (
-            run.what,
-            f"{run.unseen:.3f}",
-            *("" if run.name == base else f"{run.unseen - loss[base]:+.3f}"
-              for base in (TOKEN, DENSE)),
-            "" if run.busiest is None else f"{run.busiest:.1f}x",
-        )
-        for run in runs
-    ]  # fmt: skip
+def _table(result: Ablated) -> Table:
+    loss = _losses(result)
+
+    def over(run: Run, base: str) -> str:
+        return "" if run.name == base else f"{run.unseen - loss[base]:+.3f}"
+
+    return Table.of(
+        f"{result.text}, {result.steps:,} steps (measured)",
+        result.runs,
+        {
+            "change": lambda run: run.what,
+            "loss on unseen text": lambda run: f"{run.unseen:.3f}",
+            "over token-routed": lambda run: over(run, TOKEN),
+            "over dense": lambda run: over(run, DENSE),
+            "busiest expert": lambda run: "" if run.busiest is None else f"{run.busiest:.1f}x",
+        },
+    )
 
 
 def _few(table: Table) -> Table:
@@ -60,7 +60,7 @@ def _few(table: Table) -> Table:
 
 
 def _answer(result: Ablated) -> str:
-    loss = _losses(result.runs)
+    loss = _losses(result)
     apart = loss[TOKEN] - loss[DENSE]
     way = "below" if apart < 0 else "above"
     return (
@@ -72,7 +72,7 @@ def _answer(result: Ablated) -> str:
 
 def _counting(result: Ablated) -> str:
     """The changes that do more than another seed does."""
-    loss = _losses(result.runs)
+    loss = _losses(result)
     seeds = [abs(loss[f"{x}-seed"] - loss[x]) for x in (TOKEN, DENSE) if f"{x}-seed" in loss]
     if not seeds:
         return "No run has another seed, so nothing says which differences count."

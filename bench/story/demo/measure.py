@@ -126,9 +126,6 @@ class Demo(Result):
         return {name: model.bleu.averages["all"] for name, model in self.models.items()}
 
 
-RESULT = Demo
-
-
 def measure(spec: Spec) -> Demo:
     """Run all stages; what an earlier run has finished is kept."""
     serving.use_host_devices(DEVICES)

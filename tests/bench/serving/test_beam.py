@@ -65,7 +65,7 @@ def test_a_search_that_ends_early_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
     ("words", "message"),
     [
         (["--beam", "1"], "--beam must be at least 2"),
-        (["--rounds", "0"], "--rounds at least 1"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--batches", "a"], "--batches must be numbers like 64,512, got a"),
         (["--batches", "0"], "--batches must be at least 1, got 0"),
     ],
