@@ -139,13 +139,14 @@ def is_installed(by: str) -> bool:
 
 
 @functools.cache
-def routed(tokens: int, experts: int, top_k: int, seed: int = 0) -> tuple[int, ...]:
+def routed(tokens: int, experts: int, top_k: int) -> tuple[int, ...]:
     """Rows of each expert when every token goes to top_k distinct experts at random."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     if top_k == 1:
-        return tuple(np.bincount(rng.integers(0, experts, tokens), minlength=experts).tolist())
-    order = rng.random((tokens, experts)).argsort(axis=1)[:, :top_k]
-    return tuple(np.bincount(order.reshape(-1), minlength=experts).tolist())
+        chosen = rng.integers(0, experts, tokens)
+    else:
+        chosen = rng.random((tokens, experts)).argsort(axis=1)[:, :top_k].reshape(-1)
+    return tuple(np.bincount(chosen, minlength=experts).tolist())
 
 
 def program(case: Case) -> Program:
@@ -155,6 +156,7 @@ def program(case: Case) -> Program:
     t, d, f, e, k = s.tokens, s.d_model, s.d_ff, s.experts, s.top_k
     m = t * k
     sizes, rows = array((e,), jnp.int32), array((t, k), jnp.int32)
+    shares = array((t, k), jnp.float32)
     x, up, down = array((m, d), dtype), array((e, d, f), dtype), array((e, f, d), dtype)
     wide, tokens = array((m, f), dtype), array((t, d), dtype)
     if case.by != "taskmoe":
@@ -182,11 +184,7 @@ def program(case: Case) -> Program:
     programs: dict[str, tuple[Any, list[Any], int]] = {
         "top_k_gating": (gating, [array((t, e), dtype)], 1),
         "dispatch": (lambda x, r: dispatch(x, r, m, **mosaic), [tokens, rows], 1),
-        "combine": (
-            lambda y, w, r: combine(y, r, w, **mosaic),
-            [x, array((t, k), jnp.float32), rows],
-            2,
-        ),
+        "combine": (lambda y, w, r: combine(y, r, w, **mosaic), [x, shares, rows], 2),
         "gmm": (functools.partial(gmm, **tiled), [x, up, sizes], 2),
         "tgmm": (functools.partial(tgmm, **tiled), [x, wide, sizes], 2),
         "expert_ffn": (ffn, [x, up, down, sizes], 3),
@@ -219,19 +217,15 @@ def _of_others(case: Case, x: Any, up: Any, wide: Any, sizes: Any) -> tuple[Any,
     theirs = megablox()
     (m, d), f = x.shape, up.shape[2]
     narrow, broad = megablox_tiling(m, f, d), megablox_tiling(m, d, f)
-
-    def product(x: Any, up: Any, sizes: Any) -> Any:
-        return theirs.gmm(x, up, sizes, tiling=broad, **out)
-
-    def product_with_transposed(wide: Any, up: Any, sizes: Any) -> Any:
-        return theirs.gmm(wide, up, sizes, tiling=narrow, transpose_rhs=True, **out)
+    product = functools.partial(theirs.gmm, tiling=broad, **out)
+    transposed = functools.partial(theirs.gmm, tiling=narrow, transpose_rhs=True, **out)
 
     def outer(x: Any, wide: Any, sizes: Any) -> Any:
         return theirs.tgmm(x.T, wide, sizes, tiling=broad, **out)
 
     def gradients(x: Any, up: Any, wide: Any, sizes: Any) -> Any:
         second = outer(x, wide, sizes) if case.op == "gmm" else product(x, up, sizes)
-        return product_with_transposed(wide, up, sizes), second
+        return transposed(wide, up, sizes), second
 
     if case.direction == "backward":
         return gradients, [x, up, wide, sizes], 0

@@ -17,7 +17,6 @@ from taskmoe.bench.harness.results import from_json
 from taskmoe.bench.harness.worker import Died, Worker
 from taskmoe.bench.tpu import schedule
 from taskmoe.bench.tpu.cases import Case
-from taskmoe.bench.tpu.regions import Bundles
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 
@@ -32,16 +31,10 @@ SETTINGS = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """A kernel of a case as compiled; see `schedule.Schedule`. vmem_bytes: 0 where not told."""
+class Kernel(schedule.Schedule):
+    """A kernel of a case as compiled. vmem_bytes: 0 where not told."""
 
-    kernel: str
-    bundles: int
-    main_bundles: int
-    filled: dict[str, float]
-    spills: int
-    vmem_bytes: int
-    regions: Bundles | None = None
+    vmem_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +123,8 @@ def compile_all(cases: Sequence[Case]) -> list[Compiled]:
 @contextlib.contextmanager
 def compiler() -> Iterator[Callable[[Case], Compiled]]:
     """A function that compiles cases in a process beside this one, and a new one after a crash."""
-    with (
-        tempfile.TemporaryDirectory(prefix="taskmoe-tpu-") as dumps,
-        contextlib.ExitStack() as stack,
-    ):
+    temporary = tempfile.TemporaryDirectory(prefix="taskmoe-tpu-")
+    with temporary as dumps, contextlib.ExitStack() as stack:
         settings = SETTINGS | {"LIBTPU_INIT_ARGS": schedule.dump_flags(Path(dumps))}
         running: list[Worker] = []
 

@@ -71,8 +71,7 @@ def find(schedule: Sequence[Bundle]) -> Bundles | None:
     skips = []
     for start, bundle in enumerate(schedule):
         for label in _BRANCH.findall(bundle.text):
-            end = labels.get(label, 0)
-            region = range(start + 1, end)
+            region = range(start + 1, labels.get(label, 0))
             depths = {schedule[i].depth for i in region if schedule[i].mxu}
             if bundle.depth and region and len(depths) < 2:  # more: what all of a step lies in
                 skips.append(region)

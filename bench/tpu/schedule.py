@@ -8,6 +8,7 @@ read otherwise, `ScheduleError` says so in one line, and nothing is guessed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -80,9 +81,8 @@ def read_schedules(folder: Path, kernels: set[str]) -> list[Schedule]:
         beside = sorted(folder.glob(f"{path.name.rsplit('-', 2)[0]}-*-{UTILIZATION}"))
         if len(beside) != 1:
             raise ScheduleError(f"the compiler wrote no slot utilization beside {path.name}")
-        found.append(
-            read_schedule(plain_name(match["kernel"]), path.read_text(), beside[0].read_text())
-        )
+        name = plain_name(match["kernel"])
+        found.append(read_schedule(name, path.read_text(), beside[0].read_text()))
     if not found:
         raise ScheduleError(
             f"the compiler wrote no schedule of {', '.join(sorted(kernels)) or 'any kernel'}: "
@@ -94,60 +94,51 @@ def read_schedules(folder: Path, kernels: set[str]) -> list[Schedule]:
 def read_schedule(kernel: str, bundles: str, utilization: str) -> Schedule:
     """The schedule in the text of a final_bundles file and of its utilization file."""
     units, rows = _utilization(kernel, utilization)
-    lines = [line for line in bundles.splitlines() if _BUNDLE.match(line)]
-    marks = [match for line in lines if (match := _BUNDLE.match(line))]
+    marks = [match for line in bundles.splitlines() if (match := _BUNDLE.match(line))]
     if len(marks) != len(rows):
         raise ScheduleError(
             f"the dump of {kernel} has {len(marks)} bundles but slots of {len(rows)}: "
             "its format is not the one known"
         )
-    runs: list[tuple[int, int]] = []
-    start = 0
-    for i in range(1, len(marks) + 1):
-        if i == len(marks) or marks[i][2]:
-            if marks[start][3] or marks[i - 1][3]:  # inside a loop
-                runs.append((start, i))
-            start = i
-    runs = runs or [(0, len(rows))]
-    names = list(units)
-    mxu = names.index("MXU")
-    begin, end = max(
-        runs, key=lambda run: (sum(r[mxu] for r in rows[slice(*run)]), run[1] - run[0])
-    )
-    main = rows[begin:end]
-    totals = [sum(row[i] for row in main) for i in range(len(names))]
+    # Straight runs go from one control target to the next.
+    ends = [0, *(i for i in range(1, len(marks)) if marks[i][2]), len(marks)]
+    runs = [
+        rows[start:end]
+        for start, end in itertools.pairwise(ends)
+        if marks[start][3] or marks[end - 1][3]  # inside a loop
+    ]
+    mxu = list(units).index("MXU")
+    main = max(runs or [rows], key=lambda run: (sum(row[mxu] for row in run), len(run)))
+    totals = dict(zip(units, map(sum, zip(*main, strict=True)), strict=True))
     bundle, depth = [], 0
-    for line, mark, row in zip(lines, marks, rows, strict=True):
-        if not line.rstrip().endswith("{}"):  # an empty bundle does not say how deep it lies
+    for mark, row in zip(marks, rows, strict=True):
+        if not mark.string.rstrip().endswith("{}"):  # an empty one does not say how deep it lies
             depth = mark[3].count(">")
-        bundle.append(regions.Bundle(line, depth, row[mxu]))
-    spill_units = [i for i, name in enumerate(names) if name.endswith((":SPILL", ":FILL"))]
+        bundle.append(regions.Bundle(mark.string, depth, row[mxu]))
     return Schedule(
         kernel=kernel,
         bundles=len(rows),
         main_bundles=len(main),
-        filled={
-            name: total / (units[name] * len(main))
-            for name, total in zip(names, totals, strict=True)
-        },
-        spills=sum(totals[i] for i in spill_units),
+        filled={name: total / (units[name] * len(main)) for name, total in totals.items()},
+        spills=sum(n for name, n in totals.items() if name.endswith((":SPILL", ":FILL"))),
         regions=regions.find(bundle),
     )
 
 
 def _utilization(kernel: str, text: str) -> tuple[dict[str, int], list[list[int]]]:
     """Slots that each unit has, and what each bundle fills of them."""
-    lines = text.splitlines()
+    lines, broken = (
+        text.splitlines(),
+        f"the slot utilization of {kernel} is not of the known format",
+    )
     try:
         names = [name.strip() for name in lines[1].split(",")]
         units = dict(zip(names, map(int, lines[2].split()), strict=True))
         rows = [list(map(int, line.split())) for line in lines[4:] if line.strip()]
     except (IndexError, ValueError):
-        raise ScheduleError(
-            f"the slot utilization of {kernel} is not of the known format"
-        ) from None
+        raise ScheduleError(broken) from None
     if "MXU" not in units or any(len(row) != len(names) for row in rows):
-        raise ScheduleError(f"the slot utilization of {kernel} is not of the known format")
+        raise ScheduleError(broken)
     return units, rows
 
 

@@ -1,8 +1,8 @@
 """HBM bytes of whole expert networks, against the least that there is, at decode-sized inputs.
 
 expert_ffn keeps hidden activations in VMEM; gmm + activation + gmm writes and reads them. Where
-experts are quantised the floor is theirs, values and scales. Bytes are counted from the grid walk
-(see `grid_walk`), for a random top-2 routing; nothing is measured.
+experts are quantised the floor is theirs, values and scales. Bytes are counted by `grid_walk`, for
+a random top-2 routing; nothing is measured.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import dataclasses
 
 from taskmoe.bench.harness import machine
 from taskmoe.bench.harness.results import Result
+from taskmoe.bench.tpu.cases import Case
 from taskmoe.bench.tpu.compiler import Compiled, compile_all
 from taskmoe.bench.tpu.kernels import expert_bytes
 from taskmoe.bench.tpu.kernels.expert_bytes import ExpertBytes
@@ -13,16 +14,8 @@ from taskmoe.bench.tpu.spec import KernelSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Row(Compiled):
+class Row(Compiled, Case):
     """A case and what became of it."""
-
-    op: str = ""
-    by: str = ""
-    direction: str = ""
-    chip: str = ""
-    dtype: str = ""
-    shape: str = ""
-    tiling: tuple[int, int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +27,6 @@ class Kernels(Result):
     expert_bytes: list[ExpertBytes]
     command: str = "tpu --kernels"
     note: str = "schedules as compiled; bytes and times are modelled, nothing is measured"
-
-
-RESULT = Kernels
 
 
 def measure(spec: KernelSpec) -> Kernels:

@@ -1,8 +1,7 @@
 """Compiles kernels for one TPU chip, without a TPU: cases in, results out, as JSON lines.
 
-A process of its own, because the dump flags count only before JAX starts and because a compiler
-that crashes takes its process along. It must be started with LIBTPU_INIT_ARGS naming the folder
-that is its one argument (see `schedule.dump_flags`).
+It must be started with LIBTPU_INIT_ARGS naming the folder that is its one argument: the flags of
+`schedule.dump_flags` count only before JAX starts.
 """
 
 from __future__ import annotations
@@ -35,9 +34,8 @@ from taskmoe.bench.tpu.regions import Bundles
 @functools.cache
 def chip_mesh(chip: str) -> Mesh:
     """One device of the chip; Pallas asks the current mesh which chip it compiles for."""
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=kernel_cases.CHIPS[chip][0]
-    )
+    name = kernel_cases.CHIPS[chip][0]
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     axes: Any = {"axis_types": (AxisType.Auto,)}
     return Mesh(np.array(topology.devices[:1]), ("one",), **axes)
 
@@ -48,10 +46,8 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
         path.unlink()
     needed, there = held_bytes(case), kernel_cases.chip_info(case.chip).hbm_capacity_bytes
     if needed > there:
-        return {
-            "error": f"{TOO_LARGE}: arguments and results take {needed / 1e9:.1f} "
-            f"GB, its HBM is {there / 1e9:.1f} GB"
-        }
+        sizes = f"take {needed / 1e9:.1f} GB, its HBM is {there / 1e9:.1f} GB"
+        return {"error": f"{TOO_LARGE}: arguments and results {sizes}"}
     start = time.perf_counter()
     try:
         # Pallas asks the mesh which chip it compiles for, tokamax the default device.
@@ -66,13 +62,11 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
         return {"error": " ".join(str(error).split())[:500]}
     seconds = time.perf_counter() - start
     vmem = schedule.kernel_vmem_bytes(hlo)
-    kernels = schedule.read_schedules(dumps, set(vmem))
+    kernels = [dataclasses.asdict(kernel) for kernel in schedule.read_schedules(dumps, set(vmem))]
     return {
         "compile_s": seconds,
         "outside_cycles": schedule.outside_cycles(hlo),
-        "kernels": [
-            {**dataclasses.asdict(kernel), "vmem_bytes": vmem[kernel.kernel]} for kernel in kernels
-        ],
+        "kernels": [kernel | {"vmem_bytes": vmem[kernel["kernel"]]} for kernel in kernels],
     }
 
 
@@ -101,25 +95,26 @@ def model(
     bundles_run: main loops times steps of the grid.
     """
     info = kernel_cases.chip_info(chip)
-    filled = {kernel["kernel"]: kernel["filled"]["MXU"] for kernel in kernels}
-    found = {kernel["kernel"]: kernel["regions"] for kernel in kernels}
+    by_name = {kernel["kernel"]: kernel for kernel in kernels}
     bandwidth, peak = info.mem_bw_bytes_per_second, info.bf16_ops_per_second
     clock = kernel_cases.clock_hz(info)
-    multiplies = any(share > 0 for share in filled.values())
+    multiplies = any(kernel["filled"]["MXU"] > 0 for kernel in kernels)
     flops = sum(call.cost.flops for call in calls if call.cost is not None)
 
     def seconds(call: KernelCall) -> float:
-        share, regions = filled.get(call.name, 0.0), found.get(call.name)
-        work = 0.0
+        least, kernel = call.moved_bytes / bandwidth, by_name.get(call.name)
+        if kernel is None:
+            return least
+        work, share = 0.0, kernel["filled"]["MXU"]
         if call.cost is not None and share:
             work = call.cost.flops * call.rows_share / (peak * share)
-        if regions is not None and call.trips is not None:
-            work = max(work, Bundles(**regions).run(call.trips) / clock)
-        return max(call.moved_bytes / bandwidth, work)
+        if kernel["regions"] is not None and call.trips is not None:
+            work = max(work, Bundles(**kernel["regions"]).run(call.trips) / clock)
+        return max(least, work)
 
-    bundles = {kernel["kernel"]: kernel["main_bundles"] for kernel in kernels}
+    compiled = [call for call in calls if call.name in by_name]
     return {
-        "bundles_run": sum(call.steps * bundles.get(call.name, 0) for call in calls),
+        "bundles_run": sum(call.steps * by_name[call.name]["main_bundles"] for call in compiled),
         "moved_bytes": sum(call.moved_bytes for call in calls),
         "floor_bytes": floor,
         "flops": flops,
@@ -158,9 +153,8 @@ def walk(case: Case) -> tuple[list[KernelCall], int]:
     values, count = jax.tree.map(value, arguments), program.gradients
     with recording(case.chip) as calls:
         if case.direction == "backward" and count:
-            _, pull = jax.vjp(
-                lambda *first: program.function(*first, *values[count:-1]), *values[:count]
-            )
+            rest = values[count:-1]
+            _, pull = jax.vjp(lambda *first: program.function(*first, *rest), *values[:count])
             calls.clear()  # those of the forward pass
             pull(values[-1])
         else:
@@ -181,8 +175,7 @@ def answer(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
         calls, floor = walk(case)
         names = {call.name for call in calls}  # of a gradient: without its forward kernels
         result["kernels"] = [k for k in result["kernels"] if k["kernel"] in names]
-        outside = result["outside_cycles"]
-        result |= model(case.chip, calls, floor, result["kernels"], outside)
+        result |= model(case.chip, calls, floor, result["kernels"], result["outside_cycles"])
     yield result
 
 

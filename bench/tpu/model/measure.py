@@ -124,9 +124,6 @@ class Models(Result):
     note: str = "HBM, batches and bytes as compiled; times are modelled, nothing is measured"
 
 
-RESULT = Models
-
-
 def measure(spec: ModelSpec) -> Models:
     """Compile and model for every chip."""
     with compiler() as ask, bar("compiling", "system") as move:
@@ -168,10 +165,8 @@ def look_at(chip: str, ask: Ask, one_more: Callable[[], None]) -> Chip:
         return Chip(chip, largest, [], [])
 
     def compiled(system: str, batch: int) -> Step:
-        step = ask(system, chip, batch)
+        step = needed_step(chip, system, batch, ask)
         one_more()
-        if step.error is not None:
-            raise InputError(f"{system} of batch {batch} does not compile for {chip}: {step.error}")
         return step
 
     blog = compiled("token-MoE", BLOG_BATCH["token-MoE"])
@@ -192,11 +187,17 @@ def look_at(chip: str, ask: Ask, one_more: Callable[[], None]) -> Chip:
     return Chip(chip, largest, scenarios, times, LINKS[chip].bytes_per_s, served)
 
 
-def served_at(chip: str, system: str, batch: int, ask: Ask) -> Served:
-    """A sub-network on one core of a chip; InputError where it does not compile."""
+def needed_step(chip: str, system: str, batch: int, ask: Ask) -> Step:
+    """A step as compiled; InputError where it does not compile."""
     step = ask(system, chip, batch)
     if step.error is not None:
         raise InputError(f"{system} of batch {batch} does not compile for {chip}: {step.error}")
+    return step
+
+
+def served_at(chip: str, system: str, batch: int, ask: Ask) -> Served:
+    """A sub-network on one core of a chip; InputError where it does not compile."""
+    step = needed_step(chip, system, batch, ask)
     seconds = compute_s(chip, step, "roofline")
     return Served(system, batch, step.hbm_bytes, step.read_bytes, seconds, batch / seconds)
 

@@ -1,10 +1,9 @@
 """Compiles one decoding step of the paper's WMT models for TPU, without a TPU.
 
-Nothing of a model's size is ever made; all arrays are shapes.
-
-One step is greedy: token ids [B] and a cache of `CACHE_LENGTH` positions over `SOURCE_LENGTH`
-source positions in, the next token ids [B] and the cache, in its own place, out. Every parameter of
-the model lies in HBM, the encoder's too: whoever serves needs both.
+Nothing of a model's size is ever made; all arrays are shapes. One step is greedy: token ids [B] and
+a cache of `CACHE_LENGTH` positions over `SOURCE_LENGTH` source positions in, the next token ids [B]
+and the cache, in its own place, out. Every parameter of the model lies in HBM, the encoder's too:
+whoever serves needs both.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from taskmoe.bench.harness.collectives import collectives, count_collectives
-from taskmoe.bench.serving.systems import expert_specs
+from taskmoe.bench.serving.systems import expert_specs, place_shapes
 from taskmoe.wmt.config import PRESETS, ModelConfig
 from taskmoe.wmt.model import subnetwork, transformer
 from taskmoe.wmt.model.quantization import quantized
@@ -92,8 +91,7 @@ def shapes(system: str) -> tuple[Params, ModelConfig]:
     left: list[ModelConfig] = []
 
     def extract(params: Params) -> Params:
-        first = Tasks(np.int32(0), np.int32(0))
-        params, small, _ = subnetwork.one_task(params, config, first)
+        params, small, _ = subnetwork.one_task(params, config, Tasks(np.int32(0), np.int32(0)))
         left.append(small)
         return params
 
@@ -112,12 +110,11 @@ def cache_shapes(system: str, batch: int) -> transformer.Cache:
     kind = jnp.bfloat16 if SMALLER.get(system) == "bf16" else jnp.float32
     memory = jax.ShapeDtypeStruct((batch, SOURCE_LENGTH, config.d_model), kind)
     valid = jax.ShapeDtypeStruct(memory.shape[:2], bool)
-    cache: transformer.Cache = jax.eval_shape(
-        lambda p, x, v: transformer.start_cache(p, config, x, v, CACHE_LENGTH),
-        params,
-        memory,
-        valid,
-    )
+
+    def start(params: Params, memory: jax.Array, valid: jax.Array) -> transformer.Cache:
+        return transformer.start_cache(params, config, memory, valid, CACHE_LENGTH)
+
+    cache: transformer.Cache = jax.eval_shape(start, params, memory, valid)
     return cache
 
 
@@ -136,15 +133,6 @@ def compile_step(system: str, chip: str, batch: int) -> Step:
     mesh = system_mesh(system, chip)
     by_sequence = P(mesh.axis_names)
 
-    def place(tree: Any, spec: Any) -> Any:
-        def one(leaf: Any, s: P) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, s))
-
-        return jax.tree.map(one, tree, spec)
-
-    def everywhere(tree: Any, spec: P) -> Any:
-        return place(tree, jax.tree.map(lambda _: spec, tree))
-
     def step(params: Params, cache: Any, valid: Any, token: Any, position: Any) -> Any:
         logits, cache = transformer.decode_step(
             params, config, cache, valid, token, position, None, mesh=exchange
@@ -152,11 +140,11 @@ def compile_step(system: str, chip: str, batch: int) -> Step:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
     exchange = mesh if CORES.get(system, 1) > 1 else None
-    placed = place(params, expert_specs(params))
-    cache = everywhere(cache_shapes(system, batch), by_sequence)
+    placed = place_shapes(mesh, params, expert_specs(params))
+    cache = place_shapes(mesh, cache_shapes(system, batch), by_sequence)
     valid = jax.ShapeDtypeStruct((batch, SOURCE_LENGTH), bool)
     token, position = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    inputs = *everywhere((valid, token), by_sequence), everywhere(position, P())
+    inputs = place_shapes(mesh, (valid, token, position), (by_sequence, by_sequence, P()))
     start = time.perf_counter()
     try:
         with jax.set_mesh(mesh):  # by which Pallas knows the chip

@@ -25,13 +25,7 @@ from taskmoe.bench.tpu.model.measure import (
     communication_s,
     needed,
 )
-from taskmoe.bench.tpu.model.step import (
-    CACHE_LENGTH,
-    CAPACITY_FACTOR,
-    CORES,
-    EXPERT,
-    SOURCE_LENGTH,
-)
+from taskmoe.bench.tpu.model.step import CACHE_LENGTH, CAPACITY_FACTOR, CORES, EXPERT, SOURCE_LENGTH
 
 TIMES = {"compiler": "the compiler's estimate", "roofline": "the roofline"}
 #: Millions of parameters of `PARTS` as the paper and its blog post have them; None: not told.
@@ -73,8 +67,7 @@ def view(result: Models) -> View:
         "Parameters, memory, batches and bytes as compiled, times modelled. One step on "
         f"{CORES['token-MoE']} cores: the token-MoE expert-parallel against a sub-network a core."
     )
-    title = "Share in communication over bandwidth"
-    chart = Chart("tpu-model", title, lambda: _chart(result))
+    chart = Chart("tpu-model", "Share in communication over bandwidth", lambda: _chart(result))
     failed = any(step.error for chip in result.chips for step in chip.largest.values())
     return View(_answer(result), about, tables, [chart], findings, short, int(failed))
 
@@ -97,16 +90,12 @@ def _answer(result: Models) -> str:
 def _parameters(result: Models) -> Table:
     table = result.parameters_millions
     ratio = table["token-MoE"]["decoder"] / table["sub-network"]["decoder"]
-    rows = [
-        (
-            system,
-            *(
-                f"{row[part]:.1f} ({'-' if told is None else f'{told:g}'})"
-                for part, told in zip(PARTS, PAPER_MILLIONS[system], strict=True)
-            ),
-        )
-        for system, row in table.items()
-    ]
+
+    def both(system: str, part: str) -> str:
+        told = PAPER_MILLIONS[system][PARTS.index(part)]
+        return f"{table[system][part]:.1f} ({'-' if told is None else f'{told:g}'})"
+
+    rows = [(system, *(both(system, part) for part in PARTS)) for system in table]
     return Table(
         "Parameters in millions (the paper's in brackets), from shapes",
         ("system", *PARTS),
@@ -138,9 +127,7 @@ def _batches(chip: Chip) -> Table:
 
 def _times(chip: Chip, by: str) -> Table:
     rows: list[Row] = []
-    for row in chip.scenarios:
-        if row.compute_by != by:
-            continue
+    for row in (s for s in chip.scenarios if s.compute_by == by):
         other = [
             f"{end.token.communication_share:.1%}, {end.throughput_ratio:.2f}"
             for end in row.sensitivity.values()
@@ -247,27 +234,18 @@ def _chart(result: Models) -> Figure:
             if row.compute_by != by or row.batches == EQUAL:  # as the blog's
                 continue
             link = (one.link_bytes_per_s or 0.0) / 1e9
-            shares = [
-                row.sensitivity["half"].token.communication_share,
-                row.token.communication_share,
-                row.sensitivity["twice"].token.communication_share,
-            ]
+            ends = row.sensitivity["half"].token, row.token, row.sensitivity["twice"].token
             axis.plot(
                 [link / 2, link, 2 * link],
-                [100 * share for share in shares],
+                [100 * end.communication_share for end in ends],
                 styles[row.batches],
                 color=colours.get(one.chip, "#8c8c8c"),
                 label=f"{one.chip}, batch {row.token.batch:,}, by {TIMES[by]}",
             )
     axis.axhline(100 * BLOG_COMMUNICATION_SHARE, color="#8c8c8c", linewidth=1)
-    axis.annotate(
-        "the blog: 25%, TPU v3",
-        (0.01, 100 * BLOG_COMMUNICATION_SHARE - 0.5),
-        xycoords=("axes fraction", "data"),
-        va="top",
-        fontsize=8,
-        color="#5c5c5c",
-    )
+    at = (0.01, 100 * BLOG_COMMUNICATION_SHARE - 0.5)
+    small = {"xycoords": ("axes fraction", "data"), "va": "top", "fontsize": 8, "color": "#5c5c5c"}
+    axis.annotate("the blog: 25%, TPU v3", at, **small)
     axis.set_xscale("log", base=2)
     axis.set_xlabel("GB/s of a link, one way: half, as published, twice")
     axis.xaxis.set_major_formatter("{x:g}")

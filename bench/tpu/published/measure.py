@@ -70,9 +70,6 @@ class Published(Result):
     note: str = "modelled beside published, nothing is measured here"
 
 
-RESULT = Published
-
-
 def measure(_: PublishedSpec) -> Published:
     """Compile with the blocks that ours chooses, and with those of the measurement."""
     wanted = [(m, blocks) for m in MEASUREMENTS for blocks in (None, m.blocks)]
@@ -86,21 +83,18 @@ def measure(_: PublishedSpec) -> Published:
 
 def row(measured: Measurement, blocks: tuple[int, int, int] | None, result: Compiled) -> Row:
     """One line."""
-    found = Row(
+    published, modelled = measured.flops / measured.ms / 1e9, None
+    peak = kernel_cases.chip_info(measured.chip).bf16_ops_per_second / 1e12
+    if result.modelled_us is not None:
+        modelled = measured.flops / result.modelled_us / 1e6
+    return Row(
         measured.chip,
         measured.shape,
         **{k: v for k, v in vars(SHAPES[measured.shape]).items() if k != "gated"},
         blocks="as ours chooses" if blocks is None else "x".join(map(str, blocks)),
-        published_tflop_per_s=measured.flops / measured.ms / 1e9,
+        published_tflop_per_s=published,
         error=result.error,
-    )
-    if result.modelled_us is None:
-        return found
-    modelled = measured.flops / result.modelled_us / 1e6
-    peak = kernel_cases.chip_info(measured.chip).bf16_ops_per_second / 1e12
-    return dataclasses.replace(
-        found,
         modelled_tflop_per_s=modelled,
-        relative_error=modelled / found.published_tflop_per_s - 1,
-        share_of_peak=modelled / peak,
+        relative_error=modelled and modelled / published - 1,
+        share_of_peak=modelled and modelled / peak,
     )

@@ -30,7 +30,7 @@ def test_neighbours_are_others_that_the_op_takes(op: str) -> None:
 
 
 def fake(times: dict[tuple[int, int, int], float], refused: tuple[int, int, int]) -> Any:
-    kernel = Kernel("taskmoe_gmm", 200, 100, {"MXU": 0.5}, 0, 1 << 20)
+    kernel = Kernel("taskmoe_gmm", 200, 100, {"MXU": 0.5}, 0, vmem_bytes=1 << 20)
 
     def compile_all(cases: Any) -> list[Compiled]:
         return [
