@@ -198,8 +198,7 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; cells that look like numbers are aligned to the right."""
     rows = [list(row) for row in rows]
     rule = ["---:" if _numeric(rows, i) else "---" for i in range(len(headings))]
-    lines = [list(headings), rule, *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [list(headings), rule, *rows])
 
 
 def _numeric(rows: Sequence[Sequence[str]], column: int) -> bool:

@@ -131,14 +131,12 @@ def build(case: OpCase, dtype: Any = jnp.float32) -> Built:
     """Arrays and functions of the case; gradients are with respect to every floating argument."""
     built = _BUILDERS[case.op](case, dtype)
     count = len(built.arguments)
-    outside = built.outside if pytorch.is_present() else {}
-    built = dataclasses.replace(
-        built, outside={name: functools.partial(f, count) for name, f in outside.items()}
-    )
+    theirs = built.outside if pytorch.is_present() else {}
+    outside = {name: functools.partial(f, count) for name, f in theirs.items()}
+    built = dataclasses.replace(built, outside=outside)
     if case.direction == "forward":
         return built
-    seed = jax.eval_shape(built.plain, *built.arguments)
-    leaves = jax.tree.leaves(seed)
+    leaves = jax.tree.leaves(jax.eval_shape(built.plain, *built.arguments))
     grads = [_normal(9 + i, leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)]
     whole = sum(jnp.issubdtype(a.dtype, jnp.integer) for a in built.arguments)
 
@@ -189,20 +187,20 @@ def _products() -> dict[str, Callable[..., Any]]:
 def _gmm(case: OpCase, dtype: Any) -> Built:
     (m, d, f, e), (sizes, groups) = _shape(case), _sizes(case)
     x, w = _normal(0, (m, d), dtype), _normal(1, (e, d, f), dtype, d**-0.5)
-    held = sum(size > 0 for size in sizes)
-    others = {
-        name: lambda groups, x, w, product=product: product(x, w, groups)
-        for name, product in _products().items()
-    }
+    held = int(np.count_nonzero(sizes))
+
+    def by(product: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda groups, x, w: product(x, w, groups)
+
     return Built(
         arguments=(groups, x, w),
         ways={
-            OURS: lambda groups, x, w: gmm(x, w, groups),
-            **others,
-            "one dense matmul": lambda _, x, w: x @ w[0],
+            OURS: by(gmm),
+            **{name: by(product) for name, product in _products().items()},
+            "one dense matmul": by(lambda x, w, _: x @ w[0]),
         },
         outside={"torch grouped_mm": pytorch.gmm},
-        plain=lambda _, x, w: baselines.plain_gmm(sizes, x, w),
+        plain=by(lambda x, w, _: baselines.plain_gmm(sizes, x, w)),
         flops=2 * m * d * f,
         least_bytes=_nbytes(x) + _nbytes(w) * held // e + m * f * x.dtype.itemsize,
     )
@@ -230,8 +228,11 @@ def _tgmm(case: OpCase, dtype: Any) -> Built:
 
 def _expert_ffn(case: OpCase, dtype: Any) -> Built:
     (m, d, f, e), (sizes, groups) = _shape(case), _sizes(case)
-    x, weights = _normal(0, (m, d), dtype), _experts(case, dtype)
-    held = sum(size > 0 for size in sizes)
+    x, w_in = _normal(0, (m, d), dtype), _normal(1, (e, d, f), dtype, d**-0.5)
+    weights = [w_in, _normal(2, (e, f, d), dtype, f**-0.5)]
+    if case.gated:
+        weights.append(_normal(3, (e, d, f), dtype, d**-0.5))
+    held = int(np.count_nonzero(sizes))
 
     def ours(groups: Any, x: Any, w_in: Any, w_out: Any, *w_gate: Any) -> jax.Array:
         if not w_gate:
@@ -253,13 +254,6 @@ def _expert_ffn(case: OpCase, dtype: Any) -> Built:
         flops=2 * len(weights) * m * d * f,
         least_bytes=2 * _nbytes(x) + _nbytes(*weights) * held // e,
     )
-
-
-def _experts(case: OpCase, dtype: Any) -> tuple[jax.Array, ...]:
-    """Matrices w_in, w_out and, where gated, w_gate."""
-    _, d, f, e = _shape(case)
-    w_in, w_out = _normal(1, (e, d, f), dtype, d**-0.5), _normal(2, (e, f, d), dtype, f**-0.5)
-    return (w_in, w_out, _normal(3, (e, d, f), dtype, d**-0.5)) if case.gated else (w_in, w_out)
 
 
 def _top_k_gating(case: OpCase, dtype: Any) -> Built:
@@ -314,10 +308,8 @@ def _combine(case: OpCase, dtype: Any) -> Built:
 
 def _moe_layer(case: OpCase, dtype: Any) -> Built:
     t, d, f, e = _shape(case)
-    config = MoEConfig(
-        d_model=d, d_ff=f, num_experts=e, top_k=case.top_k, gated=case.gated,
-        activation="silu" if case.gated else "relu",
-    )  # fmt: skip
+    activation: Any = "silu" if case.gated else "relu"
+    config = MoEConfig(d, f, e, top_k=case.top_k, gated=case.gated, activation=activation)
     x, params = _normal(0, (t, d), dtype), init(jax.random.key(1), config, dtype)
     names = ("gate", "w_in", "w_out", "w_gate")[: 4 if case.gated else 3]
     weights = tuple(params[name] for name in names)
@@ -328,12 +320,10 @@ def _moe_layer(case: OpCase, dtype: Any) -> Built:
     def ours(x: jax.Array, *weights: jax.Array) -> jax.Array:
         return apply(dict(zip(names, weights, strict=True)), config, x[None])[0][0]
 
-    def gshard(group: int) -> Callable[..., jax.Array]:
-        return functools.partial(baselines.gshard_layer, case.top_k, 1.25, group)
-
+    gshard = functools.partial(baselines.gshard_layer, case.top_k, 1.25)
     others = {
-        "GShard einsum, capacity 1.25": gshard(t),
-        "GShard einsum, capacity 1.25, groups of 1024": gshard(min(t, 1024)),
+        "GShard einsum, capacity 1.25": functools.partial(gshard, t),
+        "GShard einsum, capacity 1.25, groups of 1024": functools.partial(gshard, min(t, 1024)),
     }
     if case.shape is not None:
         others = {

@@ -72,9 +72,6 @@ class Ops(Result):
     wrong: list[str] = dataclasses.field(default_factory=list)
 
 
-RESULT = Ops
-
-
 def measure(spec: Spec) -> Ops:
     """Check and time every case; the result is written to spec.json as it grows."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some
@@ -171,8 +168,7 @@ def time_case(
     times = alternate(calls, rounds=rounds)
     pytorch.release()
     lines = [line(case, built, name, times, ceilings, failed.pop(name, None)) for name in calls]
-    of_case = dataclasses.asdict(case)
-    return lines + [Line(**of_case, way=name, failed=why) for name, why in failed.items()]
+    return lines + [Line(**vars(case), way=name, failed=why) for name, why in failed.items()]
 
 
 def _ready(compiled: Callable[..., Any] | Exception) -> Callable[..., Any]:
@@ -213,7 +209,7 @@ def line(
     us = Spread.of(1e6 * times[way])
     flops, moved = 1e6 * built.flops / us.median, 1e6 * built.least_bytes / us.median
     return Line(
-        **dataclasses.asdict(case),
+        **vars(case),
         way=way,
         median_us=us.median,
         p10_us=us.p10,

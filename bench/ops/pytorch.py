@@ -7,6 +7,7 @@ the result; then gradients are returned too.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -48,20 +49,18 @@ def release() -> None:
 
 def gmm(count: int, sizes: jax.Array, *arrays: Any) -> Callable[[], Result]:
     """gmm [M, N] of x [M, K] and w [E, K, N]."""
-    ends = _ends(sizes)
-    return _bound(lambda x, w: _grouped(x, w, ends), count - 1, arrays)
+    return _bound(functools.partial(_grouped, _ends(sizes)), count - 1, arrays)
 
 
 def tgmm(count: int, sizes: jax.Array, *arrays: Any) -> Callable[[], Result]:
     """tgmm [E, K, N] of x [M, K] and g [M, N]."""
     ends = _ends(sizes)
-    return _bound(lambda x, g: _grouped(x.t(), g, ends), count - 1, arrays)
+    return _bound(lambda x, g: _grouped(ends, x.t(), g), count - 1, arrays)
 
 
 def expert_ffn(count: int, sizes: jax.Array, *arrays: Any) -> Callable[[], Result]:
     """expert_ffn [M, D] of x, w_in, w_out and, if gated, w_gate."""
-    ends = _ends(sizes)
-    return _bound(lambda x, *weights: _ffn(x, ends, *weights), count - 1, arrays)
+    return _bound(functools.partial(_ffn, _ends(sizes)), count - 1, arrays)
 
 
 def layer(top_k: int, count: int, *arrays: Any) -> Callable[[], Result]:
@@ -74,7 +73,7 @@ def layer(top_k: int, count: int, *arrays: Any) -> Callable[[], Result]:
         sizes = torch.bincount(experts.flatten(), minlength=gate.shape[1])
         token = order // top_k
         ends = torch.cumsum(sizes, 0).to(torch.int32)
-        out = _ffn(x[token], ends, *weights)
+        out = _ffn(ends, x[token], *weights)
         shares = torch.softmax(values, 1).flatten()[order].to(x.dtype)
         return torch.zeros_like(x).index_add(0, token, out * shares[:, None])
 
@@ -89,15 +88,15 @@ def _ends(sizes: jax.Array) -> Any:
     return _torch().from_dlpack(jnp.cumsum(sizes).astype(jnp.int32))
 
 
-def _grouped(a: Any, b: Any, ends: Any) -> Any:
+def _grouped(ends: Any, a: Any, b: Any) -> Any:
     return _torch().nn.functional.grouped_mm(a, b, offs=ends)
 
 
-def _ffn(x: Any, ends: Any, w_in: Any, w_out: Any, *w_gate: Any) -> Any:
+def _ffn(ends: Any, x: Any, w_in: Any, w_out: Any, *w_gate: Any) -> Any:
     functional = _torch().nn.functional
-    up = _grouped(x, w_in, ends)
-    gated = functional.silu(_grouped(x, w_gate[0], ends)) * up if w_gate else functional.relu(up)
-    return _grouped(gated, w_out, ends)
+    up = _grouped(ends, x, w_in)
+    gated = functional.silu(_grouped(ends, x, w_gate[0])) * up if w_gate else functional.relu(up)
+    return _grouped(ends, gated, w_out)
 
 
 def _bound(run: Callable[..., Any], count: int, arrays: tuple[Any, ...]) -> Callable[[], Result]:
