@@ -116,8 +116,9 @@ def with_copy_shares(rows: Sequence[Row]) -> list[Row]:
         kept = by_name.get(TWINS.get(row.system, ""))
         if kept is not None and row.rounds_us:
             of = Spread.of(1 - np.array(kept.rounds_us) / row.rounds_us)
-            ends = {"copy_share_p10": of.p10, "copy_share_p90": of.p90}
-            row = dataclasses.replace(row, copy_share=of.median, **ends)
+            row = dataclasses.replace(
+                row, copy_share=of.median, copy_share_p10=of.p10, copy_share_p90=of.p90
+            )
         found.append(row)
     return found
 

@@ -75,7 +75,9 @@ def test_expert_ffn_moves_hardly_more_than_the_floor_and_a_fault_shows() -> None
     def moved(rows: int, hidden: int) -> int:
         tiling = Tiling(rows, 512, hidden)
         options: Any = {"tiling": tiling, "implementation": "mosaic"}
-        (call,) = grid_walk.record("v5e", lambda: expert_ffn(x, w_in, w_out, sizes, **options))
+        with grid_walk.recording("v5e") as calls:
+            expert_ffn(x, w_in, w_out, sizes, **options)
+        (call,) = calls
         return call.moved_bytes
 
     least = 2 * w_in.nbytes + 2 * x.nbytes
