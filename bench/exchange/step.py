@@ -101,8 +101,8 @@ def timed(row: Row, seconds: Sequence[float] | np.ndarray) -> Row:
     """The row with its rounds: us with percentiles, and every round for ratios."""
     us = np.asarray(seconds) * 1e6
     of = Spread.of(us)
-    fields = {"us": of.median, "us_p10": of.p10, "us_p90": of.p90, "rounds_us": us.tolist()}
-    return dataclasses.replace(row, **fields)
+    whole = us.tolist()
+    return dataclasses.replace(row, us=of.median, us_p10=of.p10, us_p90=of.p90, rounds_us=whole)
 
 
 def with_copy_shares(rows: Sequence[Row]) -> list[Row]:
