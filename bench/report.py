@@ -45,7 +45,7 @@ BENCHMARKS = {
     "demo": Benchmark("story.demo", {"demo": "demo"}),
     "study": Benchmark("story.study", {"study-multi30k": _STUDY}),
     "decode": Benchmark("serving.decode", {"decode": "decode"}),
-    "beam": Benchmark("serving.beam", {"beam": "beam"}),
+    "beam": Benchmark("serving.beam", {"beam": "beam --batches 1,4,16,64 --rounds 5"}),
     "serve": Benchmark("serving.serve", {"serve": "serve"}),
     "exchange": Benchmark(
         "exchange",
@@ -56,7 +56,7 @@ BENCHMARKS = {
         },
     ),
     "task": Benchmark("serving.task", {"task": "task"}),
-    "training": Benchmark("training", {"training": "training --sizes demo,tiny --rounds 5"}),
+    "training": Benchmark("training", {"training": "training --sizes demo,tiny,small,base"}),
     "text": Benchmark("text", {"text": "text --pairs 2000000"}),
     "ops": Benchmark("ops", {"ops": "ops --quick"}),
     "ops-gpu": Benchmark(

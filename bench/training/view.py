@@ -39,5 +39,6 @@ def view(result: Trained) -> View:
         + ". Backward is the time of a gradient less that of the forward pass. The optimiser is "
         "timed alone: clipping, AdamW and, of ours, leaving out what is not finite."
     )
-    short = table.only(("size", "system", "tokens/s", "step ms (p10 to p90)", "time over dense"))
+    columns = "size", "system", "tokens/s", "step ms (p10 to p90)", "time over dense"
+    short = table.only(columns, lambda row: row[1] in (TORCH, "task-routed"))
     return View(" ".join(said), about, [table], findings=notes, short=short)

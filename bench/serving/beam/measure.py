@@ -103,7 +103,7 @@ def one_batch(params: Params, config: ModelConfig, batch: int, beam: int, rounds
     # A search that ends early would look fast: `</s>` is made as likely as the average word.
     params = params | {"softmax": params["softmax"].at[:, EOS].set(0)}
     large = jnp.ones((8192, 8192))
-    few, square = jnp.ones((4, 8192)), jnp.ones((2048, 2048))
+    row, square = jnp.ones((1, 8192)), jnp.ones((2048, 2048))
 
     def searching(length: int) -> Any:
         f = jax.jit(
@@ -126,14 +126,14 @@ def one_batch(params: Params, config: ModelConfig, batch: int, beam: int, rounds
             "steps, short": stepping(SHORT),
             "steps, long": stepping(LONG),
             "copy": lambda: copy(large),
-            "few rows": lambda: product(few, large),
+            "one row": lambda: product(row, large),
             "product": lambda: product(square, square),
         },
         rounds=rounds,
     )
     step = (seconds["search, long"] - seconds["search, short"]) / (LONG - SHORT)
     alone = (seconds["steps, long"] - seconds["steps, short"]) / (LONG - SHORT)
-    bandwidth = np.maximum(2 * large.nbytes / seconds["copy"], large.nbytes / seconds["few rows"])
+    bandwidth = np.maximum(2 * large.nbytes / seconds["copy"], large.nbytes / seconds["one row"])
     moved = bytes_a_step(params, config, batch, beam)
     floor = moved / bandwidth  # of each round: the machine's speed changes between rounds
     weights = sum(x.size for x in jax.tree.leaves((params["decoder"], params["softmax"])))
