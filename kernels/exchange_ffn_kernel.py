@@ -6,16 +6,19 @@ There is no grid. A device starts the copies of all its rows, those for its peer
 first, and then walks its own experts and the blocks of their rows: it waits until a block's rows
 are there, multiplies them, and starts the way home of each peer's results as soon as its last block
 is stored. While it multiplies, rows of the blocks to come and results of those before are on the
-wire, and the next expert's matrices are read into the other of two buffers. What nothing hides are
-the way of the first rows (a device's own come first, and need none), the way home of the last, and
-the wait for a block's rows while the one before could be multiplied: one block is read ahead.
-Rows of each expert begin at a multiple of the block, so no block straddles experts and none is read
-while peers still write to it.
+wire, and the next matrices are read into the other of two buffers. What nothing hides are the way
+of the first rows (a device's own come first, and need none), the way home of the last, and the wait
+for a block's rows while the one before could be multiplied: one block is read ahead. Rows of each
+expert begin at a multiple of the block, so no block straddles experts and none is read while peers
+still write to it.
+
+An expert whose matrices fit in VMEM twice is read once. One that does not is cut along its hidden
+units: a few blocks of its rows stay in VMEM, with sums in f32, while its matrices pass by, and the
+next few read them again. What travels between devices is the same.
 
 The backward pass is not fused: `exchange_rows` there, `expert_ffn`'s backward, `exchange_rows`.
 
-VMEM: two buffers of an expert's matrices, two each of a block of rows and of results, one block of
-zeros, and a chunk's hidden activations.
+VMEM: see `exchange_tiling.vmem_bytes`.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from taskmoe.kernels import exchange_tiling as blocks
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.block_products import through_expert
 from taskmoe.kernels.checks import as_floats, check_shape, in_hbm, match_varying
 from taskmoe.kernels.exchange_kernel import (
     COLLECTIVE_ID,
@@ -41,102 +44,82 @@ from taskmoe.kernels.exchange_kernel import (
     handshake,
 )
 from taskmoe.kernels.exchange_plan import (
-    from_words,
     hbm_result_like,
     neighbours,
-    pack,
     segments_back,
     segments_there,
-    to_words,
-    unpack,
 )
-from taskmoe.kernels.exchange_walk import Buffered, Plan, go_out, multiply
+from taskmoe.kernels.exchange_products import begin_sums, multiply_block
+from taskmoe.kernels.exchange_scratch import Scratch, Semaphores, scratch_shapes
+from taskmoe.kernels.exchange_tiling import ExchangeTiling, exchange_tiling
+from taskmoe.kernels.exchange_walk import (
+    Buffered,
+    Matrices,
+    Plan,
+    Walk,
+    go_out,
+    visit_experts,
+    walk_visits,
+)
 from taskmoe.kernels.expert_network import expert_ffn
-from taskmoe.kernels.ffn_kernel import cost as ffn_cost
+from taskmoe.kernels.ffn_kernel import with_rows
 from taskmoe.kernels.options import Activation, Experts, check_activation
-from taskmoe.kernels.platforms import chip, with_kernel_settings
-from taskmoe.kernels.tiling import HIDDEN_CHUNK
+from taskmoe.kernels.platforms import chip, interpret_mode, with_kernel_settings
+from taskmoe.kernels.words_kernel import pack_block, pack_rows, unpack_block, unpack_rows
 
 #: Each segment of rows has a semaphore; a core has about 500.
 MAX_EXPERTS = 256
 
 
-def vmem_bytes(rows: int, d: int, f: int, matrices: int, itemsize: int) -> int:
-    """VMEM of the kernel with blocks of this many rows."""
-    words = d * itemsize
-    chunk = min(f, HIDDEN_CHUNK)
-    streams = 2 * matrices * d * f * itemsize + 4 * rows * words
-    return streams + rows * (2 * d * 4 + chunk * 4 * matrices) + tilings.LANES * words
+class ExchangeOptions(NamedTuple):
+    """What is fixed when a call is traced. num_rows: that a device has room for."""
+
+    num_rows: int
+    axis_name: str
+    activation: Activation
+    tiling: ExchangeTiling
 
 
-def row_block(x: jax.Array, num_experts: int, num_rows: int) -> int:
-    """Rows a block: as in gmm, of the rows that a device gets when all get as many as they send."""
-    return tilings.block_rows(min(x.shape[0], num_rows), num_experts, x.dtype.itemsize)
-
-
-def room_for(x: jax.Array, num_experts: int, num_rows: int) -> tuple[int, int]:
+def room_for(tiling: ExchangeTiling, num_experts: int, num_rows: int) -> tuple[int, int]:
     """Places that the kernel has for rows that arrive, num_rows at least, and rows a block.
 
-    x: [M, D]; num_experts: of this device, each of which begins a block.
+    num_experts: of this device, each of which begins a block.
     """
-    rows = row_block(x, num_experts, num_rows)
-    return tilings.round_up(num_rows, rows) + num_experts * rows, rows
+    return tilings.round_up(num_rows, tiling.rows) + num_experts * tiling.rows, tiling.rows
 
 
-def can_fuse(
-    x: jax.Array, counts: jax.Array, w_in: jax.Array, w_gate: jax.Array | None, num_rows: int
-) -> bool:
-    """Whether the kernel takes these shapes: whole words and registers, and room on the chip.
+def tiling_for(
+    x: jax.Array, counts: jax.Array, experts: Experts, num_rows: int
+) -> ExchangeTiling | None:
+    """Block sizes with which the kernel takes these shapes, for the chip at hand; None: none.
 
-    x: [M, D]; counts: [n, E]; w_in: [E/n, D, F], the device's own, of which two must fit in VMEM.
+    x: [M, D]; counts: [n, E]; experts: the device's own E/n. They have too many segments where E
+    exceeds MAX_EXPERTS, and are too wide where no block fits in VMEM.
     """
-    local, d, f = w_in.shape
-    itemsize, matrices = x.dtype.itemsize, 2 if w_gate is None else 3
-    rows = row_block(x, local, num_rows)
-    return (
-        counts.shape[1] <= MAX_EXPERTS
-        and d % (4 // itemsize * tilings.LANES) == 0
-        and f % tilings.LANES == 0
-        and vmem_bytes(rows, d, f, matrices, itemsize) <= tilings.vmem_budget_bytes(chip())
-    )
-
-
-class Scratch(NamedTuple):
-    """VMEM: a block of zeros; two buffers of an expert's matrices, of rows and of results."""
-
-    zeros: Any
-    weights: Any
-    rows: Any
-    results: Any
-
-
-class Semaphores(NamedTuple):
-    """DMA semaphores: of the buffers two each, of arrivals one a segment."""
-
-    read: Any
-    loaded: Any
-    stored: Any
-    sent: Any
-    arrived: Any
-    returned: Any
-    filled: Any
+    own, d, f = experts.w_in.shape
+    if counts.shape[1] > MAX_EXPERTS or x.dtype.itemsize > 4 or 0 in experts.w_in.shape:
+        return None
+    matrices = 2 if experts.w_gate is None else 3
+    rows = min(x.shape[0], num_rows)
+    return exchange_tiling(rows, d, f, own, matrices, x.dtype.itemsize, chip())
 
 
 def kernel(
     plan: Plan,
     x_ref: Any,
-    weights: Any,
+    experts: Experts,
     received_ref: Any,
     results_ref: Any,
     home_ref: Any,
     scratch: Scratch,
     semaphores: Semaphores,
     *,
-    rows: int,
     activation: Activation,
-    dtype: Any,
+    on_tpu: bool,
+    piece: int,
 ) -> None:
-    """The whole layer of one device. rows: of a block."""
+    """The whole layer of one device. on_tpu: or interpreted. piece: the matrix unit's size."""
+    dtype = scratch.x.dtype
     zeros_ref, sent, filled = scratch.zeros, semaphores.sent, semaphores.filled
     zeros_ref[...] = jnp.zeros_like(zeros_ref)
     of = plan.devices
@@ -145,27 +128,36 @@ def kernel(
         of, plan.back, results_ref, home_ref, zeros_ref, sent, semaphores.returned, filled
     )
     own, peers, num_segments = go.own, go.peers, plan.there.sizes.shape[0]
-    held = [pair for pair in zip(weights, scratch.weights, strict=True) if pair[0] is not None]
-    matrices = Buffered(held, semaphores.read)
-    load = Buffered([(received_ref, scratch.rows)], semaphores.loaded, rows)
-    store = Buffered([(results_ref, scratch.results)], semaphores.stored, rows)
+    matrices = Matrices(plan, experts, scratch.experts, semaphores.read, on_tpu)
+    load = Buffered(received_ref, scratch.rows, semaphores.loaded)
+    store = Buffered(results_ref, scratch.results, semaphores.stored)
+    last = matrices.cuts - 1
 
     def start_of(expert: Any) -> None:
         for_each(0, peers, lambda i: go_out(go, jax.lax.rem(peers - i, peers) * own + expert))
 
-    def one(expert: jax.Array) -> None:
-        slot = jax.lax.rem(expert, 2)
-        w_in, w_gate, w_out = (None if b is None else b.at[slot] for b in scratch.weights)
-        held: Any = Experts(w_in, w_out, w_gate)
+    def through(block: Any, place: Any, cut: Any, index: Any) -> None:
+        held, x_ref, sums_ref = matrices.held(index), scratch.x.at[place], scratch.sums.at[place]
 
-        def through(at: Any) -> None:
-            x = unpack(scratch.rows[at, :, 0, :], dtype)
-            y = through_expert(x, held, activation)
-            scratch.results[at, :, 0, :] = pack(y, dtype)
+        @pl.when(cut == 0)
+        def _begin() -> None:
+            unpack_block(scratch.rows.at[load.slot(block)], x_ref, on_tpu)
+            begin_sums(sums_ref, held.b_out, piece)
 
-        pl.when(expert + 1 < own)(lambda: matrices.start(expert + 1))
-        matrices.wait(expert)
-        multiply(expert, plan, go, come, load, store, through, rows)
+        def work(num_units: int) -> None:
+            hidden_ref = scratch.hidden
+            multiply_block(x_ref, held, hidden_ref, sums_ref, activation, num_units, piece)
+
+        whole = held.w_in.shape[1]
+        if matrices.tail == whole:
+            work(whole)
+        else:
+            pl.when(cut < last)(lambda: work(whole))
+            pl.when(cut == last)(lambda: work(matrices.tail))
+
+        @pl.when(cut == last)
+        def _finish() -> None:
+            pack_block(sums_ref, scratch.results.at[store.slot(block)], dtype, on_tpu)
 
     handshake(plan.devices)
     matrices.start(0)
@@ -173,137 +165,115 @@ def kernel(
     for_each(0, num_segments, lambda hole: go.fill(hole, "start"))
     for_each(0, num_segments, lambda hole: go.fill(hole, "wait"))
     for_each(0, num_segments + 1, lambda hole: come.fill(hole, "start"))
-    for_each(0, own, one)
+    walk_visits(Walk(plan, go, come, load, store, matrices), through)
     for copies in (go, come):
         for_each(own, num_segments, copies.wait_sent)
     for_each(0, num_segments, come.wait_arrived)
     for_each(0, num_segments + 1, lambda hole: come.fill(hole, "wait"))
 
 
-@functools.partial(jax.jit, static_argnames=("num_rows", "axis_name", "activation"))
+def cost(
+    m: int, d: int, f: int, own: int, matrices: int, itemsize: int, tiling: ExchangeTiling
+) -> pl.CostEstimate:
+    """FLOPs and bytes of one device where each of its experts gets m / own rows."""
+    sizes = [-(-m // own)] * own
+    return pl.CostEstimate(
+        flops=2 * matrices * m * d * f,
+        transcendentals=m * f,
+        bytes_accessed=blocks.moved_bytes(tiling, sizes, d, f, matrices, itemsize),
+        remote_bytes_transferred=2 * m * blocks.row_bytes(d, itemsize),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("options",))
 @with_kernel_settings
 def exchange_ffn_mosaic(
-    x: jax.Array,
-    counts: jax.Array,
-    weights: tuple[jax.Array | None, ...],
-    num_rows: int,
-    axis_name: str,
-    activation: Activation,
+    x: jax.Array, counts: jax.Array, experts: Experts, options: ExchangeOptions
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The kernel call: results [M, D] at home, rows received, and each expert's [E/n] of those.
 
     Rows received lie sorted by expert, each expert's rounded up to whole blocks.
     """
-    w_in, w_gate, _ = weights
-    assert w_in is not None
-    own, d, f = w_in.shape
-    count, itemsize = 2 if w_gate is None else 3, x.dtype.itemsize
-    places, rows = room_for(x, own, num_rows)
-    order, devices = neighbours(axis_name)
-    sides = x.shape[0], places, rows
+    tiling, matrices = options.tiling, 2 if experts.w_gate is None else 3
+    own, d, f = experts.w_in.shape
+    m, itemsize = x.shape[0], x.dtype.itemsize
+    places, rows = room_for(tiling, own, options.num_rows)
+    order, devices = neighbours(options.axis_name)
+    sides = m, places, rows
     there, back = segments_there(counts, order, *sides), segments_back(counts, order, *sides)
     sizes = jnp.sum(there.arrivals.reshape(-1, own), axis=0)
     sizes += -sizes % rows
-    first = (jnp.cumsum(sizes) - sizes) // rows
-    plan = Plan(devices, there, back, first, sizes // rows)
-    flat, tree = jax.tree.flatten((plan, to_words(x), weights))
-    plan, words, weights = jax.tree.unflatten(tree, match_varying(*flat))
-    width = words.shape[2]
-    zeros = block_rows(min(x.shape[0], places), width)
+    visits = visit_experts(sizes // rows, places // rows, tiling.span(f))
+    plan = Plan(devices, there, back, *visits)
+    flat, tree = jax.tree.flatten((plan, pack_rows(x), with_rows(experts)))
+    plan, words, experts = jax.tree.unflatten(tree, match_varying(*flat))
+    zeros = block_rows(min(m, places), words.shape[2])
     smem, hbm = (pl.BlockSpec(memory_space=space) for space in (pltpu.SMEM, pltpu.HBM))
-    buffers = [None if w is None else pltpu.VMEM((2, *w.shape[1:]), w.dtype) for w in weights]
-    semaphore: Any = pltpu.SemaphoreType.DMA
-    work = ffn_cost(x.shape[0], d, f, own, count, itemsize)
     call = pl.pallas_call(
-        functools.partial(kernel, rows=rows, activation=activation, dtype=x.dtype),
+        functools.partial(
+            kernel,
+            activation=options.activation,
+            on_tpu=interpret_mode() is None,
+            piece=chip().mxu_column_size,
+        ),
         in_specs=[
             jax.tree.map(lambda _: smem, plan),
             hbm,
-            tuple(None if w is None else hbm for w in weights),
+            jax.tree.map(lambda _: hbm, experts),
         ],
         out_specs=(hbm, hbm, hbm),
-        out_shape=tuple(hbm_result_like(words, size) for size in (places, places, x.shape[0])),
-        scratch_shapes=[
-            Scratch(
-                zeros=pltpu.VMEM((zeros, 1, width), words.dtype),
-                weights=buffers,
-                rows=pltpu.VMEM((2, rows, 1, width), words.dtype),
-                results=pltpu.VMEM((2, rows, 1, width), words.dtype),
-            ),
-            Semaphores(
-                read=semaphore((2,)),
-                loaded=semaphore((2,)),
-                stored=semaphore((2,)),
-                sent=semaphore,
-                arrived=semaphore((counts.shape[1],)),
-                returned=semaphore((1,)),
-                filled=semaphore,
-            ),
-        ],
+        out_shape=tuple(hbm_result_like(words, size) for size in (places, places, m)),
+        scratch_shapes=scratch_shapes(experts, tiling, words, zeros, counts.shape[1]),
         compiler_params=pltpu.CompilerParams(
             collective_id=COLLECTIVE_ID,
             vmem_limit_bytes=tilings.compiler_params(
-                (), vmem_bytes(rows, d, f, count, itemsize)
+                (), blocks.vmem_bytes(tiling, d, f, matrices, itemsize)
             ).vmem_limit_bytes,
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=work.flops,
-            transcendentals=work.transcendentals,
-            bytes_accessed=2 * work.bytes_accessed,
-            remote_bytes_transferred=2 * x.size * itemsize,
-        ),
+        cost_estimate=cost(m, d, f, own, matrices, itemsize, tiling),
         name="taskmoe_exchange_ffn",
     )
-    received, _, home = call(plan, *jax.tree.map(in_hbm, (words, weights)))
-    return from_words(home, d, x.dtype), from_words(received, d, x.dtype), sizes
+    received, _, home = call(plan, *jax.tree.map(in_hbm, (words, experts)))
+    return unpack_rows(home, d, x.dtype), unpack_rows(received, d, x.dtype), sizes
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _exchange_ffn(
-    x: jax.Array,
-    counts: jax.Array,
-    weights: tuple[jax.Array | None, ...],
-    num_rows: int,
-    axis_name: str,
-    activation: Activation,
+    x: jax.Array, counts: jax.Array, experts: Experts, options: ExchangeOptions
 ) -> jax.Array:
-    return exchange_ffn_mosaic(x, counts, weights, num_rows, axis_name, activation)[0]
+    return exchange_ffn_mosaic(x, counts, experts, options)[0]
 
 
 def _exchange_ffn_forward(
-    x: jax.Array,
-    counts: jax.Array,
-    weights: tuple[jax.Array | None, ...],
-    num_rows: int,
-    axis_name: str,
-    activation: Activation,
+    x: jax.Array, counts: jax.Array, experts: Experts, options: ExchangeOptions
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    args = (x, counts, weights, num_rows, axis_name, activation)
-    home, received, sizes = exchange_ffn_mosaic(*args)
-    return home, (received, sizes, counts, weights)
+    home, received, sizes = exchange_ffn_mosaic(x, counts, experts, options)
+    return home, (received, sizes, counts, experts)
 
 
 def _exchange_ffn_backward(
-    num_rows: int,
-    axis_name: str,
-    activation: Activation,
-    residuals: tuple[Any, ...],
-    grad: jax.Array,
+    options: ExchangeOptions, residuals: tuple[Any, ...], grad: jax.Array
 ) -> tuple[Any, ...]:
-    received, sizes, counts, weights = residuals
-    rows = row_block(grad, weights[0].shape[0], num_rows)
+    received, sizes, counts, experts = residuals
+    axis, rows = options.axis_name, options.tiling.rows
 
-    def run(x: jax.Array, weights: tuple[Any, ...]) -> jax.Array:
-        w_in, w_gate, w_out = weights
+    def run(x: jax.Array, experts: Experts) -> jax.Array:
+        named: Any = experts._asdict()
         return expert_ffn(
-            x, w_in, w_out, sizes, activation=activation, w_gate=w_gate, implementation="mosaic"
+            x,
+            named.pop("w_in"),
+            named.pop("w_out"),
+            sizes,
+            activation=options.activation,
+            implementation="mosaic",
+            **named,
         )
 
-    _, pull = jax.vjp(run, received, weights)
-    d_sorted = exchange_mosaic(grad, counts, received.shape[0], axis_name, False, rows)
-    d_received, d_weights = pull(d_sorted)
-    d_x = exchange_mosaic(d_received, counts, grad.shape[0], axis_name, True, rows)
-    return d_x, None, d_weights
+    _, pull = jax.vjp(run, received, experts)
+    d_sorted = exchange_mosaic(grad, counts, received.shape[0], axis, False, rows)
+    d_received, d_experts = pull(d_sorted)
+    d_x = exchange_mosaic(d_received, counts, grad.shape[0], axis, True, rows)
+    return d_x, None, d_experts
 
 
 _exchange_ffn.defvjp(_exchange_ffn_forward, _exchange_ffn_backward)
@@ -318,16 +288,23 @@ def exchange_ffn(
     *,
     activation: Activation = "relu",
     w_gate: jax.Array | None = None,
+    b_in: jax.Array | None = None,
+    b_out: jax.Array | None = None,
+    b_gate: jax.Array | None = None,
     axis_name: str = "expert",
+    tiling: ExchangeTiling | None = None,
 ) -> jax.Array:
     """Send rows to the devices of their experts, run them through, and bring the results home.
 
         exchange_rows(expert_ffn(exchange_rows(x, ...), ...), ..., back=True)
 
-    Where `can_fuse` and on TPU or in interpret mode; elsewhere compose the three.
+    On TPU and in interpret mode, for at most MAX_EXPERTS experts of any width that `tiling_for`
+    finds blocks for.
 
     x, counts, num_rows, axis_name: as in `exchange_rows`, the way there.
-    w_in, w_out, activation, w_gate: as in `expert_ffn`, of the L = E/n experts of this device.
+    w_in, w_out, activation, w_gate, biases: as in `expert_ffn`, of the L = E/n experts of this
+      device.
+    tiling: block sizes; None for those that `tiling_for` finds.
 
     Returns [M, D] in x's dtype; rows past those that count are zero. Raises ValueError or TypeError
     where an argument does not fit. Gradients as of the three.
@@ -335,20 +312,26 @@ def exchange_ffn(
     x, counts, num_rows = check_exchange("exchange_ffn", x, counts, num_rows, axis_name)
     local = counts.shape[1] // counts.shape[0]
     check_shape("w_in", w_in, (local, x.shape[1], "F"))
-    check_shape("w_out", w_out, (local, w_in.shape[2], x.shape[1]))
-    for name, weight in (("w_in", w_in), ("w_out", w_out), ("w_gate", w_gate)):
-        if weight is not None:
-            as_floats(name, weight, ("x", x))
-    if w_gate is not None:
-        check_shape("w_gate", w_gate, w_in.shape)
+    f = w_in.shape[2]
+    check_shape("w_out", w_out, (local, f, x.shape[1]))
+    if b_gate is not None and w_gate is None:
+        raise ValueError("b_gate must be None without w_gate")
+    experts = Experts(w_in, w_out, w_gate, b_in, b_out, b_gate)
+    shapes = {"w_gate": w_in.shape, "b_in": (local, f), "b_gate": (local, f)}
+    shapes["b_out"] = (local, x.shape[1])
+    for name, array in experts._asdict().items():
+        if array is not None:
+            as_floats(name, array, ("x", x))
+            check_shape(name, array, shapes.get(name, array.shape))
     check_activation(activation, w_gate is not None)
-    if not can_fuse(x, counts, w_in, w_gate, num_rows):
+    blocks.check_tiling(tiling, f, x.dtype.itemsize)
+    tiling = tiling or tiling_for(x, counts, experts, num_rows)
+    if tiling is None:
         raise ValueError(
-            f"w_in must have D a multiple of {4 // x.dtype.itemsize * tilings.LANES}, F one of "
-            f"{tilings.LANES}, fit twice in VMEM and be of at most {MAX_EXPERTS} experts, got "
-            f"{list(w_in.shape)} of {counts.shape[1]}"
+            f"w_in must be of at most {MAX_EXPERTS} experts, and a block of {tilings.LANES} hidden "
+            f"units must fit in VMEM, got {list(w_in.shape)} of {counts.shape[1]} experts"
         )
-    w_in, w_out, x, counts = match_varying(w_in, w_out, x, counts)
-    if w_gate is not None:
-        w_gate, _ = match_varying(w_gate, x)
-    return _exchange_ffn(x, counts, (w_in, w_gate, w_out), num_rows, axis_name, activation)
+    flat, tree = jax.tree.flatten((x, counts, experts))
+    x, counts, experts = jax.tree.unflatten(tree, match_varying(*flat))
+    options = ExchangeOptions(num_rows, axis_name, activation, tiling)
+    return _exchange_ffn(x, counts, experts, options)

@@ -42,14 +42,13 @@ from taskmoe.kernels.checks import (
 )
 from taskmoe.kernels.exchange_plan import (
     Segments,
-    from_words,
     hbm_result_like,
     neighbours,
     segments_back,
     segments_there,
-    to_words,
 )
 from taskmoe.kernels.platforms import interpret_mode, with_kernel_settings, with_plain_settings
+from taskmoe.kernels.words_kernel import pack_rows, unpack_rows
 
 #: Most rows, and most bytes, of one copy.
 BLOCK_ROWS, BLOCK_BYTES = 128, 1 << 20
@@ -269,7 +268,7 @@ def exchange_mosaic(
     sides = (num_rows, x.shape[0]) if back else (x.shape[0], num_rows)
     order, devices = neighbours(axis_name)
     tables = (segments_back if back else segments_there)(counts, order, *sides, align)
-    words, devices, *parts = match_varying(to_words(x), devices, *tables)
+    words, devices, *parts = match_varying(pack_rows(x), devices, *tables)
     width, peers = words.shape[2], order.shape[0]
     block = block_rows(min(sides), width)
     smem: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -288,7 +287,7 @@ def exchange_mosaic(
         cost_estimate=cost(x.shape[0], num_rows, width, peers),
         name="taskmoe_exchange_rows",
     )
-    return from_words(call(devices, Segments(*parts), in_hbm(words)), x.shape[1], x.dtype)
+    return unpack_rows(call(devices, Segments(*parts), in_hbm(words)), x.shape[1], x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))

@@ -154,24 +154,27 @@ def from_words(words: jax.Array, width: int, dtype: Any) -> jax.Array:
     return jnp.concatenate(list(halves), axis=1)[:, :width]
 
 
-def unpack(words: jax.Array, dtype: Any) -> jax.Array:
-    """`from_words` inside a kernel: values [m, D] of words [m, w], without padding."""
+def split_words(words: jax.Array, dtype: Any) -> list[jax.Array]:
+    """Inside a kernel: words [m, w] as the values that share them, from both halves of their rows.
+
+    f32 has a word to itself.
+    """
     if jnp.dtype(dtype).itemsize == 4:
-        return words
-    halves = (
+        return [words]
+    return [
         jax.lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
         for bits in (words << 16, words & jnp.int32(-65536))
-    )
-    return jnp.concatenate(list(halves), axis=1)
+    ]
 
 
-def pack(values: jax.Array, dtype: Any) -> jax.Array:
-    """`to_words` inside a kernel: words [m, w] of f32 values [m, D] rounded to dtype."""
+def join_words(values: list[jax.Array], dtype: Any) -> jax.Array:
+    """Inside a kernel: f32 values [m, w] each, rounded to dtype, as words that they share."""
     if jnp.dtype(dtype).itemsize == 4:
-        return values
-    bits = jax.lax.bitcast_convert_type(values.astype(dtype).astype(jnp.float32), jnp.int32)
-    half = bits.shape[1] // 2
-    return jax.lax.shift_right_logical(bits[:, :half], 16) | bits[:, half:]
+        return values[0]
+    low, high = (
+        jax.lax.bitcast_convert_type(v.astype(dtype).astype(jnp.float32), jnp.int32) for v in values
+    )
+    return jax.lax.shift_right_logical(low, 16) | high
 
 
 def hbm_result_like(x: jax.Array, num_rows: int) -> Any:

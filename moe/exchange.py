@@ -17,9 +17,10 @@ and B rows of room for what comes to a device: min(k, E/n) n U, or f k U with a 
                                                   kernel straight to their places among their
                                                   expert's rows: no row is padded, or sorted again
 
-Where tokens are routed and two experts fit in VMEM, "mosaic" runs the experts in the same kernel,
-block by block as rows arrive, while other rows and results are on the wire; gradients travel before
-and after their matmuls. Experts that are quantised or have biases run in a kernel of their own.
+Where tokens are routed, "mosaic" runs the experts in the same kernel, block by block as rows
+arrive, while other rows and results are on the wire; gradients travel before and after their
+matmuls. Experts too large for VMEM pass through it in blocks. Experts that are quantised, and more
+than 256, run in a kernel of their own.
 
 "auto" takes of the first three the one with the fewest rows sent and held; "mosaic" is for the
 caller to choose.

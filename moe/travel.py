@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from taskmoe.kernels import Quantized, combine, dispatch, expert_ffn
-from taskmoe.kernels.exchange_ffn_kernel import can_fuse, exchange_ffn, room_for
+from taskmoe.kernels.exchange_ffn_kernel import exchange_ffn, room_for, tiling_for
 from taskmoe.kernels.exchange_kernel import exchange_rows
 from taskmoe.kernels.exchange_plan import neighbours, segments_there
+from taskmoe.kernels.options import Experts
 from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.gates import Params
 from taskmoe.moe.routing import Assignment, capacity
@@ -213,18 +214,17 @@ def mosaic(job: Job) -> tuple[jax.Array, jax.Array]:
     packed = dispatch(job.x, rows, num_packed, implementation=job.implementation)
     counts = jax.lax.all_gather(counts, axis)  # [n, E]
     room, align = most_come(job.config, job.x.shape[0], n), 1
-    w_in, w_out, w_gate = job.params["w_in"], job.params["w_out"], job.params.get("w_gate")
-    fuse = (
+    experts = Experts(**{name: job.params.get(name) for name in Experts._fields})
+    fused = (
         job.implementation in (None, "mosaic")
         and job.x.shape[1] == job.config.d_model
-        and not job.config.biases
-        and not isinstance(w_in, Quantized)
-        and can_fuse(packed, counts, w_in, w_gate, room)
+        and not isinstance(experts.w_in, Quantized)
     )
-    if fuse:
-        options: Any = {"activation": job.config.activation, "w_gate": w_gate}
-        back = exchange_ffn(packed, counts, w_in, w_out, room, axis_name=axis, **options)
-        room, align = room_for(packed, local, room)
+    tiling = tiling_for(packed, counts, experts, room) if fused else None
+    if tiling is not None:
+        named: Any = experts._asdict() | {"activation": job.config.activation, "tiling": tiling}
+        back = exchange_ffn(packed, counts, num_rows=room, axis_name=axis, **named)
+        room, align = room_for(tiling, local, room)
     else:
         received = exchange_rows(packed, counts, room, axis_name=axis)
         mine = counts.sum(0).reshape(n, local)[jax.lax.axis_index(axis)]

@@ -35,7 +35,9 @@ CHIPS = {
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 DIRECTIONS = ("forward", "backward")
 TILED = ("gmm", "tgmm", "expert_ffn", "expert_ffn_gated", "expert_ffn_int8")
-OPS = ("top_k_gating", "dispatch", "combine", *TILED)
+#: Ops between chips, forward alone: their gradients are made of others here. See `across`.
+EXCHANGES = ("exchange_rows", "exchange_ffn", "exchange_ffn_gated")
+OPS = ("top_k_gating", "dispatch", "combine", *TILED, *EXCHANGES)
 #: Who else has which op.
 OTHERS = {"megablox": ("gmm", "tgmm"), "tokamax": ("gmm",)}
 MEGABLOX = "jax.experimental.pallas.ops.tpu.megablox.gmm"
@@ -129,7 +131,7 @@ def cases(chips: list[str], ops: list[str], dtypes: list[str], shapes: list[str]
         for shape in shapes
         for op in ops
         for by in makers[op]
-        for direction in DIRECTIONS
+        for direction in (DIRECTIONS[:1] if op in EXCHANGES else DIRECTIONS)
     ]
 
 

@@ -92,6 +92,23 @@ def find(schedule: Sequence[Bundle]) -> Bundles | None:
     return Bundles(step, whole, part, result) if whole else None
 
 
+def of_loop(schedule: Sequence[Bundle], main: range) -> Bundles:
+    """The regions of a kernel that walks blocks in a loop of its own around its main run.
+
+    All else in that loop counts as run once a block: what prepares it, a last, shorter block of
+    matrices, what writes its results, and all ways to copy pieces, of which a block takes few: at
+    most as long as that. Bundles at no depth say nothing, and stand between others.
+    """
+    depth = schedule[main.start].depth
+
+    def outside(i: int) -> bool:
+        return 0 < schedule[i].depth < depth
+
+    first = max((i + 1 for i in range(main.start) if outside(i)), default=0)
+    end = min((i for i in range(main.stop, len(schedule)) if outside(i)), default=len(schedule))
+    return Bundles(0, len(main), 0, end - first - len(main))
+
+
 def _inside(inner: range, outer: range) -> bool:
     return inner != outer and outer.start <= inner.start and inner.stop <= outer.stop
 

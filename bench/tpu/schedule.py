@@ -31,6 +31,10 @@ _CYCLES = re.compile(r"\"estimated_cycles\":\"(\d+)\"")
 _DIFFERENTIATED = re.compile(r"^(?:transpose_|jvp_)+(?P<kernel>.+?)_+$")
 
 
+#: A kernel without a grid: its blocks pass in a loop of its own, around branches that few take.
+WALKS_BY_HAND = "taskmoe_exchange_ffn"
+
+
 class ScheduleError(InputError):
     """The compiler left no dump that this module can read."""
 
@@ -42,10 +46,11 @@ class Schedule:
     kernel: name of the kernel
     bundles: VLIW bundles of the whole kernel
     main_bundles: bundles of its main loop: of the straight runs of bundles inside a loop, the one
-      that fills most MXU slots, and the longest where no run fills any
+      that fills most MXU slots, and the longest where no run fills any. Of a kernel that walks by
+      hand, branches end them too
     filled: share of each unit's slots that the main loop fills, by the compiler's unit names
     spills: vector stores and loads in the main loop because registers did not suffice
-    regions: of a grouped kernel, see `regions`; None for another
+    regions: of a grouped kernel or one that walks by hand, see `regions`; None for another
     """
 
     kernel: str
@@ -100,16 +105,23 @@ def read_schedule(kernel: str, bundles: str, utilization: str) -> Schedule:
             f"the dump of {kernel} has {len(marks)} bundles but slots of {len(rows)}: "
             "its format is not the one known"
         )
+    by_hand = kernel == WALKS_BY_HAND
     # Straight runs go from one control target to the next.
-    ends = [0, *(i for i in range(1, len(marks)) if marks[i][2]), len(marks)]
+    targets = (
+        i
+        for i in range(1, len(marks))
+        if marks[i][2] or (by_hand and "sbr.rel" in marks[i - 1].string)
+    )
     runs = [
-        rows[start:end]
-        for start, end in itertools.pairwise(ends)
+        range(start, end)
+        for start, end in itertools.pairwise([0, *targets, len(marks)])
         if marks[start][3] or marks[end - 1][3]  # inside a loop
     ]
     mxu = list(units).index("MXU")
-    main = max(runs or [rows], key=lambda run: (sum(row[mxu] for row in run), len(run)))
-    totals = dict(zip(units, map(sum, zip(*main, strict=True)), strict=True))
+    whole = range(len(rows))
+    main = max(runs or [whole], key=lambda run: (sum(rows[i][mxu] for i in run), len(run)))
+    sums = map(sum, zip(*(rows[i] for i in main), strict=True))
+    totals = dict(zip(units, sums, strict=True))
     bundle, depth = [], 0
     for mark, row in zip(marks, rows, strict=True):
         if not mark.string.rstrip().endswith("{}"):  # an empty one does not say how deep it lies
@@ -121,7 +133,7 @@ def read_schedule(kernel: str, bundles: str, utilization: str) -> Schedule:
         main_bundles=len(main),
         filled={name: total / (units[name] * len(main)) for name, total in totals.items()},
         spills=sum(n for name, n in totals.items() if name.endswith((":SPILL", ":FILL"))),
-        regions=regions.find(bundle),
+        regions=regions.of_loop(bundle, main) if by_hand else regions.find(bundle),
     )
 
 

@@ -1,19 +1,28 @@
 """exchange_ffn over four devices equals expert_ffn on one, and so do its gradients."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-from taskmoe.kernels import exchange_ffn_kernel, expert_ffn
-from taskmoe.kernels.exchange_ffn_kernel import can_fuse, exchange_ffn
+from taskmoe.kernels import exchange_ffn_kernel, exchange_walk, expert_ffn, words_kernel
+from taskmoe.kernels.exchange_ffn_kernel import exchange_ffn, tiling_for
+from taskmoe.kernels.exchange_plan import to_words
+from taskmoe.kernels.exchange_tiling import ExchangeTiling, exchange_tiling, vmem_bytes
+from taskmoe.kernels.options import Experts
+from taskmoe.kernels.tiling import vmem_budget_bytes
 from taskmoe.tests.kernels import support
 from taskmoe.tests.kernels.test_exchange import mesh_of
 
-PEERS, EXPERTS, ROWS, F = 4, 8, 24, 128
+PEERS, EXPERTS, ROWS = 4, 8, 24
 UNEVEN = np.array(
     [
         [3, 0, 3, 1, 0, 3, 7, 5],
@@ -23,96 +32,202 @@ UNEVEN = np.array(
     ],
     np.int32,
 )
+ONE_TAKES_ALL, EMPTY = np.zeros_like(UNEVEN), np.zeros_like(UNEVEN)
+ONE_TAKES_ALL[:, 1] = ROWS
+#: Blocks of 8 rows, of which two stay while matrices pass by in three blocks, the last one short.
+CUT = {"d": 131, "f": 300, "tiling": ExchangeTiling(8, 2, 128)}
 
 
-def arguments(dtype: Any, counts: np.ndarray) -> tuple[Any, ...]:
-    """x [peers * ROWS, D] with NaN where no row counts, a cotangent, all matrices, counts."""
-    d = 512 // jnp.dtype(dtype).itemsize
+def arguments(dtype: Any, counts: np.ndarray, d: int, f: int) -> tuple[Any, ...]:
+    """x [peers * ROWS, D] with NaN where no row counts, a cotangent, all `Experts`, counts."""
     x, grad = (support.normal(i, (PEERS, ROWS, d), dtype) for i in (0, 1))
     held = np.arange(ROWS) < counts.sum(1, keepdims=True)
     x = jnp.where(held[..., None], x, jnp.nan)
-    shapes = ((EXPERTS, d, F), (EXPERTS, d, F), (EXPERTS, F, d))
-    weights = tuple((0.1 * support.normal(2 + i, s)).astype(dtype) for i, s in enumerate(shapes))
-    return x.reshape(-1, d), grad.reshape(-1, d), weights, jnp.asarray(counts)
+    shapes = ((d, f), (f, d), (d, f), (f,), (d,), (f,))
+    experts = Experts(
+        *((0.1 * support.normal(2 + i, (EXPERTS, *s))).astype(dtype) for i, s in enumerate(shapes))
+    )
+    return x.reshape(-1, d), grad.reshape(-1, d), experts, jnp.asarray(counts)
 
 
-def run(fused: Any, gated: bool, backward: bool) -> Any:
-    def f(x: Any, grad: Any, weights: Any, counts: Any) -> Any:
-        def forward(x: Any, weights: Any) -> Any:
-            w_in, w_gate, w_out = weights
-            return fused(x, counts, w_in, w_out, w_gate if gated else None)
+def network(experts: Experts, kind: str) -> dict[str, Any]:
+    """Which of the experts' parts there are: "plain", "gated" or "biased", which is gated too."""
+    named: dict[str, Any] = experts._asdict() | {"activation": "silu"}
+    absent = {"plain": ("w_gate", "b_in", "b_out", "b_gate"), "gated": ("b_in", "b_out", "b_gate")}
+    return named | dict.fromkeys(absent.get(kind, ()))
+
+
+def run(fused: Any, kind: str, backward: bool) -> Any:
+    def f(x: Any, grad: Any, experts: Experts, counts: Any) -> Any:
+        def forward(x: Any, experts: Experts) -> Any:
+            return fused(x, counts, network(experts, kind))
 
         if not backward:
-            return forward(x, weights)
-        out, pull = jax.vjp(forward, x, weights)
+            return forward(x, experts)
+        out, pull = jax.vjp(forward, x, experts)
         return out, pull(grad)
 
     return f
 
 
-def together(gated: bool, backward: bool) -> Any:
+def together(kind: str, backward: bool, tiling: ExchangeTiling | None = None) -> Any:
     """On four devices: results [peers * ROWS, D], and gradients."""
 
-    def fused(x: Any, counts: Any, w_in: Any, w_out: Any, w_gate: Any) -> Any:
-        room = PEERS * ROWS
-        assert can_fuse(x, counts, w_in, w_gate, room)
-        options: Any = {"activation": "silu", "w_gate": w_gate}
-        return exchange_ffn(x, counts, w_in, w_out, room, **options)
+    def fused(x: Any, counts: Any, named: Any) -> Any:
+        return exchange_ffn(x, counts, num_rows=PEERS * ROWS, tiling=tiling, **named)
 
     own = P("expert")
     return jax.shard_map(
-        run(fused, gated, backward), mesh=mesh_of(PEERS), in_specs=(own, own, own, P()),
+        run(fused, kind, backward), mesh=mesh_of(PEERS), in_specs=(own, own, own, P()),
         out_specs=own, check_vma=False,  # JAX's interpreter does not know varying axes
     )  # fmt: skip
 
 
-def alone(gated: bool) -> Any:
+def alone(kind: str) -> Any:
     """On one device: the same results, each device's rows in turn through all experts."""
 
-    def plain(x: Any, counts: Any, w_in: Any, w_out: Any, w_gate: Any) -> Any:
+    def plain(x: Any, counts: Any, named: Any) -> Any:
         rows = [
-            expert_ffn(part, w_in, w_out, sizes, activation="silu", w_gate=w_gate)
+            expert_ffn(part, group_sizes=sizes, **named)
             for part, sizes in zip(x.reshape(PEERS, ROWS, -1), counts, strict=True)
         ]
         return jnp.concatenate(rows)
 
-    return run(plain, gated, backward=True)
+    return run(plain, kind, backward=True)
 
 
-def test_results_and_gradients_equal_one_device() -> None:
-    args = arguments(jnp.bfloat16, UNEVEN)
+@functools.cache
+def forward(kind: str, tiling: ExchangeTiling | None) -> tuple[Any, Any]:
+    """Jitted once: on four devices, and on one."""
+    return jax.jit(together(kind, False, tiling)), jax.jit(alone(kind))
+
+
+def check_forward(counts: np.ndarray, kind: str, d: int, f: int, tiling: Any = None) -> None:
+    args = arguments(jnp.float32, counts, d, f)
+    ours, plain = forward(kind, tiling)
+    with support.running("mosaic"):
+        have = np.asarray(ours(*args))
+    want, _ = plain(jnp.nan_to_num(args[0]), *args[1:])
+    np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("gated", {"d": 256, "f": 128, "tiling": None}), ("biased", CUT | {"d": 200})],
+    ids=["whole", "cut"],
+)
+def test_results_and_gradients_equal_one_device(kind: str, sizes: dict[str, Any]) -> None:
+    tiling = sizes["tiling"] and ExchangeTiling(16, 2, 128)
+    args = arguments(jnp.bfloat16, UNEVEN, sizes["d"], sizes["f"])
     clean = (jnp.nan_to_num(args[0]), *args[1:])
-    truth = support.in_float64(alone(gated=True), *clean)
-    plain = support.call("xla", alone(gated=True), *clean)
-    ours = support.call("mosaic", together(gated=True, backward=True), *args)
+    truth = support.in_float64(alone(kind), *clean)
+    plain = support.call("xla", alone(kind), *clean)
+    ours = support.call("mosaic", together(kind, True, tiling), *args)
     support.assert_as_good(ours, plain, truth)
 
 
-def test_whatever_the_experts_share_of_rows() -> None:
-    one, none = np.zeros_like(UNEVEN), np.zeros_like(UNEVEN)
-    one[:, 1] = ROWS
-    ours, plain = jax.jit(together(gated=False, backward=False)), jax.jit(alone(gated=False))
-    for counts in (UNEVEN, one, none):
-        args = arguments(jnp.float32, counts)
-        with support.running("mosaic"):
-            have = np.asarray(ours(*args))
-        want, _ = plain(jnp.nan_to_num(args[0]), *args[1:])
-        np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("counts", [UNEVEN, ONE_TAKES_ALL, EMPTY], ids=["uneven", "one", "none"])
+@pytest.mark.parametrize("sizes", [{"d": 128, "f": 128}, CUT], ids=["whole", "cut"])
+def test_whatever_the_experts_share_of_rows(counts: np.ndarray, sizes: dict[str, Any]) -> None:
+    check_forward(counts, "plain", **sizes)
 
 
-def test_multiplying_before_rows_have_arrived_is_caught() -> None:
-    args = arguments(jnp.float32, UNEVEN)
-    want, _ = support.call("xla", alone(False), jnp.nan_to_num(args[0]), *args[1:])
+@settings(deadline=None, max_examples=8, derandomize=True)
+@given(st.data())
+def test_any_width_and_any_blocks(data: Any) -> None:
+    d, f = (data.draw(st.integers(1, most), name) for name, most in (("D", 300), ("F", 500)))
+    hidden = data.draw(st.sampled_from([*range(128, f, 128), f]), "hidden")
+    rows, held = data.draw(st.sampled_from([8, 16]), "rows"), data.draw(st.integers(1, 3), "held")
+    kind = data.draw(st.sampled_from(["plain", "gated", "biased"]), "kind")
+    counts = [data.draw(support.group_patterns(ROWS, EXPERTS), f"{i}") for i in range(PEERS)]
+    check_forward(np.array(counts, np.int32), kind, d, f, ExchangeTiling(rows, held, hidden))
+
+
+def too_few(self: Any, units: int, cut: Any, tile: int) -> int:
+    return min(units, tile)
+
+
+def keep_last(self: Any, index: Any) -> Any:
+    return jax.tree.map(lambda ref: ref.at[0], self._buffers)
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "fault"),
+    [
+        (exchange_ffn_kernel.Copies, "wait_arrived", lambda self, segment: None),
+        (exchange_walk.Matrices, "wait", lambda self, index: None),
+        (exchange_walk.Matrices, "_in_tiles", too_few),
+        (exchange_walk.Matrices, "held", keep_last),
+        (exchange_walk.Buffered, "slot", lambda self, index: 0),
+    ],
+    ids=["arrivals", "matrices", "units", "which matrices", "which rows"],
+)
+def test_a_planted_fault_is_caught(target: Any, name: str, fault: Any) -> None:
+    d, f, tiling = CUT["d"], CUT["f"], CUT["tiling"]
+    args = arguments(jnp.float32, UNEVEN, d, f)
+    want, _ = support.call("xla", alone("plain"), jnp.nan_to_num(args[0]), *args[1:])
+    ours = together("plain", False, tiling)
     with (
-        support.planted(exchange_ffn_kernel.Copies, "wait_arrived", lambda self, segment: None),
+        support.planted(target, name, fault),
         pytest.raises(Exception, match=r"RACE DETECTED|Not equal|emaphore"),
     ):
-        np.testing.assert_allclose(
-            support.call("mosaic", together(False, backward=False), *args), want, rtol=1e-5
-        )
+        np.testing.assert_allclose(support.call("mosaic", ours, *args), want, rtol=1e-5)
 
 
-def test_shapes_that_do_not_fit_are_not_fused() -> None:
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=5), st.integers(0, 9))
+def test_visits_cover_all_blocks_in_order(blocks: list[int], span: int) -> None:
+    found = exchange_walk.visit_experts(jnp.asarray(blocks), sum(blocks), span or None)
+    expert, first, (num,) = map(np.asarray, found)
+    sizes = np.diff(first[: num + 1])
+    assert len(first) == len(expert) + 1
+    assert (sizes > 0).all()
+    assert (sizes <= (span or 20)).all()
+    walked = np.repeat(expert[:num], sizes)
+    np.testing.assert_array_equal(walked, np.repeat(np.arange(len(blocks)), blocks))
+    least = [-(-b // (span or 20)) for b in blocks]
+    assert num == sum(least)
+
+
+@pytest.mark.parametrize("dtype", support.DTYPES)
+@pytest.mark.parametrize(("m", "d"), [(24, 700), (7, 256), (300, 129)])
+def test_rows_are_packed_and_unpacked_as_defined(m: int, d: int, dtype: Any) -> None:
+    # The kernels reshape refs, which only JAX's plain interpreter knows.
+    x, plain = support.normal(0, (m, d), dtype), functools.partial(pl.pallas_call, interpret=True)
+    with support.planted(pl, "pallas_call", plain):
+        words = words_kernel.pack_rows(x)
+        np.testing.assert_array_equal(words, to_words(x))
+        np.testing.assert_array_equal(words_kernel.unpack_rows(words, d, dtype), x)
+        with support.planted(words_kernel, "split_words", lambda words, dtype: [words] * 2):
+            assert (np.asarray(words_kernel.unpack_rows(words, d, dtype)) != x).any()
+
+
+#: (D, F, E, matrices) of models, and rows that come to one of eight devices.
+MODELS = {
+    "mixtral": ((4096, 14336, 8, 3), 16384),
+    "qwen3": ((2048, 768, 128, 3), 32768),
+    "deepseek-v3": ((7168, 2048, 256, 3), 8192),
+    "gpt-oss": ((2880, 2880, 128, 3), 16384),
+    "olmoe": ((2048, 1024, 64, 3), 32768),
+    "nllb": ((2048, 8192, 128, 2), 16384),
+}
+
+
+def test_experts_of_models_fit_and_stay_whole_where_they_can() -> None:
+    whole = set()
+    for version in ("v5e", "v6e", "7x"):
+        info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(version), 1)
+        for name, ((d, f, e, matrices), rows) in MODELS.items():
+            tiling = exchange_tiling(rows, d, f, e // 8, matrices, 2, info)
+            assert tiling is not None, name
+            assert vmem_bytes(tiling, d, f, matrices, 2) <= vmem_budget_bytes(info)
+            if tiling.hidden == f:
+                whole.add((version, name))
+    narrow = {(chip, name) for chip in ("v5e", "v6e", "7x") for name in ("qwen3", "olmoe")}
+    assert whole == narrow | {("v6e", "gpt-oss")}
+
+
+def test_what_the_kernel_does_not_take() -> None:
     def fits(d: int, f: int, experts: int) -> bool:
         x, counts, w_in = (
             jax.ShapeDtypeStruct(shape, dtype)
@@ -122,24 +237,38 @@ def test_shapes_that_do_not_fit_are_not_fused() -> None:
                 ((experts // PEERS, d, f), jnp.bfloat16),
             )
         )
-        arrays: Any = (x, counts, w_in)
-        return can_fuse(*arrays, None, PEERS * ROWS)
+        arrays: Any = (x, counts, Experts(w_in, None))
+        return tiling_for(*arrays, PEERS * ROWS) is not None
 
     assert fits(256, 512, 8)
-    assert not fits(200, 512, 8)
-    assert not fits(256, 500, 8)
-    assert not fits(8192, 65536, 8)
+    assert fits(200, 500, 8)
+    assert fits(4096, 14336, 8)
+    assert not fits(65536, 512, 8)
     assert not fits(256, 512, 512)
 
 
 def test_wrong_arguments_are_named() -> None:
     x, counts = jnp.zeros((4 * ROWS, 128)), jnp.zeros((4, 8), jnp.int32)
-    w_in, w_out = jnp.zeros((8, 128, 128)), jnp.zeros((8, 128, 128))
+    w_in, w_out, bias = jnp.zeros((8, 128, 128)), jnp.zeros((8, 128, 128)), jnp.zeros((8, 64))
+    many = jnp.zeros((512, 8, 128)), jnp.zeros((512, 128, 8))
     cases: list[tuple[Any, dict[str, Any], str]] = [
         ((x, counts, w_in[:, :64], w_out), {}, r"w_in must have shape \[2, 128, F\]"),
         ((x, counts, w_in, w_out[:, :64]), {}, r"w_out must have shape \[2, 128, 128\]"),
         ((x, counts, w_in, w_out), {"activation": "tanh"}, "activation must be one of 'relu'"),
-        ((x[:, :64], counts, w_in[:, :64], w_out[..., :64]), {}, "D a multiple of 128"),
+        ((x, counts, w_in, w_out), {"b_in": bias[:2]}, r"b_in must have shape \[2, 128\]"),
+        ((x, counts, w_in, w_out), {"b_gate": bias[:2]}, "b_gate must be None without w_gate"),
+        ((x[:, :8], jnp.zeros((4, 512), jnp.int32), *many), {}, "at most 256 experts, .* of 512"),
+        (
+            (x, counts, w_in, w_out),
+            {"tiling": ExchangeTiling(8, 1, 64)},
+            r"tiling.hidden must be 128 \(all\) or a smaller multiple of 128, got 64",
+        ),
+        (
+            (x, counts, w_in, w_out),
+            {"tiling": ExchangeTiling(12, 1, 128)},
+            "tiling.rows must be a power of two of at least 8, got 12",
+        ),
+        ((x, counts, w_in, w_out), {"tiling": ExchangeTiling(8, 0, 128)}, "tiling.held must be"),
     ]
     own = P("expert")
     for args, options, message in cases:

@@ -23,8 +23,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from taskmoe.bench.harness.worker import serve
+from taskmoe.bench.tpu import across, schedule
 from taskmoe.bench.tpu import cases as kernel_cases
-from taskmoe.bench.tpu import schedule
 from taskmoe.bench.tpu.cases import Case
 from taskmoe.bench.tpu.compiler import TOO_LARGE
 from taskmoe.bench.tpu.grid_walk import KernelCall, recording, unwritten_zeros
@@ -44,7 +44,9 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
     """What the compiler makes of the case: `error`, or seconds and each kernel's schedule."""
     for path in dumps.iterdir():
         path.unlink()
-    needed, there = held_bytes(case), kernel_cases.chip_info(case.chip).hbm_capacity_bytes
+    across_chips = case.op in kernel_cases.EXCHANGES
+    needed = across.held_bytes(case) if across_chips else held_bytes(case)
+    there = kernel_cases.chip_info(case.chip).hbm_capacity_bytes
     if needed > there:
         sizes = f"take {needed / 1e9:.1f} GB, its HBM is {there / 1e9:.1f} GB"
         return {"error": f"{TOO_LARGE}: arguments and results {sizes}"}
@@ -52,11 +54,14 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
     try:
         # Pallas asks the mesh which chip it compiles for, tokamax the default device.
         with jax.set_mesh(mesh), jax.default_device(mesh.devices.flat[0]):
-            function, arguments = kernel_cases.program(case).directed(case.direction)
-            whole = NamedSharding(mesh, P())
-            results = kernel_cases.result_shapes(function, arguments)
-            there, out = _formats(arguments, whole), _formats(results, whole)
-            jitted = jax.jit(function, in_shardings=tuple(there), out_shardings=out)
+            if across_chips:
+                jitted, arguments = across.program(case, mesh)
+            else:
+                function, arguments = kernel_cases.program(case).directed(case.direction)
+                whole = NamedSharding(mesh, P())
+                results = kernel_cases.result_shapes(function, arguments)
+                formats, out = _formats(arguments, whole), _formats(results, whole)
+                jitted = jax.jit(function, in_shardings=tuple(formats), out_shardings=out)
             hlo = jitted.lower(*arguments).compile().as_text() or ""
     except Exception as error:  # a refusal, the compiler's or the library's, is a result
         return {"error": " ".join(str(error).split())[:500]}
@@ -170,9 +175,11 @@ def walk(case: Case) -> tuple[list[KernelCall], int]:
 def answer(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What the compiler and the model say of a case, its fields in."""
     case = Case(**question | {"tiling": question["tiling"] and tuple(question["tiling"])})
-    result = compile_case(case, chip_mesh(case.chip), Path(sys.argv[1]))
+    across_chips = case.op in kernel_cases.EXCHANGES
+    mesh = across.mesh(case.chip) if across_chips else chip_mesh(case.chip)
+    result = compile_case(case, mesh, Path(sys.argv[1]))
     if "error" not in result and case.by != "tokamax":  # which runs nowhere but on TPU
-        calls, floor = walk(case)
+        calls, floor = across.walk(case) if across_chips else walk(case)
         names = {call.name for call in calls}  # of a gradient: without its forward kernels
         result["kernels"] = [k for k in result["kernels"] if k["kernel"] in names]
         result |= model(case.chip, calls, floor, result["kernels"], result["outside_cycles"])

@@ -52,6 +52,15 @@ def test_a_planted_bundle_counts_where_it_is_the_longer_branch() -> None:
     assert longer.whole == 75
 
 
+def test_a_loop_around_the_main_run_by_hand() -> None:
+    inner = [*plain(9, depth=2), *plain(50, depth=2, mxu=2), *plain(4, depth=3)]
+    inner += [*plain(1, depth=0), *plain(5, depth=2)]
+    walk = [*plain(5, depth=0), *plain(3), *inner, *plain(8), *plain(2, depth=2)]
+    found = regions.of_loop(walk, range(17, 67))
+    assert found == Bundles(step=0, whole=50, part=0, result=9 + 4 + 6)
+    assert found.run(Trips(0, 7, 0, 2)) == 7 * 50 + 2 * 19
+
+
 def test_what_all_of_a_step_lies_in_is_no_region() -> None:
     around = [*skip(7), *kernel()[5:], *label(7)]
     inner, outer = regions.find(kernel()), regions.find(around)

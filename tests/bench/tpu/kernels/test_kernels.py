@@ -13,8 +13,8 @@ import pytest
 
 from taskmoe.bench.__main__ import main
 from taskmoe.bench.harness.worker import Died
+from taskmoe.bench.tpu import across, grid_walk
 from taskmoe.bench.tpu import cases as kernel_cases
-from taskmoe.bench.tpu import grid_walk
 from taskmoe.bench.tpu.compiler import Compiled, death_note
 from taskmoe.bench.tpu.kernels import expert_bytes, worker
 from taskmoe.cli.errors import InputError
@@ -58,6 +58,24 @@ def test_walked_bytes_of_gmm_by_hand() -> None:
     (call,) = calls
     visits = 5  # rows 16..31 are of two groups
     assert call.moved_bytes == visits * (16 * 256 + 256 * 256) * 2 + 64 * 256 * 2
+
+
+def test_the_busiest_chip_of_eight_reads_a_cut_expert_once_for_the_rows_it_holds() -> None:
+    case = kernel_cases.Case("exchange_ffn_gated", "taskmoe", "forward", "v5e", "bf16", "mixtral")
+    (packed, call, _), floor = across.walk(case)
+    assert packed.moved_bytes == 2 * 8192 * 2 * 4096 * 2
+    sizes = across.Sizes(case)
+    tiling, (rows,) = sizes.tiling("v5e"), sizes.busiest()
+    assert tiling is not None
+    assert rows > 8192 * 2  # the mean
+    blocks = -(-rows // tiling.rows)
+    expert, travelling = 3 * 4096 * 14336 * 2, 6 * rows * 4096 * 2
+    assert call.walked_bytes == -(-blocks // tiling.held) * expert + travelling
+    assert floor == expert + 2 * 8192 * 2 * 4096 * 2
+    assert call.trips is not None
+    assert call.trips.whole == blocks * 14336 // tiling.hidden
+    small = dataclasses.replace(case, op="exchange_rows", shape="awkward")
+    assert across.walk(small)[1] == (3 * 37 + 8 * 37) * 131 * 2
 
 
 def test_expert_ffn_moves_hardly_more_than_the_floor_and_a_fault_shows() -> None:
