@@ -189,17 +189,70 @@ def test_visits_cover_all_blocks_in_order(blocks: list[int], span: int) -> None:
     assert num == sum(least)
 
 
+def one_column_off(words_ref: Any, x_ref: Any, padded_ref: Any) -> None:
+    words_kernel.unpack_block(words_ref, padded_ref, on_tpu=True)
+    x_ref[...] = jnp.roll(padded_ref[...], 1, axis=1)[:, : x_ref.shape[1]]
+
+
 @pytest.mark.parametrize("dtype", support.DTYPES)
-@pytest.mark.parametrize(("m", "d"), [(24, 700), (7, 256), (300, 129)])
-def test_rows_are_packed_and_unpacked_as_defined(m: int, d: int, dtype: Any) -> None:
-    # The kernels reshape refs, which only JAX's plain interpreter knows.
-    x, plain = support.normal(0, (m, d), dtype), functools.partial(pl.pallas_call, interpret=True)
-    with support.planted(pl, "pallas_call", plain):
-        words = words_kernel.pack_rows(x)
-        np.testing.assert_array_equal(words, to_words(x))
-        np.testing.assert_array_equal(words_kernel.unpack_rows(words, d, dtype), x)
-        with support.planted(words_kernel, "split_words", lambda words, dtype: [words] * 2):
-            assert (np.asarray(words_kernel.unpack_rows(words, d, dtype)) != x).any()
+def test_rows_are_unpacked_as_defined(dtype: Any) -> None:
+    # On a TPU refs are reshaped, which JAX's plain interpreter knows, for reading alone.
+    x, plain = (
+        support.normal(0, (24, 700), dtype),
+        functools.partial(pl.pallas_call, interpret=True),
+    )
+    with (
+        support.planted(words_kernel, "interpret_mode", lambda: None),
+        support.planted(pl, "pallas_call", plain),
+    ):
+        words = to_words(x)
+        np.testing.assert_array_equal(words_kernel.unpack_rows(words, 700, dtype), x)
+        with support.planted(words_kernel, "unpack_kernel", one_column_off):
+            assert (np.asarray(words_kernel.unpack_rows(words, 700, dtype)) != x).any()
+
+
+class View:
+    """What a kernel does with a ref, done with a NumPy array."""
+
+    def __init__(self, array: np.ndarray, is_ref: bool = False) -> None:
+        self.array, self._is_ref = array, is_ref
+        self.shape, self.dtype = array.shape, array.dtype
+
+    @property
+    def at(self) -> "View":
+        return View(self.array, is_ref=True)
+
+    def reshape(self, *shape: int) -> "View":
+        view = self.array.view()
+        view.shape = shape  # an error where that would be a copy
+        return View(view)
+
+    def _index(self, index: Any) -> Any:
+        def plain(part: Any) -> Any:
+            if not isinstance(part, pl.Slice):
+                return part
+            return slice(part.start, part.start + (part.size - 1) * part.stride + 1, part.stride)
+
+        return tuple(map(plain, index)) if isinstance(index, tuple) else plain(index)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self.array[self._index(index)]
+        return View(found) if self._is_ref else found
+
+    def __setitem__(self, index: Any, values: Any) -> None:
+        self.array[self._index(index)] = values
+
+
+@pytest.mark.parametrize("on_tpu", [False, True])
+@pytest.mark.parametrize("dtype", support.DTYPES)
+def test_rows_are_packed_where_they_are_unpacked(dtype: Any, on_tpu: bool) -> None:
+    x = support.normal(0, (24, 768), dtype)
+    words = np.asarray(to_words(x))
+    packed, back = np.zeros_like(words), np.zeros(x.shape, x.dtype)
+    words_kernel.pack_block(View(np.asarray(x)), View(packed), dtype, on_tpu)
+    np.testing.assert_array_equal(packed, words)
+    words_kernel.unpack_block(View(packed), View(back), on_tpu)
+    np.testing.assert_array_equal(back, x)
 
 
 #: (D, F, E, matrices) of models, and rows that come to one of eight devices.
