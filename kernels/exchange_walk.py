@@ -26,7 +26,7 @@ MATRIX_BUFFERS = 2
 #: Rows of a tile of an array in HBM, whatever its dtype.
 TILE_ROWS = 8
 #: How the axes of an expert's arrays [first, second] hold its hidden units; b_out has none.
-HIDDEN_AXIS = Experts(w_in=1, w_out=0, w_gate=1, b_in=1, b_out=None, b_gate=1)
+HIDDEN_AXIS = {"w_in": 1, "w_out": 0, "w_gate": 1, "b_in": 1, "b_out": None, "b_gate": 1}
 
 
 class Plan(NamedTuple):
@@ -139,18 +139,18 @@ class Matrices:
 
     def _copy(self, index: Any, visit: Any, cut: Any, act: str, units: int) -> None:
         expert, slot = self._plan.expert[visit], jax.lax.rem(index, MATRIX_BUFFERS)
-        for array, buffer, axis in zip(self._arrays, self._buffers, HIDDEN_AXIS, strict=True):
+        for name, axis in HIDDEN_AXIS.items():
+            array, buffer = getattr(self._arrays, name), getattr(self._buffers, name)
             if array is None:
                 continue
-            source, target = (expert,), (slot,)
+            source, target = array.at[expert], buffer.at[slot]
             if axis is not None and self.cuts > 1:
                 size = self._in_tiles(units, cut, LANES if axis else TILE_ROWS)
-                begin = pl.ds(pl.multiple_of(cut * self._block, LANES), size)
                 before = (slice(None),) * axis
-                source += (*before, begin)
-                target += (*before, pl.ds(0, size))
-            ends = array.at[source], buffer.at[target]
-            getattr(pltpu.make_async_copy(*ends, self._semaphores.at[slot]), act)()
+                begin = pl.multiple_of(cut * self._block, LANES)
+                source = source.at[(*before, pl.ds(begin, size))]
+                target = target.at[(*before, pl.ds(0, size))]
+            getattr(pltpu.make_async_copy(source, target, self._semaphores.at[slot]), act)()
 
     def _in_tiles(self, units: int, cut: Any, tile: int) -> Any:
         """Units, rounded up to whole tiles, by way of `cut` so that Pallas sees no bound."""

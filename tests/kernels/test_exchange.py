@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 from taskmoe.kernels import exchange_kernel
 from taskmoe.kernels.exchange_ffn_kernel import exchange_ffn
 from taskmoe.kernels.exchange_kernel import exchange_rows, exchange_rows_reference
+from taskmoe.kernels.exchange_tiling import ExchangeTiling
+from taskmoe.kernels.options import Experts
 from taskmoe.tests.kernels import support
 
 ROWS, WIDTH = 13, 5
@@ -266,6 +268,39 @@ def forward_and_backward(fused: bool, there: int) -> Any:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_experts_in_blocks_of_any_width_compile_for_a_mesh_of_eight(
+    topology: str, dtype: Any
+) -> None:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh, (d, f), own = mesh_of(8, devices=found), (331, 691), P("expert")
+    shapes = [(16, d, f), (16, f, d), (16, d, f), (16, f), (16, d), (16, f)]
+
+    def run(x: Any, counts: Any, experts: Experts) -> Any:
+        def network(x: Any, experts: Experts) -> Any:
+            options: Any = {"tiling": ExchangeTiling(32, 2, 256), "activation": "gpt_oss"}
+            return exchange_ffn(x, counts, num_rows=400, **experts._asdict(), **options)
+
+        out, pull = jax.vjp(network, x, experts)
+        return out, pull(out)
+
+    def array(shape: tuple[int, ...], spec: P, kind: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(run, mesh=mesh, in_specs=(own, P(), own), out_specs=own)
+        arguments = array((8 * 97, d), own), array((8, 16), P(), jnp.int32)
+        experts = Experts(*(array(shape, own) for shape in shapes))
+        text = jax.jit(mapped).lower(*arguments, experts).compile().as_text()
+    calls = [line.split(" = ")[0] for line in text.splitlines() if "tpu_custom_call" in line]
+    for kernel, times in {"pack": 3, "exchange_ffn": 1, "exchange_rows": 2, "unpack": 4}.items():
+        assert sum(f"taskmoe_{kernel}" in name for name in calls) == times, kernel
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x4", "v6e:2x4"])
 def test_compiles_for_a_mesh_of_eight(topology: str) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -298,10 +333,10 @@ def test_compiles_for_a_mesh_of_eight(topology: str) -> None:
                 out_specs=(everywhere, (everywhere, *(over_experts for _ in shapes[2:]))),
             )
             text = jax.jit(run).lower(*arguments).compile().as_text()
-        calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
-        assert sum("taskmoe_exchange_rows" in line for line in calls) == 2
-        assert sum("taskmoe_exchange_ffn" in line for line in calls) == fused
+        lines = [line.split(" = ") for line in text.splitlines() if "tpu_custom_call" in line]
+        calls = {name: call[0] for name, *call in lines if "taskmoe_exchange" in name}
+        assert sum("taskmoe_exchange_rows" in name for name in calls) == 2
+        assert sum("taskmoe_exchange_ffn" in name for name in calls) == fused
         # Operands and results that DMAs work on stay in HBM.
-        for line in calls:
-            if "taskmoe_exchange" in line:
-                assert "S(1)" not in line.split(" custom-call(")[0], line
+        for call in calls.values():
+            assert "S(1)" not in call.split(" custom-call(")[0], call
