@@ -52,6 +52,7 @@ KERNELS = {
         ("expert_ffn", "forward", "wmt"),
         ("expert_ffn", "backward", "wmt"),
         ("expert_ffn", "forward", "decode"),
+        ("exchange_ffn", "forward", "wmt"),
     ),
 }
 CASES = tuple(
