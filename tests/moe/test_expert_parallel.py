@@ -103,9 +103,11 @@ def test_rows_that_travel_by_remote_dma_equal_one_device() -> None:
     support.check(have, want)
 
 
-def test_experts_in_the_kernel_that_moves_rows_equal_one_device() -> None:
-    config = support.make(d_model=128, d_ff=128, gated=True, activation="silu")
-    weights, x = support.params(config), support.normal(1, 2, 5, 128)
+@pytest.mark.parametrize("width", [128, 72])
+def test_experts_in_the_kernel_that_moves_rows_equal_one_device(width: int) -> None:
+    narrow = {"biases": True} if width == 72 else {}
+    config = support.make(d_model=width, d_ff=width, gated=True, activation="silu", **narrow)
+    weights, x = support.params(config), support.normal(1, 2, 5, width)
     want = support.apply(config, x)[0]
     options: Any = {"mesh": mesh_of((2,)), "strategy": "mosaic", "implementation": "mosaic"}
     with running("mosaic"):
