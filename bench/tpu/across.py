@@ -26,7 +26,7 @@ from taskmoe.kernels.exchange_tiling import ExchangeTiling, exchange_tiling, mov
 
 DEVICES = 8
 #: Topologies with eight devices, where those of one chip's kernels have fewer.
-TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4"}
+TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}
 #: Experts of all chips, where a shape has those of one.
 EXPERTS = {"deepseek-v3": 256}
 

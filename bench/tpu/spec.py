@@ -78,5 +78,7 @@ def read(a: argparse.Namespace) -> KernelSpec | ModelSpec | PublishedSpec:
     dtypes = chosen("dtype", a.dtypes, DTYPES, QUICK_DTYPES if a.quick else DTYPES)
     cases = kernel_cases.cases(chips, ops, dtypes, chosen("shape", a.shapes, SHAPES, ("wmt",)))
     if not cases:
-        raise InputError("nothing to compile: v3 takes kernels in f32 only")
+        raise InputError(
+            "nothing to compile: v3 takes kernels in f32 only, and none that exchange rows"
+        )
     return KernelSpec(cases, chips if "expert_ffn" in ops else [])
