@@ -312,6 +312,10 @@ def exchange_ffn(
     x, counts, num_rows = check_exchange("exchange_ffn", x, counts, num_rows, axis_name)
     local = counts.shape[1] // counts.shape[0]
     check_shape("w_in", w_in, (local, x.shape[1], "F"))
+    if counts.shape[1] > MAX_EXPERTS:
+        raise ValueError(f"counts must be of at most {MAX_EXPERTS} experts, got {counts.shape[1]}")
+    if 0 in w_in.shape:
+        raise ValueError(f"w_in must not be empty, got {list(w_in.shape)}")
     f = w_in.shape[2]
     check_shape("w_out", w_out, (local, f, x.shape[1]))
     if b_gate is not None and w_gate is None:
@@ -328,8 +332,8 @@ def exchange_ffn(
     tiling = tiling or tiling_for(x, counts, experts, num_rows)
     if tiling is None:
         raise ValueError(
-            f"w_in must be of at most {MAX_EXPERTS} experts, and a block of {tilings.LANES} hidden "
-            f"units must fit in VMEM, got {list(w_in.shape)} of {counts.shape[1]} experts"
+            f"w_in must be narrow enough for {tilings.LANES} hidden units of an expert to fit in "
+            f"VMEM, got {list(w_in.shape)}"
         )
     flat, tree = jax.tree.flatten((x, counts, experts))
     x, counts, experts = jax.tree.unflatten(tree, match_varying(*flat))

@@ -78,9 +78,14 @@ def moved_bytes(
     return visits * matrices * d * f * itemsize + 6 * sum(sizes) * row_bytes(d, itemsize)
 
 
+def tallest(m: int, own: int, itemsize: int) -> int:
+    """Most rows of a block: as in gmm, and a power of two where all rows are fewer than that."""
+    return 1 << (tilings.block_rows(m, own, itemsize) - 1).bit_length()
+
+
 def candidates(m: int, own: int, f: int, itemsize: int) -> list[ExchangeTiling]:
-    """Blocks to try: rows as in gmm or fewer, held ones, matrices whole or cut."""
-    rows = tilings.block_rows(m, own, itemsize)
+    """Blocks to try: the tallest or smaller, held ones, matrices whole or cut."""
+    rows = tallest(m, own, itemsize)
     found = []
     while rows >= sublanes(itemsize):
         for held in HELD:
@@ -102,7 +107,7 @@ def exchange_tiling(
     out.
     """
     mxu, budget = info.mxu_column_size, tilings.vmem_budget_bytes(info)
-    base, mean = tilings.block_rows(m, own, itemsize), -(-m // own)
+    base, mean = tallest(m, own, itemsize), -(-m // own)
 
     def fits(t: ExchangeTiling) -> bool:
         return vmem_bytes(t, d, f, matrices, itemsize) <= budget
@@ -132,6 +137,9 @@ def check_tiling(t: ExchangeTiling | None, f: int, itemsize: int) -> None:
         return
     if not isinstance(t, ExchangeTiling):
         raise TypeError(f"tiling must be an ExchangeTiling or None, got {type(t).__name__}")
+    for name, value in dataclasses.asdict(t).items():
+        if not isinstance(value, int):
+            raise TypeError(f"tiling.{name} must be an int, got {value!r}")
     if t.rows < sublanes(itemsize) or t.rows & (t.rows - 1):
         raise ValueError(
             f"tiling.rows must be a power of two of at least {sublanes(itemsize)}, got {t.rows}"

@@ -104,9 +104,14 @@ def _call(kernel: Any, x: jax.Array, shape: tuple[int, ...], d: int, dtype: Any)
     )
 
 
+def _as_defined(d: int, itemsize: int) -> bool:
+    """Whether XLA lays rows out: in the interpreter, and where the least block is too large."""
+    return interpret_mode() is not None or sublanes(itemsize) * d * itemsize > BLOCK_BYTES
+
+
 def pack_rows(x: jax.Array) -> jax.Array:
-    """`to_words` by the kernel on a TPU, and as defined in the interpreter."""
-    if interpret_mode() is not None:
+    """`to_words` by the kernel on a TPU; as defined in the interpreter and for very wide rows."""
+    if _as_defined(x.shape[1], x.dtype.itemsize):
         return exchange_plan.to_words(x)
     m, d = x.shape
     width = round_up(d, 4 // x.dtype.itemsize * LANES) * x.dtype.itemsize // 4
@@ -114,7 +119,7 @@ def pack_rows(x: jax.Array) -> jax.Array:
 
 
 def unpack_rows(words: jax.Array, d: int, dtype: Any) -> jax.Array:
-    """`from_words` by the kernel on a TPU, and as defined in the interpreter."""
-    if interpret_mode() is not None:
+    """`from_words` by the kernel on a TPU, and as defined where `pack_rows` is."""
+    if _as_defined(d, jnp.dtype(dtype).itemsize):
         return exchange_plan.from_words(words, d, dtype)
     return _call(unpack_kernel, words, (words.shape[0], d), d, dtype)(words)

@@ -19,8 +19,8 @@ and B rows of room for what comes to a device: min(k, E/n) n U, or f k U with a 
 
 Where tokens are routed, "mosaic" runs the experts in the same kernel, block by block as rows
 arrive, while other rows and results are on the wire; gradients travel before and after their
-matmuls. Experts too large for VMEM pass through it in blocks. Experts that are quantised, and more
-than 256, run in a kernel of their own.
+matmuls. Experts too large for VMEM pass through it in blocks. Experts that are quantised, more
+than 256, and too wide for a block of 128 hidden units run in a kernel of their own.
 
 "auto" takes of the first three the one with the fewest rows sent and held; "mosaic" is for the
 caller to choose.

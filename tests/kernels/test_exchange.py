@@ -301,6 +301,22 @@ def test_experts_in_blocks_of_any_width_compile_for_a_mesh_of_eight(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_rows_as_wide_as_sentences_compile() -> None:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    mesh, own = mesh_of(8, devices=found), P("expert")
+    x = jax.ShapeDtypeStruct((8 * 32, 1 << 18), jnp.bfloat16, sharding=NamedSharding(mesh, own))
+    counts = jax.ShapeDtypeStruct((8, 8), jnp.int32, sharding=NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        run = jax.shard_map(
+            lambda x, c: exchange_rows(x, c, 64), mesh=mesh, in_specs=(own, P()), out_specs=own
+        )
+        text = jax.jit(run).lower(x, counts).compile().as_text()
+    assert "taskmoe_exchange_rows" in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x4", "v6e:2x4"])
 def test_compiles_for_a_mesh_of_eight(topology: str) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

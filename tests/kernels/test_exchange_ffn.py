@@ -16,7 +16,12 @@ from jax.sharding import PartitionSpec as P
 from taskmoe.kernels import exchange_ffn_kernel, exchange_walk, expert_ffn, words_kernel
 from taskmoe.kernels.exchange_ffn_kernel import exchange_ffn, room_for, tiling_for
 from taskmoe.kernels.exchange_plan import to_words
-from taskmoe.kernels.exchange_tiling import ExchangeTiling, exchange_tiling, vmem_bytes
+from taskmoe.kernels.exchange_tiling import (
+    ExchangeTiling,
+    check_tiling,
+    exchange_tiling,
+    vmem_bytes,
+)
 from taskmoe.kernels.options import Experts
 from taskmoe.kernels.tiling import vmem_budget_bytes
 from taskmoe.tests.kernels import support
@@ -303,6 +308,17 @@ def test_experts_of_models_fit_and_stay_whole_where_they_can() -> None:
     assert whole == narrow | {("v6e", "gpt-oss")}
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("own", [1, 2, 8])
+def test_blocks_that_are_chosen_may_be_given(own: int, itemsize: int) -> None:
+    for version in ("v5e", "v6e", "7x"):
+        info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(version), 1)
+        for rows in (1, 8, 24, 40, 48, 100, 200, 208, 4096):
+            tiling = exchange_tiling(rows, 512, 2048, own, 3, itemsize, info)
+            assert tiling is not None
+            check_tiling(tiling, 2048, itemsize)
+
+
 def test_what_the_kernel_does_not_take() -> None:
     def fits(d: int, f: int, experts: int) -> bool:
         x, counts, w_in = (
@@ -333,7 +349,22 @@ def test_wrong_arguments_are_named() -> None:
         ((x, counts, w_in, w_out), {"activation": "tanh"}, "activation must be one of 'relu'"),
         ((x, counts, w_in, w_out), {"b_in": bias[:2]}, r"b_in must have shape \[2, 128\]"),
         ((x, counts, w_in, w_out), {"b_gate": bias[:2]}, "b_gate must be None without w_gate"),
-        ((x[:, :8], jnp.zeros((4, 512), jnp.int32), *many), {}, "at most 256 experts, .* of 512"),
+        ((x[:, :8], jnp.zeros((4, 512), jnp.int32), *many), {}, "at most 256 experts, got 512"),
+        (
+            (x[:, :8], jnp.zeros((4, 512), jnp.int32), *many),
+            {"tiling": ExchangeTiling(8, 1, 128)},
+            "at most 256 experts, got 512",
+        ),
+        (
+            (x, counts, w_in[..., :0], w_out[:, :0]),
+            {},
+            r"w_in must not be empty, got \[2, 128, 0\]",
+        ),
+        (
+            (x, counts, w_in, w_out),
+            {"tiling": ExchangeTiling(8.0, 1, 128)},  # type: ignore[arg-type]
+            r"tiling.rows must be an int, got 8.0",
+        ),
         (
             (x, counts, w_in, w_out),
             {"tiling": ExchangeTiling(8, 1, 64)},
@@ -353,5 +384,8 @@ def test_wrong_arguments_are_named() -> None:
             return exchange_ffn(*args, 96, **options)
 
         f = jax.shard_map(local, mesh=mesh_of(4), in_specs=(own, P(), own, own), out_specs=own)
-        with support.running("mosaic"), pytest.raises(ValueError, match=message):
+        with (
+            support.running("mosaic"),
+            pytest.raises((TypeError, ValueError), match=message),
+        ):
             f(*args)

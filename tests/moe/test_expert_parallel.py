@@ -117,6 +117,16 @@ def test_experts_in_the_kernel_that_moves_rows_equal_one_device(width: int) -> N
     support.check(have, want)
 
 
+def test_one_expert_a_device_and_few_rows_are_taken_by_the_kernel_that_moves_rows() -> None:
+    config = support.make(d_model=128, d_ff=128, num_experts=2, top_k=1)
+    weights, x = support.params(config), support.normal(1, 2, 24, 128)
+    want = support.apply(config, x)[0]
+    options: Any = {"mesh": mesh_of((2,)), "strategy": "mosaic", "implementation": "mosaic"}
+    with running("mosaic"):
+        have = jax.jit(lambda w, x: moe.apply(w, config, x, **options)[0])(weights, x)
+    support.check(np.asarray(have), want)
+
+
 def test_remote_dma_off_tpu_is_an_error() -> None:
     config = config_of("token")
     with pytest.raises(ValueError, match=r"strategy='mosaic' runs on TPU, or inside .*'cpu'"):
