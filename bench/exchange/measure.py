@@ -107,14 +107,15 @@ def measure(spec: Spec) -> Exchanged:
             while "machine" not in found:
                 found = workers[0].hear()
                 progress(found.get("done", shapes), shapes)
-        _all_ended(workers)
+        _all_ended(workers, "machine" in found)
     return from_json(Exchanged, found)
 
 
-def _all_ended(workers: Sequence[Worker]) -> None:
+def _all_ended(workers: Sequence[Worker], whole: bool) -> None:
     """Wait until all processes have ended; InputError that names the one to blame where one died.
 
-    A killed process has a negative code; those that notice it end by themselves.
+    A killed process has a negative code; those that notice it end by themselves. whole: what they
+    found is there already, so that it does not matter how they end.
     """
     for worker in workers:  # before any is waited for: they end together
         worker.finish()
@@ -124,6 +125,6 @@ def _all_ended(workers: Sequence[Worker]) -> None:
             codes.append(worker.end(4 * HEARTBEAT_S))
         except subprocess.TimeoutExpired:
             raise InputError(f"process {number} did not end within {4 * HEARTBEAT_S} s") from None
-    if any(codes):
+    if any(codes) and not whole:
         first = min(range(len(codes)), key=lambda i: (codes[i] >= 0, codes[i] == 0))
         raise InputError(f"process {first} of {len(codes)} {workers[first].death()}")

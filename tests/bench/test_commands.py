@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from taskmoe.bench.__main__ import COMMANDS, main
+from taskmoe.bench.exchange import measure
 from taskmoe.bench.exchange import view as exchange
 from taskmoe.bench.exchange.measure import Exchanged, Row, Size
 from taskmoe.bench.exchange.spec import Spec
 from taskmoe.bench.exchange.step import timed, with_copy_shares
 from taskmoe.bench.harness.results import from_json
+from taskmoe.bench.harness.worker import Worker
+from taskmoe.cli.errors import InputError
 
 #: The tests' settings without their eight devices: the command asks for its own.
 QUICKLY_COMPILED = " ".join(f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f)
@@ -53,6 +56,26 @@ def test_a_small_exchange_agrees_with_one_device_and_a_sub_network_needs_none(
     assert "fastest here" in done.stdout
     assert "Decoding step of 8 sequences" in done.stdout
     assert "Sub-networks: 0 collectives, 0.0% of their time in communication." in done.stdout
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_exchange_that_found_all_does_not_mind_how_its_processes_end(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = Spec(2, 1, 1, [], [], [], [])
+
+    class Aborts(Worker):
+        def __init__(self, module: str) -> None:
+            found = Exchanged(spec, {}, [], []).to_json() if whole else {"done": 0}
+            script = f"import os, sys; print({json.dumps(found)!r}, flush=True); os.abort()"
+            super().__init__("timeit", ["-n", "1", "-r", "1", script])
+
+    monkeypatch.setattr(measure, "Worker", Aborts)
+    if whole:
+        assert measure.measure(spec) == Exchanged(spec, {}, [], [])
+    else:
+        with pytest.raises(InputError, match="process 0 of 1 ended with exit code -6"):
+            measure.measure(spec)
 
 
 def test_shares_of_the_exchange_two_ways_and_why_they_differ() -> None:

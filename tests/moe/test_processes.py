@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from taskmoe.tests.processes import ended
+
 WORKER = Path(__file__).with_name("process_worker.py")
 #: A process whose peer has died ends with an error within this time.
 STATED_SECONDS = 60
@@ -38,8 +40,7 @@ def errors(printed: str) -> dict[str, float]:
 
 def test_two_processes_equal_one_device() -> None:
     for worker in start():
-        printed, said = worker.communicate(timeout=300)
-        assert worker.returncode == 0, said
+        printed, said = ended(worker, 0)
         found = errors(printed)
         assert set(found) == {"all_to_all", "ragged", "all_gather"}, printed + said
         assert max(found.values()) < 1e-5, found

@@ -13,14 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from taskmoe.tests.processes import ended
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.training import lost_peers
 
 SIZES = ["d_model=16", "d_ff=16", "num_heads=2", "num_experts=4", "vocab_size=330"]
 TRAINING = ["batch_tokens=512", "buckets=[16]", "learning_rate=0.01", "checkpoint_every=4"]
-#: Process 0 runs JAX's coordination service. Seldom (seen once on jaxlib 0.10) gRPC aborts in that
-#: server's destructor, when all work is done and kept: a call came while the server shut down.
-GRPC_ABORTS = r"F\d{4} .* server\.cc:\d+\] Check failed: queue\.Pop\(\) == nullptr"
 #: The processes that a test began.
 BEGUN: list[subprocess.Popen[str]] = []
 
@@ -51,14 +49,6 @@ def start(data: Path, workdir: Path, steps: int | str, *more: str) -> subprocess
     )
     BEGUN.append(process)
     return process
-
-
-def ended(process: subprocess.Popen[str], code: int, timeout: float = 300) -> tuple[str, str]:
-    """What a process that ends with this code printed: on stdout, and on stderr."""
-    said, errors = process.communicate(timeout=timeout)
-    ours, *aborted = re.split(GRPC_ABORTS, errors)
-    assert process.returncode == (-signal.SIGABRT if aborted else code), errors
-    return said, ours
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[str]:
