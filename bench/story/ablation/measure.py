@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from taskmoe.bench.harness import machine
-from taskmoe.bench.harness.results import Result
+from taskmoe.bench.harness.results import Result, load
 from taskmoe.bench.story.ablation.spec import CHANGES, Change, Spec
 from taskmoe.bench.story.demo.measure import MODEL, PAIRS, TRAIN, corpus
+from taskmoe.cli.command_line import write_text
 from taskmoe.cli.devices import use_present_devices
 from taskmoe.cli.progress import bar
 from taskmoe.moe import MoEConfig
@@ -62,9 +65,13 @@ class Ablated(Result):
 
 
 class _Text(NamedTuple):
-    """title: in words. data, unseen: what a run learns from and is scored on, by its config."""
+    """title: in words. identity: differs where the text does.
+
+    data, unseen: what a run learns from and is scored on, by its config.
+    """
 
     title: str
+    identity: str
     pairs: tuple[str, ...]
     buckets: tuple[int, ...]
     tokenizer: Tokenizer
@@ -81,11 +88,26 @@ def measure(spec: Spec) -> Ablated:
     with bar("training", "runs") as progress:
         for number, name in enumerate(spec.changes):
             progress(number, len(spec.changes), name)
-            runs.append(_train(name, CHANGES[name], config, text))
+            runs.append(_run(name, config, text, spec.work))
             progress(number + 1, len(spec.changes), name)
     model = MODEL | {"vocab_size": text.tokenizer.vocab_size}
     fields = dataclasses.asdict(config)
     return Ablated(machine.describe(), text.title, spec.steps, model, fields, runs)
+
+
+def _run(name: str, config: TrainConfig, text: _Text, work: Path | None) -> Run:
+    """The run that the folder holds of these settings, or else trained and kept there."""
+    change = CHANGES[name]
+    if work is None:
+        return _train(name, change, config, text)
+    about = [text.identity, MODEL, dataclasses.asdict(config), dataclasses.asdict(change)]
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+    path = work / f"{name.replace('/', '-over-')}-{digest}.json"
+    if path.is_file():
+        return load(Run, path, f"ablation --changes {name}, once the file is gone")
+    found = _train(name, change, config, text)
+    write_text(path, json.dumps(dataclasses.asdict(found)) + "\n")
+    return found
 
 
 def _demo() -> _Text:
@@ -96,7 +118,7 @@ def _demo() -> _Text:
         return functools.cache(lambda config: TrainingData.encoded(text, tokenizer, config))
 
     title = "the demo's corpus"
-    return _Text(title, PAIRS, TRAIN["buckets"], tokenizer, encoded(train), encoded(test))
+    return _Text(title, title, PAIRS, TRAIN["buckets"], tokenizer, encoded(train), encoded(test))
 
 
 def _prepared(folder: Path) -> _Text:
@@ -107,6 +129,7 @@ def _prepared(folder: Path) -> _Text:
     rows = {pair: encode(pair, lines, opened.tokenizer, longest) for pair, lines in valid.items()}
     return _Text(
         opened.manifest.title,
+        opened.manifest.to_json(),
         pairs,
         (*(length for length in TRAIN["buckets"] if length < longest), longest),
         opened.tokenizer,

@@ -74,11 +74,15 @@ CHANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Changes by name, steps of each run, and the training set; None is the demo's corpus."""
+    """Changes by name, steps of each run, and the training set; None is the demo's corpus.
+
+    work: folder that keeps each run as it ends; None keeps none.
+    """
 
     changes: tuple[str, ...]
     steps: int
     data: Path | None
+    work: Path | None = None
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -86,6 +90,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--changes", help=f"comma-separated, of {', '.join(CHANGES)} (all)")
     p.add_argument("--steps", type=int, default=600, help="training steps of each run")
     p.add_argument("--data", type=Path, help="a training set of `prepare` (the demo's corpus)")
+    p.add_argument(
+        "--work", type=Path, help="keep each run in this folder, and take those that it holds"
+    )
     p.add_argument("--quick", action="store_true", help="20 steps, three runs: a look")
     p.add_argument("--png", type=Path, help="draw the curves here")
 
@@ -95,4 +102,4 @@ def read(a: argparse.Namespace) -> Spec:
     need_at_least_one(a, "steps")
     changes = chosen("change", a.changes, QUICK if a.quick else CHANGES, CHANGES)
     steps = min(a.steps, 20) if a.quick else a.steps
-    return Spec(tuple(dict.fromkeys([DENSE, TOKEN, *changes])), steps, a.data)
+    return Spec(tuple(dict.fromkeys([DENSE, TOKEN, *changes])), steps, a.data, a.work)

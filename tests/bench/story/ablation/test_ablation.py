@@ -100,6 +100,38 @@ def test_a_gate_that_does_not_learn_stays_as_it_was(
     assert (np.asarray(gates[1]) != np.asarray(gates[0])).any()
 
 
+def test_runs_that_a_folder_holds_are_taken_and_others_trained(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    work, to = tmp_path / "work", tmp_path / "a.json"
+    words = ["ablation", "--data", str(prepared), "--work", str(work), "--json", str(to)]
+    trained: list[str] = []
+    train = measure._train
+
+    def noted(name: str, *rest: Any) -> Run:
+        if name == "rate/10" and "z=0" not in trained:
+            raise KeyboardInterrupt
+        trained.append(name)
+        return train(name, *rest)
+
+    monkeypatch.setattr(measure, "_train", noted)
+    assert main([*words, "--steps", "3", "--changes", "rate/10"]) == 130  # stopped in its third run
+    assert trained == ["dense", "token"]
+    assert not to.exists()
+    assert main([*words, "--steps", "3", "--changes", "z=0,rate/10"]) == 0
+    assert trained == ["dense", "token", "z=0", "rate/10"]
+    first = to.read_text()
+    assert main([*words, "--steps", "3", "--changes", "z=0,rate/10"]) == 0
+    assert len(trained) == 4
+    assert to.read_text() == first
+    assert main([*words, "--steps", "4", "--changes", "z=0"]) == 0
+    assert trained[4:] == ["dense", "token", "z=0"]
+    for kept in work.glob("z=0-*.json"):
+        kept.write_text("{")
+    assert main([*words, "--steps", "3", "--changes", "z=0"]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
 def made(**losses: float) -> Ablated:
     runs = [
         Run(name.replace("_", "-"), spec.CHANGES[name.replace("_", "-")].what, loss, [3.0, loss],
