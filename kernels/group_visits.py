@@ -1,5 +1,8 @@
 """Which blocks of rows meet which groups: the walk of the grouped kernels, found on device.
 
+It is a small kernel of its own, on the scalar unit: a few bundles a group and a visit. In XLA one
+operation on so few numbers takes 2,000 cycles, whatever it does.
+
 The sequential grid axis of gmm, tgmm and expert_ffn is a list of visits. A visit is one block of
 rows and one group that has rows there. A block that straddles groups is visited once for each,
 consecutively, so that its output stays in VMEM between them; empty groups are not visited. Blocks
@@ -12,14 +15,17 @@ that owns a part works in sub-blocks and skips those that it has no row in.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from taskmoe.kernels.groups import Groups, group_bounds
+from taskmoe.kernels.checks import result_like
+from taskmoe.kernels.groups import Groups
 
 #: Rows of the sub-blocks that a visit works in when it owns a part of its block.
 SUB_ROWS = 128
@@ -113,68 +119,108 @@ def visit_blocks(
     Blocks before and after the local groups' rows are visited by the first and the last group that
     is visited anyway, so that no matrix is fetched for them; without any, group 0 visits all.
     """
-    starts, ends, low, high = _bounds(groups, num_groups, num_rows)
-    blocks, order = -(-num_rows // block_rows), jnp.arange(num_groups, dtype=jnp.int32)
-    first, last = _blocks(starts, ends, num_rows, block_rows)
-    held, nothing = ends > starts, jnp.zeros(num_groups, bool)
-    if every_group:
-        held, is_first, is_last = ~nothing, order == 0, order == num_groups - 1
-    else:
-        nothing = (low == high) & (order == 0)
-        is_first, is_last = (held & (starts == low)) | nothing, (held & (ends == high)) | nothing
-    first = jnp.where(is_first, 0, first)
-    last = jnp.where(is_last, blocks - 1, last)
-    count = jnp.where(held | nothing, last - first + 1, 0)
-    return Visits(starts, ends, *_unroll(count, first, blocks + num_groups + 1))
+    return _walk(groups, num_groups, num_rows, block_rows, every_group, every_block=True)
 
 
 def visit_groups(groups: Groups, num_groups: int, num_rows: int, block_rows: int) -> Visits:
     """Every group at least once, in order: for kernels whose output is a matrix a group."""
-    starts, ends, _, _ = _bounds(groups, num_groups, num_rows)
-    first, last = _blocks(starts, ends, num_rows, block_rows)
-    length = -(-num_rows // block_rows) + num_groups
-    return Visits(starts, ends, *_unroll(last - first + 1, first, length))
+    return _walk(groups, num_groups, num_rows, block_rows, every_group=True, every_block=False)
 
 
-# What follows takes few operations of XLA, each a sum over comparisons of all pairs: on TPU one
-# operation of so few numbers takes 2,000 cycles, whatever it does, and a gather is three.
+def _walk(
+    groups: Groups,
+    num_groups: int,
+    num_rows: int,
+    block_rows: int,
+    every_group: bool,
+    every_block: bool,
+) -> Visits:
+    length = pl.cdiv(num_rows, block_rows) + num_groups + 1
+    counts = (num_groups, num_groups, length, length, 1)
+    call = pl.pallas_call(
+        functools.partial(
+            kernel,
+            num_rows=num_rows,
+            block_rows=block_rows,
+            every_group=every_group,
+            every_block=every_block,
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(1,),
+            in_specs=[],
+            out_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(counts),
+        ),
+        out_shape=[result_like(groups.sizes, (n,), jnp.int32) for n in counts],
+        name="taskmoe_visits",
+    )
+    return Visits(*call(groups.sizes, groups.offset.reshape(1)))
 
 
-def _bounds(groups: Groups, num_groups: int, num_rows: int) -> tuple[jax.Array, ...]:
-    """`group_bounds`, and the first and one past the last row of all local groups, [E] i32 each."""
-    count = groups.sizes.shape[0]
-    if count * num_rows >= 1 << 31:  # sums of comparisons could overflow
-        starts, ends = group_bounds(groups, num_groups, num_rows)
-        return starts, ends, jnp.full_like(starts, starts[0]), jnp.full_like(ends, ends[-1])
-    shape = (num_groups, count)
-    local = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    place = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - groups.offset
-    sizes = jnp.clip(jnp.broadcast_to(groups.sizes, shape), 0, num_rows)
-    before = (place < local, place <= local, place < 0, place < num_groups)
-    sums = (jnp.sum(jnp.where(mask, sizes, 0), axis=1, dtype=jnp.int32) for mask in before)
-    return tuple(jnp.minimum(total, num_rows) for total in sums)
+def kernel(
+    sizes_ref: Any,
+    offset_ref: Any,
+    *refs: Any,
+    num_rows: int,
+    block_rows: int,
+    every_group: bool,
+    every_block: bool,
+) -> None:
+    """The walk, from the sizes [G] of all groups and the number [1] of the first local one."""
+    walk = Visits(*refs)
+    count, offset, blocks = sizes_ref.shape[0], offset_ref[0], pl.cdiv(num_rows, block_rows)
+
+    def size_of(group: Any) -> Any:
+        size = sizes_ref[jnp.clip(group, 0, count - 1)]
+        return jnp.where((group >= 0) & (group < count), jnp.maximum(size, 0), 0)
+
+    def end_of(start: Any, size: Any) -> Any:
+        """One past the last row; rows that are not there are cut off."""
+        return start + jnp.minimum(size, num_rows - start)
+
+    def visit(group: Any) -> Callable[[Any, Any], Any]:
+        def one(block: Any, index: Any) -> Any:
+            walk.group[index], walk.block[index] = group, block
+            return index + 1
+
+        return one
+
+    def visits(group: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        start, size, index = carry
+        end = end_of(start, size)
+        walk.starts[group], walk.ends[group] = start, end
+        first = _quotient(start, block_rows)
+        if every_group:  # one without rows is near those that have some
+            first = jnp.minimum(first, blocks - 1)
+        near = first + 1
+        if every_block:
+            first = jnp.where(index == 0, 0, first)
+        stop = _quotient(end - 1, block_rows) + 1
+        stop = jnp.where(end > start, stop, near if every_group else first)
+        visit(group)(first, index)  # most have one; of a group without, the next writes over it
+        index = index + (stop > first).astype(jnp.int32)
+        index = jax.lax.fori_loop(first + 1, stop, visit(group), index)
+        return end, size_of(offset + group + 1), index  # loaded while this one is worked on
+
+    def skip(group: Any, start: Any) -> Any:
+        return end_of(start, size_of(group))
+
+    zero = jnp.int32(0)
+    start = jax.lax.fori_loop(0, jnp.minimum(offset, count), skip, zero)
+    held = walk.starts.shape[0]
+    _, _, index = jax.lax.fori_loop(0, held, visits, (start, size_of(offset), zero))
+    if every_block:  # those behind the last visit are its group's, or group 0's
+        last = jnp.maximum(index - 1, 0)
+        group = jnp.where(index == 0, 0, walk.group[last])
+        first = jnp.where(index == 0, 0, walk.block[last] + 1)
+        index = jax.lax.fori_loop(first, blocks, visit(group), index)
+    walk.num[0] = index
+    # What fetches ahead may look at the place behind the last.
+    visit(walk.group[index - 1])(walk.block[index - 1], index)
 
 
-def _blocks(
-    starts: jax.Array, ends: jax.Array, num_rows: int, block_rows: int
-) -> tuple[jax.Array, jax.Array]:
-    """First and last block of each group's rows; of a group without rows one that is near."""
-    first = jnp.minimum(starts, num_rows - 1) // block_rows
-    return first, jnp.maximum(ends - 1, first * block_rows) // block_rows
-
-
-def _unroll(
-    count: jax.Array, first: jax.Array, length: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Group and block of the i-th of sum(count) visits, [length] i32 each, and the sum, [1].
-
-    Group e makes count[e] visits, at blocks from first[e] on. Places past the sum are not walked.
-    """
-    order = jnp.arange(count.shape[0], dtype=jnp.int32)
-    stop = jnp.sum(jnp.where(order <= order[:, None], count, 0), axis=1, dtype=jnp.int32)
-    begin = stop - count
-    visit = jnp.arange(length, dtype=jnp.int32)
-    own = (visit[:, None] >= begin) & (visit[:, None] < stop)
-    group = jnp.sum(jnp.where(own, order, 0), axis=1, dtype=jnp.int32)
-    block = jnp.where(own, visit[:, None] + (first - begin), 0)
-    return group, jnp.sum(block, axis=1, dtype=jnp.int32), jnp.sum(count, keepdims=True)
+def _quotient(x: Any, size: int) -> Any:
+    """x // size of what is not negative, which the scalar unit shifts where it can."""
+    if size & (size - 1):
+        return jax.lax.div(x, jnp.int32(size))
+    return jax.lax.shift_right_logical(x, jnp.int32(size.bit_length() - 1))

@@ -18,6 +18,7 @@ VMEM: two buffers of k * [m, n] 32-bit values for the copies, two of [m, n] out 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -28,6 +29,9 @@ from jax.experimental.pallas import tpu as pltpu
 from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.checks import in_hbm, result_like
 from taskmoe.kernels.platforms import chip
+
+#: Rows whose copies are started without a branch between: the scalar unit limits how fast they are.
+UNROLLED = 8
 
 
 def cost(num_rows: int, top_k: int, width: int, itemsize: int) -> pl.CostEstimate:
@@ -75,48 +79,59 @@ def kernel(
 ) -> None:
     """One block of rows and columns. weights_ref or grad_ref may be None."""
     step, steps = pl.program_id(0), pl.num_programs(0)
-    rows, width = buffer_ref.shape[2] // pack, buffer_ref.shape[3]
+    rows, width = buffer_ref.shape[2] * UNROLLED, buffer_ref.shape[4]
     one_word = source_ref.dtype.itemsize == 4
     slot = jax.lax.rem(step, 2)
 
-    def copies(indices: Any, at_step: Any, act: str) -> None:
+    def start(indices: Any, at_step: Any) -> None:
         at_slot = jax.lax.rem(at_step, 2)
         column = pl.multiple_of(jax.lax.rem(at_step, widths) * width, tilings.LANES)
         columns = pl.ds(column, width) if widths > 1 else slice(None)
 
-        def one(i: Any, carry: None) -> None:
-            for j in range(top_k):
-                index = indices[0, i * top_k + j]
-                first = pl.multiple_of(index // pack * pack, pack)
+        def some(i: Any, carry: None) -> None:
+            for row, j in itertools.product(range(UNROLLED), range(top_k)):
+                index = indices[0, (i * UNROLLED + row) * top_k + j]
+                first = pl.multiple_of(index & -pack, pack)
                 copy = pltpu.make_async_copy(
                     source_ref.at[pl.ds(first, pack), columns],
-                    buffer_ref.at[at_slot, j, pl.ds(i * pack, pack)],
+                    buffer_ref.at[at_slot, j, i, pl.ds(row * pack, pack)],
                     semaphores.at[at_slot],
                 )
-                pl.when(index >= 0)(getattr(copy, act))
+                pl.when(index >= 0)(copy.start)
 
-        jax.lax.fori_loop(0, rows, one, None)
+        jax.lax.fori_loop(0, rows // UNROLLED, some, None)
+
+    def wait() -> None:
+        """For the copies of all indices: a semaphore counts bytes, so for powers of two of them."""
+        count = jnp.sum((vector_ref[...] >= 0).astype(jnp.float32)).astype(jnp.int32)
+        for bit in range((rows * top_k).bit_length()):
+            held, many = min(1 << bit, rows), max((1 << bit) // rows, 1)
+            groups, inner = max(held // UNROLLED, 1), min(held, UNROLLED) * pack
+            part = buffer_ref.at[slot, pl.ds(0, many), pl.ds(0, groups), pl.ds(0, inner)]
+            copy = pltpu.make_async_copy(part, part, semaphores.at[slot])
+            pl.when(count & (1 << bit) != 0)(copy.wait)
 
     @pl.when(step == 0)
     def _first() -> None:
-        copies(index_ref, step, "start")
+        start(index_ref, step)
 
     @pl.when(step + 1 < steps)
     def _ahead() -> None:
-        copies(next_ref, step + 1, "start")
+        start(next_ref, step + 1)
 
-    copies(index_ref, step, "wait")
+    wait()
 
     def gathered(j: int) -> jax.Array:
         index = vector_ref[:, j : j + 1]
+        copied = buffer_ref[slot, j].reshape(rows * pack, width)
         if pack == 1:
-            value = buffer_ref[slot, j]
+            value = copied
         elif one_word:
-            group = buffer_ref[slot, j].reshape(rows, pack, width)
+            group = copied.reshape(rows, pack, width)
             which = jax.lax.broadcasted_iota(jnp.int32, group.shape, 1)
             value = jnp.sum(jnp.where(which == (index % pack)[..., None], group, 0), axis=1)
         else:  # even rows are the low halves
-            pair = pltpu.bitcast(buffer_ref[slot, j], jnp.int32)
+            pair = pltpu.bitcast(copied, jnp.int32)
             pair = jnp.where(index % 2 == 1, pair & jnp.int32(-65536), pair << 16)
             value = jax.lax.bitcast_convert_type(pair, jnp.float32)
         return jnp.where(index >= 0, value, 0)
@@ -195,8 +210,8 @@ def _gather_rows(
         source = jnp.pad(source, ((0, -source.shape[0] % pack), (0, 0)))
     widths, blocks = (width + overhang) // columns, -(-num_rows // rows)
     steps = blocks * widths
-    scalars = jnp.pad(index, ((0, blocks * rows - num_rows), (0, 0)), constant_values=-1)
-    scalars = scalars.reshape(blocks, 1, rows * top_k)
+    index = jnp.pad(index, ((0, blocks * rows - num_rows), (0, 0)), constant_values=-1)
+    scalars = index.reshape(blocks, 1, rows * top_k)
     at = functools.partial
     smem = at(pl.BlockSpec, (None, 1, rows * top_k), memory_space=pltpu.SMEM)
     vector = pl.BlockSpec((rows, top_k), at(rows_block, widths=widths))
@@ -220,7 +235,7 @@ def _gather_rows(
         out_specs=vector if dots else values,
         out_shape=result_like(source, out_shape, out_dtype),
         scratch_shapes=[
-            pltpu.VMEM((2, top_k, rows * pack, columns), source.dtype),
+            pltpu.VMEM((2, top_k, rows // UNROLLED, UNROLLED * pack, columns), source.dtype),
             pltpu.SemaphoreType.DMA((2,)),
         ],
         compiler_params=tilings.compiler_params(

@@ -361,7 +361,9 @@ def compiler_params(
     limit = min(capacity, max(16 << 20, vmem_bytes + (vmem_bytes >> 2) + (4 << 20)))
     # A batch is one more axis of the grid, for which the interpreter wants an entry as well.
     known = None if interpreting_a_batch.get() else semantics
-    return pltpu.CompilerParams(dimension_semantics=known, vmem_limit_bytes=limit)
+    return pltpu.CompilerParams(
+        dimension_semantics=known, vmem_limit_bytes=limit, disable_bounds_checks=True
+    )
 
 
 def check_tiling(tiling: Tiling | None, k: int, n: int, itemsize: int) -> None:

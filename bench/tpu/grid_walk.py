@@ -3,8 +3,8 @@
 A kernel's operands travel in blocks. The pipeline fetches a block when its index differs from the
 previous grid step's, and writes one back when it leaves it; so the bytes follow from the index maps
 alone, evaluated at every step of the real grid with the real prefetched scalars (which visits there
-are depends on `group_sizes`). Nothing runs: calls of `pl.pallas_call` are recorded, and return
-zeros.
+are depends on `group_sizes`). Nothing runs but the small kernel that finds the visits: calls of
+`pl.pallas_call` are recorded, and return zeros.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.bench.tpu.regions import Trips
+from taskmoe.bench.tpu.schedule import VISITS
 from taskmoe.kernels import for_chip
 from taskmoe.kernels.group_visits import SUB_ROWS, Visits, sub_rows
 from taskmoe.kernels.platforms import chip
+from taskmoe.kernels.row_gather_kernel import UNROLLED
+
+#: Kernels that start a copy a row.
+GATHERS = ("taskmoe_gather_rows", "taskmoe_row_dots")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +41,7 @@ class KernelCall:
     steps: of its grid
     walked_bytes: bytes of all operands that travel in blocks
     copies_by_hand: whether it also has operands in HBM that it copies from itself
-    trips: of a grouped kernel, how often its regions run
+    trips: how often its regions run
     rows_share: rows that its products have, over rows that it declares: above 1 where blocks
       straddle groups
     """
@@ -72,6 +77,12 @@ def recording(chip: str) -> Iterator[list[KernelCall]]:
         def call(*operands: Any) -> Any:
             if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
                 return real_call(kernel, out_shape=out_shape, **options)(*operands)
+            if options.get("name") == VISITS:  # the grids of others depend on it
+                walk = real_call(kernel, out_shape=out_shape, interpret=True, **options)
+                with jax.disable_jit(False), pltpu.force_tpu_interpret_mode():
+                    found = jax.jit(walk)(*operands)
+                calls.append(_record_walk(Visits(*found)))
+                return found
             calls.append(_record(kernel, out_shape, options, operands))
             return jax.tree.map(lambda s: unwritten_zeros(s.shape, s.dtype), out_shape)
 
@@ -115,7 +126,10 @@ def _record(
     # The compiler names a kernel without a name after the function that it was called in.
     name = options.get("name") or getattr(kernel, "__qualname__", "kernel").split(".")[0]
     steps = math.prod(grid)
-    call = KernelCall(name, options.get("cost_estimate"), steps, sum(walked), any(by_hand))
+    # A kernel that gathers rows starts the copies of so many of its block in one run of a loop.
+    runs = blocks[-1].block_shape[0] // UNROLLED if name in GATHERS else 0
+    trips = Trips(steps, steps, steps * runs, 0)
+    call = KernelCall(name, options.get("cost_estimate"), steps, sum(walked), any(by_hand), trips)
     if not scalars or not isinstance(scalars[0], Visits):
         return call
     (first, array), (last, _) = pairs[0], pairs[-1]
@@ -131,6 +145,14 @@ def _record(
         trips=Trips(steps, whole * sweeps, part * sweeps, results),
         rows_share=worked / array.shape[-2],
     )
+
+
+def _record_walk(found: Visits) -> KernelCall:
+    # A group's first visit is noted with its bounds, others in a loop.
+    visits = np.asarray(found.group[: int(found.num[0])])
+    further = visits.size - np.unique(visits).size
+    trips = Trips(step=1, whole=found.starts.size, part=further, result=0)
+    return KernelCall(VISITS, None, 1, sum(x.nbytes for x in found), False, trips)
 
 
 def own_blocks(walk: Visits, rows: int, size: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ marked by their depth.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Sequence
 
@@ -107,6 +108,33 @@ def of_loop(schedule: Sequence[Bundle], main: range) -> Bundles:
     first = max((i + 1 for i in range(main.start) if outside(i)), default=0)
     end = min((i for i in range(main.stop, len(schedule)) if outside(i)), default=len(schedule))
     return Bundles(0, len(main), 0, end - first - len(main))
+
+
+def of_steps(schedule: Sequence[Bundle]) -> Bundles | None:
+    """The regions of a kernel that multiplies nothing: all that lies in the loop over the grid.
+
+    part: one run of its longest inner loop; loops as long as that are others for the first step.
+    None where a kernel has inner loops of inner loops, of which nothing says how often they run.
+    """
+    depths = [bundle.depth for bundle in schedule]
+    if max(depths, default=0) > 2 or any(bundle.mxu for bundle in schedule):
+        return None
+    runs = [len([*run]) for deep, run in itertools.groupby(depths, lambda d: d > 1) if deep]
+    return Bundles(depths.count(1), 0, max(runs, default=0), 0)
+
+
+def of_scalars(schedule: Sequence[Bundle]) -> Bundles:
+    """The regions of the kernel that finds the visits.
+
+    step: what lies in no loop, and loops that seldom run, once. whole: a group's, part: a visit's.
+    """
+    inner = [i for i, bundle in enumerate(schedule) if bundle.depth > 1]
+    first, end = inner[0] - 1, inner[-1] + 1
+    while " LB:" not in schedule[first].text:
+        first -= 1
+    while schedule[end].depth > 0:
+        end += 1
+    return Bundles(len(schedule) - (end - first), end - first - len(inner), len(inner), 0)
 
 
 def _inside(inner: range, outer: range) -> bool:

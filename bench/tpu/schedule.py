@@ -33,6 +33,8 @@ _DIFFERENTIATED = re.compile(r"^(?:transpose_|jvp_)+(?P<kernel>.+?)_+$")
 
 #: A kernel without a grid: its blocks pass in a loop of its own, around branches that few take.
 WALKS_BY_HAND = "taskmoe_exchange_ffn"
+#: The kernel on the scalar unit that finds the visits of the grouped kernels.
+VISITS = "taskmoe_visits"
 
 
 class ScheduleError(InputError):
@@ -133,8 +135,16 @@ def read_schedule(kernel: str, bundles: str, utilization: str) -> Schedule:
         main_bundles=len(main),
         filled={name: total / (units[name] * len(main)) for name, total in totals.items()},
         spills=sum(n for name, n in totals.items() if name.endswith((":SPILL", ":FILL"))),
-        regions=regions.of_loop(bundle, main) if by_hand else regions.find(bundle),
+        regions=_regions(kernel, bundle, main),
     )
+
+
+def _regions(kernel: str, bundles: list[regions.Bundle], main: range) -> regions.Bundles | None:
+    if kernel == VISITS:
+        return regions.of_scalars(bundles)
+    if kernel == WALKS_BY_HAND:
+        return regions.of_loop(bundles, main)
+    return regions.find(bundles) or regions.of_steps(bundles)
 
 
 def _utilization(kernel: str, text: str) -> tuple[dict[str, int], list[list[int]]]:

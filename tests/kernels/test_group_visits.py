@@ -1,37 +1,50 @@
 """The walk of the grouped kernels: every row once, empty groups free, matrices read once."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling
-from taskmoe.kernels.group_visits import visit_blocks, visit_groups
+from taskmoe.kernels.group_visits import Visits, visit_blocks, visit_groups
 from taskmoe.kernels.groups import Groups, group_bounds
 from taskmoe.tests.kernels import support
 
 V5E = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def visits_of(groups: Groups, held: int, m: int, block: int, kind: str) -> Visits:
+    if kind == "groups":
+        return visit_groups(groups, held, m, block)
+    return visit_blocks(groups, held, m, block, every_group=kind == "both")
+
+
 def walk_of(sizes: list[int], offset: int, held: int, m: int, block: int, kind: str) -> list:
     groups = Groups(jnp.asarray(sizes, jnp.int32), jnp.int32(offset))
-    if kind == "groups":
-        visits = visit_groups(groups, held, m, block)
-    else:
-        visits = visit_blocks(groups, held, m, block, every_group=kind == "both")
+    with support.running("mosaic"):
+        visits = jax.tree.map(np.asarray, visits_of(groups, held, m, block, kind))
     for have, want in zip(visits[:2], group_bounds(groups, held, m), strict=True):
         np.testing.assert_array_equal(have, want)
     num = int(visits.num[0])
-    assert num <= visits.group.shape[0]
-    return list(zip(np.asarray(visits.group)[:num], np.asarray(visits.block)[:num], strict=True))
+    assert num < visits.group.shape[0]
+    # The place behind the last may be looked at, and holds what is there already.
+    assert visits.group[num] == visits.group[num - 1]
+    assert visits.block[num] == visits.block[num - 1]
+    return list(zip(visits.group[:num], visits.block[:num], strict=True))
 
 
 @pytest.mark.parametrize("kind", ["blocks", "groups", "both"])
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(
-    sizes=support.group_patterns(61, 6), offset=st.integers(-2, 7), block=st.sampled_from([8, 16])
+    sizes=support.group_patterns(61, 6),
+    offset=st.integers(-2, 7),
+    block=st.sampled_from([8, 16, 24]),
 )
 def test_every_meeting_of_block_and_group_once_and_in_order(
     kind: str, sizes: list[int], offset: int, block: int
@@ -99,3 +112,11 @@ def test_chosen_blocks_fit(version: str, itemsize: int, m: int, k: int, n: int, 
         assert tiling.ffn_vmem_bytes(t, matrices, itemsize) <= budget
         t = tiling.ffn_backward_tiling(m, k, n, e, matrices, itemsize, info)
         assert tiling.ffn_backward_vmem_bytes(t, matrices, itemsize) <= budget
+
+
+def test_sizes_below_zero_and_beyond_the_rows_are_cut_off() -> None:
+    most = 2**31 - 1
+    sizes = [-3, 20, -most, most, 5, most]
+    assert walk_of(sizes, 1, 4, 61, 16, "blocks") == [(0, 0), (0, 1), (2, 1), (2, 2), (2, 3)]
+    groups = [(0, 0), (0, 1), (1, 1), (2, 1), (2, 2), (2, 3), (3, 3)]
+    assert walk_of(sizes, 1, 4, 61, 16, "both") == groups

@@ -129,6 +129,13 @@ def model(
     }
 
 
+def visits_cycles(calls: list[KernelCall], kernels: list[dict[str, Any]]) -> int:
+    """Cycles of the kernels that find the visits: their bundles, all on the scalar unit."""
+    bundles = {k["kernel"]: k["regions"] for k in kernels}.get(schedule.VISITS)
+    found = (call.trips for call in calls if call.name == schedule.VISITS)
+    return sum(Bundles(**bundles).run(trips) for trips in found if bundles and trips)
+
+
 def held_bytes(case: Case) -> int:
     """HBM that arguments and results of the case's op take at once, before any temporary."""
     ours = kernel_cases.program(dataclasses.replace(case, by="taskmoe"))
@@ -180,6 +187,9 @@ def answer(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
     result = compile_case(case, mesh, Path(sys.argv[1]))
     if "error" not in result and case.by != "tokamax":  # which runs nowhere but on TPU
         calls, floor = across.walk(case) if across_chips else walk(case)
+        visits = visits_cycles(calls, result["kernels"])
+        calls = [call for call in calls if call.name != schedule.VISITS]
+        result["outside_cycles"] += visits
         names = {call.name for call in calls}  # of a gradient: without its forward kernels
         result["kernels"] = [k for k in result["kernels"] if k["kernel"] in names]
         result |= model(case.chip, calls, floor, result["kernels"], result["outside_cycles"])

@@ -1,12 +1,14 @@
 """Regions of a grouped kernel's schedule and how often each runs, by hand."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 
 from taskmoe.bench.tpu import grid_walk, regions, schedule
 from taskmoe.bench.tpu.grid_walk import own_blocks
 from taskmoe.bench.tpu.regions import Bundle, Bundles, Trips
-from taskmoe.kernels import gmm
+from taskmoe.kernels import dispatch, gmm
 from taskmoe.kernels.group_visits import Visits
 from taskmoe.kernels.tiling import Tiling
 
@@ -73,6 +75,39 @@ def test_other_kernels_have_none() -> None:
     assert regions.find(plain(9)) is None
 
 
+def loop(*inside: list[Bundle], depth: int) -> list[Bundle]:
+    """Those bundles behind the first of a loop."""
+    return [Bundle("  0x1 LB: > { nop }", depth, 0), *itertools.chain(*inside)]
+
+
+def test_loops_over_groups_and_visits_by_hand() -> None:
+    before, visits = loop(plain(6), depth=1), loop(plain(3, depth=2), depth=2)
+    groups = loop(plain(20), visits, plain(5), depth=1)
+    whole = [*plain(9, depth=0), *before, *plain(4, depth=0), *groups, *plain(3, depth=0)]
+    found = regions.of_scalars(whole)
+    assert found == Bundles(step=9 + 7 + 4 + 3, whole=1 + 20 + 5, part=4, result=0)
+    longer = loop(plain(21), visits, plain(5), depth=1)
+    assert regions.of_scalars([*whole[:20], *longer, *plain(3, depth=0)]).whole == found.whole + 1
+
+
+def test_steps_that_start_copies_by_hand() -> None:
+    first, ahead = plain(91, depth=2), plain(90, depth=2)
+    schedule = [*plain(4, depth=0), *plain(10), *first, *plain(5), *ahead, *plain(30)]
+    found = regions.of_steps(schedule)
+    assert found == Bundles(step=45, whole=0, part=91, result=0)
+    assert regions.of_steps([*schedule, *plain(1, mxu=1)]) is None
+    assert regions.of_steps([*schedule, *plain(1, depth=3)]) is None
+
+
+def test_trips_of_dispatch_by_hand() -> None:
+    x, rows = jnp.zeros((300, 128), jnp.bfloat16), jnp.arange(600, dtype=jnp.int32).reshape(300, 2)
+    with grid_walk.recording("v5e") as calls:
+        dispatch(x, rows, 600, implementation="mosaic")
+    (call,) = calls
+    assert call.steps == 5  # of 128 rows, whose copies are started eight at a time
+    assert call.trips == Trips(step=5, whole=5, part=80, result=0)
+
+
 def test_whole_blocks_and_parts_by_hand() -> None:
     # Rows 0..511 in blocks of 256; groups 0..99, 100..255, 256..511.
     walk = Visits(*(np.array(x) for x in ([0, 100, 256], [100, 256, 512])), *map(np.array, (
@@ -89,7 +124,8 @@ def test_trips_of_gmm_by_hand() -> None:
     tiling = Tiling(256, 128, 128)
     with grid_walk.recording("v5e") as calls:
         gmm(x, w, sizes, tiling=tiling, implementation="mosaic")
-    (call,) = calls
+    visits, call = calls
+    assert visits.trips == Trips(step=1, whole=3, part=0, result=0)
     assert call.trips == Trips(step=6, whole=2, part=6, result=4)  # two blocks of width
     assert call.rows_share == (256 + 3 * 128) / 512
 

@@ -48,16 +48,17 @@ def test_walked_bytes_of_gmm_by_hand() -> None:
     sizes = jnp.asarray([24, 0, 40, 0], jnp.int32)
     with grid_walk.recording(V5E) as calls:
         gmm(x, w, sizes, tiling=Tiling(16, 128, 256), implementation="mosaic")
-    (call,) = calls
+    visits, call = calls
+    assert visits.moved_bytes == 4 * (2 * 4 + 2 * (4 + 4 + 1) + 1)
     touched = 2 * 128 * 256 * 2
     assert call.moved_bytes == x.nbytes + touched + 64 * 256 * 2
     # A planted waste: a cut depth fetches every matrix once a visit.
     wide = jnp.zeros((64, 256), jnp.bfloat16), jnp.zeros((4, 256, 256), jnp.bfloat16)
     with grid_walk.recording(V5E) as calls:
         gmm(*wide, sizes, tiling=Tiling(16, 128, 256), implementation="mosaic")
-    (call,) = calls
-    visits = 5  # rows 16..31 are of two groups
-    assert call.moved_bytes == visits * (16 * 256 + 256 * 256) * 2 + 64 * 256 * 2
+    _, call = calls
+    count = 5  # rows 16..31 are of two groups
+    assert call.moved_bytes == count * (16 * 256 + 256 * 256) * 2 + 64 * 256 * 2
 
 
 def test_the_busiest_chip_of_eight_reads_a_cut_expert_once_for_the_rows_it_holds() -> None:
@@ -95,7 +96,7 @@ def test_expert_ffn_moves_hardly_more_than_the_floor_and_a_fault_shows() -> None
         options: Any = {"tiling": tiling, "implementation": "mosaic"}
         with grid_walk.recording("v5e") as calls:
             expert_ffn(x, w_in, w_out, sizes, **options)
-        (call,) = calls
+        _, call = calls
         return call.moved_bytes
 
     least = 2 * w_in.nbytes + 2 * x.nbytes
