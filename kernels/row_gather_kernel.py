@@ -18,7 +18,6 @@ VMEM: two buffers of k * [m, n] 32-bit values for the copies, two of [m, n] out 
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -29,9 +28,6 @@ from jax.experimental.pallas import tpu as pltpu
 from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.checks import in_hbm, result_like
 from taskmoe.kernels.platforms import chip
-
-#: Rows whose copies are started without a branch between: the scalar unit limits how fast they are.
-UNROLLED = 8
 
 
 def cost(num_rows: int, top_k: int, width: int, itemsize: int) -> pl.CostEstimate:
@@ -47,9 +43,9 @@ def index_block(step: Any, *, widths: int) -> tuple[Any, ...]:
     return step // widths, 0, 0
 
 
-def next_index_block(step: Any, *, widths: int, steps: int) -> tuple[Any, ...]:
-    """Indices of the next step's block of rows."""
-    return jnp.minimum(step + 1, steps - 1) // widths, 0, 0
+def next_index_block(step: Any, *, widths: int) -> tuple[Any, ...]:
+    """Indices of the next step's block of rows; behind the last one there are none."""
+    return (step + 1) // widths, 0, 0
 
 
 def rows_block(step: Any, *, widths: int) -> tuple[Any, ...]:
@@ -78,81 +74,85 @@ def kernel(
     pack: int,
 ) -> None:
     """One block of rows and columns. weights_ref or grad_ref may be None."""
-    step, steps = pl.program_id(0), pl.num_programs(0)
-    rows, width = buffer_ref.shape[2] * UNROLLED, buffer_ref.shape[4]
+    step = pl.program_id(0)
+    groups, group, width = buffer_ref.shape[2], buffer_ref.shape[3] // pack, buffer_ref.shape[4]
     one_word = source_ref.dtype.itemsize == 4
     slot = jax.lax.rem(step, 2)
 
-    def start(indices: Any, at_step: Any) -> None:
+    def start(indices: Any, at_step: Any, i: Any, row: Any) -> None:
+        """Start the copies of a row of the i-th group of a step."""
         at_slot = jax.lax.rem(at_step, 2)
         column = pl.multiple_of(jax.lax.rem(at_step, widths) * width, tilings.LANES)
         columns = pl.ds(column, width) if widths > 1 else slice(None)
-
-        def some(i: Any, carry: None) -> None:
-            for row, j in itertools.product(range(UNROLLED), range(top_k)):
-                index = indices[0, (i * UNROLLED + row) * top_k + j]
-                first = pl.multiple_of(index & -pack, pack)
-                copy = pltpu.make_async_copy(
-                    source_ref.at[pl.ds(first, pack), columns],
-                    buffer_ref.at[at_slot, j, i, pl.ds(row * pack, pack)],
-                    semaphores.at[at_slot],
-                )
-                pl.when(index >= 0)(copy.start)
-
-        jax.lax.fori_loop(0, rows // UNROLLED, some, None)
+        for j in range(top_k):
+            index = indices[0, (i * group + row) * top_k + j]
+            first = pl.multiple_of(index & -pack, pack)
+            copy = pltpu.make_async_copy(
+                source_ref.at[pl.ds(first, pack), columns],
+                buffer_ref.at[at_slot, j, i, pl.ds(row * pack, pack)],
+                semaphores.at[at_slot],
+            )
+            pl.when(index >= 0)(copy.start)
 
     def wait() -> None:
         """For the copies of all indices: a semaphore counts bytes, so for powers of two of them."""
         count = jnp.sum((vector_ref[...] >= 0).astype(jnp.float32)).astype(jnp.int32)
+        rows = groups * group
         for bit in range((rows * top_k).bit_length()):
             held, many = min(1 << bit, rows), max((1 << bit) // rows, 1)
-            groups, inner = max(held // UNROLLED, 1), min(held, UNROLLED) * pack
-            part = buffer_ref.at[slot, pl.ds(0, many), pl.ds(0, groups), pl.ds(0, inner)]
+            whole, inner = max(held // group, 1), min(held, group) * pack
+            part = buffer_ref.at[slot, pl.ds(0, many), pl.ds(0, whole), pl.ds(0, inner)]
             copy = pltpu.make_async_copy(part, part, semaphores.at[slot])
             pl.when(count & (1 << bit) != 0)(copy.wait)
 
     @pl.when(step == 0)
     def _first() -> None:
-        start(index_ref, step)
+        def one(at: Any, carry: None) -> None:
+            start(index_ref, step, at // group, at % group)
 
-    @pl.when(step + 1 < steps)
-    def _ahead() -> None:
-        start(next_ref, step + 1)
+        jax.lax.fori_loop(0, groups * group, one, None)
 
     wait()
 
-    def gathered(j: int) -> jax.Array:
-        index = vector_ref[:, j : j + 1]
-        copied = buffer_ref[slot, j].reshape(rows * pack, width)
+    def gathered(i: Any, j: int) -> jax.Array:
+        """Rows of a group, [group, width] f32."""
+        index = vector_ref[pl.ds(i * group, group), j : j + 1]
+        copied = buffer_ref[slot, j, i]
         if pack == 1:
             value = copied
         elif one_word:
-            group = copied.reshape(rows, pack, width)
-            which = jax.lax.broadcasted_iota(jnp.int32, group.shape, 1)
-            value = jnp.sum(jnp.where(which == (index % pack)[..., None], group, 0), axis=1)
+            parts = copied.reshape(group, pack, width)
+            which = jax.lax.broadcasted_iota(jnp.int32, parts.shape, 1)
+            value = jnp.sum(jnp.where(which == (index % pack)[..., None], parts, 0), axis=1)
         else:  # even rows are the low halves
             pair = pltpu.bitcast(copied, jnp.int32)
             pair = jnp.where(index % 2 == 1, pair & jnp.int32(-65536), pair << 16)
             value = jax.lax.bitcast_convert_type(pair, jnp.float32)
         return jnp.where(index >= 0, value, 0)
 
-    if grad_ref is not None:
-        grad = grad_ref[...].astype(jnp.float32)
-        dots = [jnp.sum(gathered(j) * grad, axis=1, keepdims=True) for j in range(top_k)]
-        lane = jax.lax.broadcasted_iota(jnp.int32, out_ref.shape, 1)
-        total = sum(jnp.where(lane == j, dot, 0) for j, dot in enumerate(dots))
+    @pl.when((jax.lax.rem(step, widths) == 0) if grad_ref is not None else False)
+    def _init() -> None:
+        out_ref[...] = jnp.zeros_like(out_ref)
 
-        @pl.when(jax.lax.rem(step, widths) == 0)
-        def _init() -> None:
-            out_ref[...] = jnp.zeros_like(out_ref)
+    def one_group(i: Any, carry: None) -> None:
+        """The next step's copies are started while this one's rows are combined."""
+        for row in range(group):
+            start(next_ref, step + 1, i, row)
+        rows = pl.ds(pl.multiple_of(i * group, group), group)
+        if grad_ref is not None:
+            grad = grad_ref[rows].astype(jnp.float32)
+            lane = jax.lax.broadcasted_iota(jnp.int32, (group, top_k), 1)
+            for j in range(top_k):
+                dot = jnp.sum(gathered(i, j) * grad, axis=1, keepdims=True)
+                out_ref[rows] += jnp.where(lane == j, dot, 0)
+            return
+        total = jnp.zeros((group, width), jnp.float32)
+        for j in range(top_k):
+            value = gathered(i, j)
+            total += value if weights_ref is None else value * weights_ref[rows, j : j + 1]
+        out_ref[rows] = total.astype(out_ref.dtype)
 
-        out_ref[...] += total
-        return
-    total = jnp.zeros((rows, width), jnp.float32)
-    for j in range(top_k):
-        value = gathered(j)
-        total += value if weights_ref is None else value * weights_ref[:, j : j + 1]
-    out_ref[...] = total.astype(out_ref.dtype)
+    jax.lax.fori_loop(0, groups, one_group, None)
 
 
 def rows_a_copy(itemsize: int) -> int:
@@ -205,13 +205,14 @@ def _gather_rows(
     if overhang:  # a width that has no fitting divisor
         source = jnp.pad(source, ((0, 0), (0, overhang)))
         grad = None if grad is None else jnp.pad(grad, ((0, 0), (0, overhang)))
-    pack = rows_a_copy(itemsize)
+    pack, group = rows_a_copy(itemsize), tilings.sublanes(itemsize)
     if source.shape[0] % pack:
         source = jnp.pad(source, ((0, -source.shape[0] % pack), (0, 0)))
     widths, blocks = (width + overhang) // columns, -(-num_rows // rows)
     steps = blocks * widths
-    index = jnp.pad(index, ((0, blocks * rows - num_rows), (0, 0)), constant_values=-1)
-    scalars = index.reshape(blocks, 1, rows * top_k)
+    behind = (blocks + 1) * rows - num_rows
+    index = jnp.pad(index, ((0, behind), (0, 0)), constant_values=-1)
+    scalars = index.reshape(blocks + 1, 1, rows * top_k)
     at = functools.partial
     smem = at(pl.BlockSpec, (None, 1, rows * top_k), memory_space=pltpu.SMEM)
     vector = pl.BlockSpec((rows, top_k), at(rows_block, widths=widths))
@@ -226,7 +227,7 @@ def _gather_rows(
         grid=(steps,),
         in_specs=[
             smem(index_map=at(index_block, widths=widths)),
-            smem(index_map=at(next_index_block, widths=widths, steps=steps)),
+            smem(index_map=at(next_index_block, widths=widths)),
             vector,
             None if weights is None else vector,
             values if dots else None,
@@ -235,7 +236,7 @@ def _gather_rows(
         out_specs=vector if dots else values,
         out_shape=result_like(source, out_shape, out_dtype),
         scratch_shapes=[
-            pltpu.VMEM((2, top_k, rows // UNROLLED, UNROLLED * pack, columns), source.dtype),
+            pltpu.VMEM((2, top_k, rows // group, group * pack, columns), source.dtype),
             pltpu.SemaphoreType.DMA((2,)),
         ],
         compiler_params=tilings.compiler_params(

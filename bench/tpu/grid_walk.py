@@ -28,7 +28,7 @@ from taskmoe.bench.tpu.schedule import VISITS
 from taskmoe.kernels import for_chip
 from taskmoe.kernels.group_visits import SUB_ROWS, Visits, sub_rows
 from taskmoe.kernels.platforms import chip
-from taskmoe.kernels.row_gather_kernel import UNROLLED
+from taskmoe.kernels.tiling import sublanes
 
 #: Kernels that start a copy a row.
 GATHERS = ("taskmoe_gather_rows", "taskmoe_row_dots")
@@ -126,8 +126,10 @@ def _record(
     # The compiler names a kernel without a name after the function that it was called in.
     name = options.get("name") or getattr(kernel, "__qualname__", "kernel").split(".")[0]
     steps = math.prod(grid)
-    # A kernel that gathers rows starts the copies of so many of its block in one run of a loop.
-    runs = blocks[-1].block_shape[0] // UNROLLED if name in GATHERS else 0
+    # A kernel that gathers rows starts the copies of a register's height in one run of a loop.
+    runs = 0
+    if name in GATHERS:
+        runs = blocks[-1].block_shape[0] // sublanes(arrays[-2].dtype.itemsize)
     trips = Trips(steps, steps, steps * runs, 0)
     call = KernelCall(name, options.get("cost_estimate"), steps, sum(walked), any(by_hand), trips)
     if not scalars or not isinstance(scalars[0], Visits):

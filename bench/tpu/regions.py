@@ -113,7 +113,7 @@ def of_loop(schedule: Sequence[Bundle], main: range) -> Bundles:
 def of_steps(schedule: Sequence[Bundle]) -> Bundles | None:
     """The regions of a kernel that multiplies nothing: all that lies in the loop over the grid.
 
-    part: one run of its longest inner loop; loops as long as that are others for the first step.
+    part: one run of its longest inner loop; a shorter one is for the first step alone.
     None where a kernel has inner loops of inner loops, of which nothing says how often they run.
     """
     depths = [bundle.depth for bundle in schedule]

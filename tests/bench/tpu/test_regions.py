@@ -91,8 +91,8 @@ def test_loops_over_groups_and_visits_by_hand() -> None:
 
 
 def test_steps_that_start_copies_by_hand() -> None:
-    first, ahead = plain(91, depth=2), plain(90, depth=2)
-    schedule = [*plain(4, depth=0), *plain(10), *first, *plain(5), *ahead, *plain(30)]
+    first, every = plain(32, depth=2), plain(91, depth=2)
+    schedule = [*plain(4, depth=0), *plain(10), *first, *plain(5), *every, *plain(30)]
     found = regions.of_steps(schedule)
     assert found == Bundles(step=45, whole=0, part=91, result=0)
     assert regions.of_steps([*schedule, *plain(1, mxu=1)]) is None
@@ -104,8 +104,8 @@ def test_trips_of_dispatch_by_hand() -> None:
     with grid_walk.recording("v5e") as calls:
         dispatch(x, rows, 600, implementation="mosaic")
     (call,) = calls
-    assert call.steps == 5  # of 128 rows, whose copies are started eight at a time
-    assert call.trips == Trips(step=5, whole=5, part=80, result=0)
+    assert call.steps == 5  # of 128 rows, whose copies are started sixteen at a time
+    assert call.trips == Trips(step=5, whole=5, part=40, result=0)
 
 
 def test_whole_blocks_and_parts_by_hand() -> None:
