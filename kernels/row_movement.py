@@ -3,9 +3,12 @@
     dispatch: y[rows[t, j]] = x[t]
     combine:  out[t] = sum_j weights[t, j] * y[rows[t, j]]
 
-The row plan decides what `rows` means. Destinations are distinct, so no gradient adds up where a
-gather will do: dispatch's is a combine with unit weights, combine's a weighted dispatch, and that
-of the weights a row-wise dot.
+The row plan decides what `rows` means. Destinations are distinct, so each row is of one token at
+most: dispatch's gradient is a combine with unit weights, combine's a weighted dispatch, and that of
+the weights a row-wise dot.
+
+On TPU the tokens are held in VMEM while rows pass (`resident_rows_kernel`); where they do not fit,
+rows are gathered from HBM one by one (`row_gather_kernel`).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from taskmoe.kernels.checks import (
     zeros_like_all,
 )
 from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
+from taskmoe.kernels.resident_rows_kernel import add, take
 from taskmoe.kernels.row_gather_kernel import gather_rows
 
 #: What a policy of `jax.checkpoint` calls the rows that `dispatch` moved.
@@ -67,7 +71,7 @@ class MoveOptions:
 def _pulled(
     rows: jax.Array, weights: jax.Array | None, num_rows: Any
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Moving rows out, seen from where they arrive: each row's token, -1 for none, and weight."""
+    """What [num_rows] rows are: each one's token, -1 for none, and weight."""
     flat = rows.reshape(-1)
     order = jnp.arange(flat.size, dtype=jnp.int32)
     flat = jnp.where((flat >= 0) & (flat < num_rows), flat, num_rows + order)
@@ -75,15 +79,22 @@ def _pulled(
     source = source.at[flat].set(order, mode="drop", unique_indices=True)
     found = jnp.maximum(source, 0)
     if weights is not None:
-        weights = weights.reshape(-1)[found][:, None]
+        weights = weights.reshape(-1)[found]
     return jnp.where(source >= 0, found // rows.shape[1], -1), weights
+
+
+def _column(weights: jax.Array | None) -> jax.Array | None:
+    return None if weights is None else weights[:, None]
 
 
 def _move_out_mosaic(
     options: MoveOptions, x: jax.Array, rows: jax.Array, weights: jax.Array | None
 ) -> jax.Array:
     token, weights = _pulled(rows, weights, options.num_rows)
-    return gather_rows(x, token[:, None], weights, None)
+    taken = take(x, token, weights, None)
+    if taken is not None:
+        return taken[0]
+    return gather_rows(x, token[:, None], _column(weights), None)
 
 
 def _move_out_xla(
@@ -92,7 +103,7 @@ def _move_out_xla(
     token, weights = _pulled(rows, weights, options.num_rows)
     values = x[jnp.maximum(token, 0)]
     if weights is not None:
-        values = (values * weights).astype(x.dtype)
+        values = (values * weights[:, None]).astype(x.dtype)
     return jnp.where(token[:, None] >= 0, values, 0)
 
 
@@ -103,6 +114,10 @@ def _placed(y: jax.Array, rows: jax.Array) -> jax.Array:
 def _bring_back_mosaic(
     _: MoveOptions, y: jax.Array, rows: jax.Array, weights: jax.Array | None
 ) -> jax.Array:
+    token, scale = _pulled(rows, weights, y.shape[0])
+    added = add(y, token, scale, rows.shape[0])
+    if added is not None:
+        return added
     return gather_rows(y, jnp.where(_placed(y, rows), rows, -1), weights, None)
 
 
@@ -118,11 +133,24 @@ def _bring_back_xla(
     return total.astype(y.dtype)
 
 
-def _row_dots_mosaic(_: MoveOptions, y: jax.Array, rows: jax.Array, grad: jax.Array) -> jax.Array:
-    return gather_rows(y, jnp.where(_placed(y, rows), rows, -1), None, grad)
+def _combine_gradient_mosaic(
+    options: MoveOptions, y: jax.Array, rows: jax.Array, weights: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    token, scale = _pulled(rows, weights, y.shape[0])
+    placed = _placed(y, rows)
+    taken = take(grad, token, scale, y)
+    if taken is not None:
+        d_y, dots = taken
+        assert dots is not None
+        return d_y, jnp.where(placed, dots[jnp.where(placed, rows, 0)], 0)
+    d_weights = gather_rows(y, jnp.where(placed, rows, -1), None, grad)
+    return gather_rows(grad, token[:, None], _column(scale), None), d_weights
 
 
-def _row_dots_xla(_: MoveOptions, y: jax.Array, rows: jax.Array, grad: jax.Array) -> jax.Array:
+def _combine_gradient_xla(
+    options: MoveOptions, y: jax.Array, rows: jax.Array, weights: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    back = dataclasses.replace(options, num_rows=y.shape[0])
     placed = _placed(y, rows)
     at = jnp.where(placed, rows, 0)
     acc = accumulator(y.dtype)
@@ -132,12 +160,14 @@ def _row_dots_xla(_: MoveOptions, y: jax.Array, rows: jax.Array, grad: jax.Array
         )
         for j in range(rows.shape[1])
     ]
-    return jnp.stack(columns, axis=1)
+    return _move_out_xla(back, grad, rows, weights), jnp.stack(columns, axis=1)
 
 
 MOVE_OUT = Op("dispatch", xla=_move_out_xla, mosaic=_move_out_mosaic)
 BRING_BACK = Op("combine", xla=_bring_back_xla, mosaic=_bring_back_mosaic)
-ROW_DOTS = Op("row_dots", xla=_row_dots_xla, mosaic=_row_dots_mosaic)
+COMBINE_GRADIENT = Op(
+    "combine_gradient", xla=_combine_gradient_xla, mosaic=_combine_gradient_mosaic
+)
 
 
 def _move_out(
@@ -156,10 +186,21 @@ def _bring_back(
     return BRING_BACK(options, options.implementation, out, y, rows, weights)
 
 
-def _row_dots(options: MoveOptions, y: jax.Array, rows: jax.Array, grad: jax.Array) -> jax.Array:
-    """dots[t, j] = <y[rows[t, j]], grad[t]> in f32; 0 where dropped."""
-    out = jax.ShapeDtypeStruct(rows.shape, accumulator(y.dtype))
-    return ROW_DOTS(options, options.implementation, out, y, rows, grad)
+def _combine_gradient(
+    options: MoveOptions, y: jax.Array, rows: jax.Array, weights: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """d_y[rows[t, j]] = weights[t, j] * grad[t];  d_weights[t, j] = <y[rows[t, j]], grad[t]>, f32.
+
+    Zero where nobody's, and where dropped.
+    """
+    out = (
+        jax.ShapeDtypeStruct(y.shape, grad.dtype),
+        jax.ShapeDtypeStruct(rows.shape, accumulator(y.dtype)),
+    )
+    found: tuple[jax.Array, jax.Array] = COMBINE_GRADIENT(
+        options, options.implementation, out, y, rows, weights, grad
+    )
+    return found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -195,9 +236,8 @@ def _combine_backward(
     options: MoveOptions, residuals: tuple[jax.Array, ...], grad: jax.Array
 ) -> tuple[Any, ...]:
     y, rows, weights = residuals
-    d_weights = _row_dots(options, y, rows, grad).astype(weights.dtype)
-    back = dataclasses.replace(options, num_rows=y.shape[0])
-    return _move_out(back, grad, rows, weights), None, d_weights
+    d_y, d_weights = _combine_gradient(options, y, rows, weights, grad)
+    return d_y, None, d_weights.astype(weights.dtype)
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
@@ -248,7 +288,8 @@ def combine(
         out[t] = sum_j weights[t, j] * y[rows[t, j]]
 
     y: [N, D] bf16|f32, rows as `dispatch` laid them out.
-    rows: [T, k] i32; values outside [0, N) contribute zero. Distinct, for the gradient's sake.
+    rows: [T, k] i32, distinct; values outside [0, N) contribute zero. Where two are equal, either
+      may be left out.
     weights: [T, k] bf16|f32. Products and sums are f32.
     implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by the platform that is
       lowered for).

@@ -30,8 +30,9 @@ from taskmoe.kernels.group_visits import SUB_ROWS, Visits, sub_rows
 from taskmoe.kernels.platforms import chip
 from taskmoe.kernels.tiling import sublanes
 
-#: Kernels that start a copy a row.
+#: Kernels that start a copy a row, and those whose tokens stay in VMEM.
 GATHERS = ("taskmoe_gather_rows", "taskmoe_row_dots")
+RESIDENT = ("taskmoe_take_rows", "taskmoe_add_rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +127,7 @@ def _record(
     # The compiler names a kernel without a name after the function that it was called in.
     name = options.get("name") or getattr(kernel, "__qualname__", "kernel").split(".")[0]
     steps = math.prod(grid)
-    # A kernel that gathers rows starts the copies of a register's height in one run of a loop.
-    runs = 0
-    if name in GATHERS:
-        runs = blocks[-1].block_shape[0] // sublanes(arrays[-2].dtype.itemsize)
-    trips = Trips(steps, steps, steps * runs, 0)
+    trips = Trips(steps, steps, *_loops(name, grid, blocks, arrays))
     call = KernelCall(name, options.get("cost_estimate"), steps, sum(walked), any(by_hand), trips)
     if not scalars or not isinstance(scalars[0], Visits):
         return call
@@ -147,6 +144,22 @@ def _record(
         trips=Trips(steps, whole * sweeps, part * sweeps, results),
         rows_share=worked / array.shape[-2],
     )
+
+
+def _loops(name: str, grid: list[int], blocks: list[Any], arrays: list[Any]) -> tuple[int, int]:
+    """How often the inner loops of a kernel that moves rows run: the longest one, and others.
+
+    Each run is a register's height of rows. Loops over tokens are the others; those that gather one
+    by one start the first block's copies so.
+    """
+    height = sublanes(min(array.dtype.itemsize for array in arrays if array is not None))
+    if name in GATHERS:
+        rows = blocks[-1].block_shape[0]
+        return math.prod(grid) * rows // height, rows
+    if name in RESIDENT:
+        rows, block = arrays[0].shape[0], blocks[0].block_shape[-1]
+        return grid[0] * rows * block // height, grid[0] * (grid[1] - rows) * block // height
+    return 0, 0
 
 
 def _record_walk(found: Visits) -> KernelCall:

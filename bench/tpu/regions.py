@@ -113,14 +113,15 @@ def of_loop(schedule: Sequence[Bundle], main: range) -> Bundles:
 def of_steps(schedule: Sequence[Bundle]) -> Bundles | None:
     """The regions of a kernel that multiplies nothing: all that lies in the loop over the grid.
 
-    part: one run of its longest inner loop; a shorter one is for the first step alone.
+    part: one run of its longest inner loop. result: one of each other one.
     None where a kernel has inner loops of inner loops, of which nothing says how often they run.
     """
     depths = [bundle.depth for bundle in schedule]
     if max(depths, default=0) > 2 or any(bundle.mxu for bundle in schedule):
         return None
     runs = [len([*run]) for deep, run in itertools.groupby(depths, lambda d: d > 1) if deep]
-    return Bundles(depths.count(1), 0, max(runs, default=0), 0)
+    longest = max(runs, default=0)
+    return Bundles(depths.count(1), 0, longest, sum(runs) - longest)
 
 
 def of_scalars(schedule: Sequence[Bundle]) -> Bundles:

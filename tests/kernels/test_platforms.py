@@ -78,7 +78,15 @@ def test_what_was_exported_here_compiles_for_every_chip(topology: str) -> None:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments()
     )
     text = jax.jit(tpu_artifact().call).lower(*shapes).compile().as_text()
-    for kernel in ("top_k_gating", "gather_rows", "expert_ffn", "expert_ffn_backward"):
+    kernels = (
+        "top_k_gating",
+        "take_rows",
+        "add_rows",
+        "visits",
+        "expert_ffn",
+        "expert_ffn_backward",
+    )
+    for kernel in kernels:
         assert f"taskmoe_{kernel}" in text
 
 

@@ -132,8 +132,21 @@ def test_compiles_forward_and_backward(chip: str, dtype: Any, size: tuple[int, .
     except Exception as error:
         failures = [f"{op}: {why}" for op, why in each_failure(chip, programs)]
         raise AssertionError("\n".join(failures) or f"only together: {error}") from error
-    for kernel in ("top_k_gating", "top_k_gating_backward", "gather_rows", "gmm", "tgmm"):
+    movers = ("gather_rows", "row_dots") if chip == "v3" else ("take_rows", "add_rows")
+    for kernel in ("top_k_gating", "top_k_gating_backward", *movers, "visits", "gmm", "tgmm"):
         assert f"taskmoe_{kernel}" in text
+
+
+@pytest.mark.parametrize("chip", ["v4", "v5e"])
+def test_rows_of_more_tokens_than_vmem_holds_are_gathered_one_by_one(chip: str) -> None:
+    tokens = 1 << 18
+    for op in ("dispatch", "combine"):
+        f, args, count = cases((tokens, 256, 128, 4, 2), jnp.bfloat16)[op]
+        run, args = forward_and_backward(f, args, count)
+        text = compiled(chip, run, *args)
+        assert "taskmoe_gather_rows" in text
+        assert "taskmoe_take_rows" not in text
+        assert "taskmoe_add_rows" not in text
 
 
 def each_failure(chip: str, programs: dict[str, tuple[Any, Any]]) -> list[tuple[str, str]]:

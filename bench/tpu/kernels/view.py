@@ -31,11 +31,12 @@ def view(result: Kernels) -> View:
         "Bundles, MXU slots and spills (vector spills and fills) are of the main loops of the "
         "case's kernels, added up; VMEM is the largest. Bytes and times are modelled: bytes "
         "by walking the grid (copies made by hand as declared), time as the larger of bytes at "
-        "the HBM's rate and work, plus the cycles that XLA runs outside the kernels. Work: the "
-        "bundles of each region times how often it runs, partial blocks included, or the FLOPs "
-        "executed at the bf16 peak times the share of MXU slots filled, if that is more. Floor: "
-        "arguments and results once, untouched experts left out; roofline: floor and full peak. "
-        "tokamax is compiled with the tiling that it takes untuned, and cannot be walked.",
+        "the HBM's rate and work, plus the cycles outside the kernels: XLA's, and those of the "
+        "kernel that finds the visits. Work: the bundles of each region times how often it "
+        "runs, partial blocks and copies of single rows included, or the FLOPs executed at the "
+        "bf16 peak times the share of MXU slots filled, if that is more. Floor: arguments and "
+        "results once, untouched experts left out; roofline: floor and full peak. tokamax is "
+        "compiled with the tiling that it takes untuned, and cannot be walked.",
     )
     tables = [compiled]
     if result.expert_bytes:

@@ -94,7 +94,7 @@ def model(
     the larger of the bundles that its regions run, one a cycle, and the FLOPs that it executes, of
     rows that it multiplies twice included, at the bf16 peak times the share of MXU slots that its
     main loop fills: chips with narrow MXUs issue bundles faster than these take products. Of a
-    kernel without known regions the second counts alone. What XLA runs outside adds its cycles.
+    kernel without known regions the second counts alone. What runs outside adds its cycles.
     The roofline has the least bytes, the declared FLOPs and every slot filled.
 
     bundles_run: main loops times steps of the grid.

@@ -1,0 +1,145 @@
+"""Row movement with tokens in VMEM, whole or in slices, and row by row where they do not fit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from taskmoe.kernels import resident_rows_kernel as resident
+from taskmoe.kernels import tiling
+from taskmoe.kernels.platforms import for_chip
+from taskmoe.kernels.row_gather_kernel import gather_rows
+from taskmoe.tests.kernels import support
+
+pytestmark = support.on_cpu
+TOKENS, ROWS = 21, 45
+
+
+def case(width: int, dtype: Any) -> tuple[jax.Array, ...]:
+    """Tokens, rows, the token of each row, -1 for some, and scales; rows of nobody are NaN."""
+    rng = np.random.default_rng(0)
+    token = rng.integers(0, TOKENS, ROWS).astype(np.int32)
+    token[rng.random(ROWS) < 0.2] = -1
+    rows = support.normal(1, (ROWS, width), dtype)
+    rows = jnp.where((token >= 0)[:, None], rows, jnp.nan)
+    return (
+        support.normal(0, (TOKENS, width), dtype),
+        rows,
+        jnp.asarray(token),
+        support.normal(2, (ROWS,)),
+    )
+
+
+def run(f: Callable[..., Any], *args: Any) -> Any:
+    with support.running("mosaic"):
+        return jax.tree.map(np.asarray, jax.jit(f)(*args))
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """Let slices have so many columns at most."""
+    monkeypatch.setattr(resident, "MOST_COLUMNS", columns)
+
+
+@pytest.mark.parametrize("dtype", support.DTYPES)
+@pytest.mark.parametrize(("width", "columns"), [(512, 8192), (512, 256), (200, 8192), (300, 256)])
+def test_take(monkeypatch: pytest.MonkeyPatch, dtype: Any, width: int, columns: int) -> None:
+    cut(monkeypatch, columns)
+    source, rows, token, scale = case(width, dtype)
+    there = np.asarray(token) >= 0
+    taken = np.where(there[:, None], np.asarray(source, np.float64)[np.asarray(token)], 0)
+    out, none = run(lambda s, t: resident.take(s, t, None, None), source, token)
+    assert none is None
+    np.testing.assert_array_equal(out, taken.astype(dtype))
+    out, dots = run(resident.take, source, token, scale, rows)
+    scaled = jnp.asarray(taken, jnp.float32) * scale[:, None]
+    np.testing.assert_array_equal(out, np.asarray(scaled.astype(dtype)))
+    wanted = (taken * np.asarray(rows, np.float64))[there].sum(axis=1)
+    np.testing.assert_allclose(dots[there], wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", support.DTYPES)
+@pytest.mark.parametrize(("width", "columns"), [(512, 8192), (512, 256), (200, 8192), (300, 128)])
+def test_add(monkeypatch: pytest.MonkeyPatch, dtype: Any, width: int, columns: int) -> None:
+    cut(monkeypatch, columns)
+    _, rows, token, scale = case(width, dtype)
+    for factor in (None, scale):
+        wanted = np.zeros((TOKENS, width))
+        for r, t in enumerate(np.asarray(token)):
+            if t >= 0:
+                wanted[t] += np.asarray(rows, np.float64)[r] * (1 if factor is None else factor[r])
+        out = run(lambda *a: resident.add(*a, TOKENS), rows, token, factor)
+        error = 1e-2 if dtype == jnp.bfloat16 else 1e-5
+        np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("fault", ["a row too near", "nobody is somebody"])
+def test_a_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    if fault == "a row too near":
+        lines = resident.lines
+        monkeypatch.setattr(
+            resident, "lines", lambda row, step: lines(jnp.maximum(row - 1, 0), step)
+        )
+        with pytest.raises(AssertionError):
+            test_take(monkeypatch, jnp.float32, 512, 8192)
+        return
+    kernel = resident.take_kernel
+    monkeypatch.setattr(
+        resident,
+        "take_kernel",
+        lambda token_ref, *refs, token_blocks: kernel(
+            token_ref, *refs, token_blocks=token_blocks - 1
+        ),
+    )
+    with pytest.raises(AssertionError):
+        test_take(monkeypatch, jnp.float32, 512, 8192)
+
+
+@pytest.mark.parametrize("dtype", support.DTYPES)
+def test_rows_are_gathered_one_by_one_where_tokens_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, dtype: Any
+) -> None:
+    monkeypatch.setattr(tiling, "vmem_budget_bytes", lambda info: 1 << 16)
+    source, rows, token, scale = case(256, dtype)
+    assert resident.take(source, token, None, None) is None
+    assert resident.add(rows, token, None, TOKENS) is None
+    index = jnp.stack([token, jnp.roll(token, 1)], axis=1)
+    weights = jnp.stack([scale, 1 - scale], axis=1)
+    there = (np.asarray(index) >= 0)[..., None]
+    picked = np.where(there, np.asarray(source, np.float64)[np.asarray(index)], 0)
+    out = run(lambda *a: gather_rows(*a, None), source, index, weights)
+    wanted = (picked * np.asarray(weights, np.float64)[..., None]).sum(axis=1)
+    error = 1e-2 if dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=error, atol=error)
+    grad = support.normal(3, (ROWS, 256), dtype)
+    dots = run(lambda s, i, g: gather_rows(s, i, None, g), source, index, grad)
+    np.testing.assert_allclose(
+        dots, np.einsum("rjd,rd->rj", picked, np.asarray(grad, np.float64)), rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("version", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("width", [512, 2880, 7168, 128 * 1024])
+def test_slices_fit_and_cover_the_width(
+    version: str, itemsize: int, adds: bool, width: int
+) -> None:
+    name = {"tpu7x": "7x"}.get(version, version)
+    info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(name), 1)
+    with for_chip(version):
+        for tokens in (16, 4096, 1 << 22):
+            p = resident.plan(tokens, 8 * tokens, width, itemsize, adds)
+            if tokens == 1 << 22:
+                assert p is None
+                continue
+            if p is None:  # of the chips, v4 has the least VMEM
+                assert (tokens, version) == (4096, "v4")
+                continue
+            assert p.slices == 1 or p.columns % 128 == 0
+            assert width <= p.width < width + 256
+            needed = resident.vmem_bytes(p.token_blocks, p.block, p.columns, itemsize, adds)
+            assert needed <= tiling.vmem_budget_bytes(info)
