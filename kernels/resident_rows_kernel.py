@@ -72,7 +72,7 @@ def plan(tokens: int, rows: int, width: int, itemsize: int, adds: bool) -> Plan 
     block = min(BLOCK, tilings.round_up(max(tokens, rows), tilings.sublanes(itemsize)))
     token_blocks, row_blocks = pl.cdiv(tokens, block), pl.cdiv(rows, block)
     even = tilings.round_up(width, per_line)
-    cuts = [c for c in tilings.shared_splits(even, info) if c % per_line == 0]
+    cuts = [c for c in tilings.shared_splits(even, info) if c % per_line == 0] or [even]
     whole = [width] if even in cuts else []
     for columns in [*whole, *cuts]:
         needed = vmem_bytes(token_blocks, block, columns, itemsize, adds)
