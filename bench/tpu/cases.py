@@ -38,6 +38,8 @@ TILED = ("gmm", "tgmm", "expert_ffn", "expert_ffn_gated", "expert_ffn_int8")
 #: Ops between chips, forward alone: their gradients are made of others here. See `across`.
 EXCHANGES = ("exchange_rows", "exchange_ffn", "exchange_ffn_gated")
 OPS = ("top_k_gating", "dispatch", "combine", *TILED, *EXCHANGES)
+#: Op -> how many arguments, from the first on, its gradient does not read.
+UNREAD_BACKWARD = {"dispatch": 1}
 #: Who else has which op.
 OTHERS = {"megablox": ("gmm", "tgmm"), "tokamax": ("gmm",)}
 MEGABLOX = "jax.experimental.pallas.ops.tpu.megablox.gmm"

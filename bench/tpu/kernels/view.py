@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 from taskmoe.bench.harness.view import Chart, Table, View
@@ -45,17 +46,23 @@ def view(result: Kernels) -> View:
     for r in rows:
         if r.by == "taskmoe" and r.modelled_us:
             reached.setdefault(r.op, []).append(_reached(r))
-    whole = [share for shares in reached.values() for share in shares]
+    shapes = list(dict.fromkeys(r.shape for r in rows))
+    of = f"{len(shapes)} models' sizes" if len(shapes) > 1 else "the WMT model's size"
     answer = "No kernel of ours was modelled."
-    if whole:
+    if reached:
+        whole = [share for shares in reached.values() for share in shares]
+        least = min(reached, key=lambda name: min(reached[name]))
         answer = (
-            f"By the model our kernels reach {min(whole):.0%} to {max(whole):.0%} of the roofline; "
-            "kernels that only move rows or route reach the least."
+            f"By the model our kernels reach {min(whole):.0%} to {max(whole):.0%} of the roofline "
+            f"at {of}, half of them {np.median(whole):.0%} or more; {least} reaches the least."
         )
     short = Table(
         "Share of the roofline",
-        ("kernel", "least", "most"),
-        [(name, f"{min(s):.0%}", f"{max(s):.0%}") for name, s in reached.items()],
+        ("kernel", "least", "median", "most"),
+        [
+            (name, f"{min(s):.0%}", f"{np.median(s):.0%}", f"{max(s):.0%}")
+            for name, s in reached.items()
+        ],
     )
     findings = [
         "A whole expert in one kernel moves hardly a byte beyond its floor, which at decoding's "
@@ -65,7 +72,8 @@ def view(result: Kernels) -> View:
         "Compiled for TPUs that were not there. Schedules are the compiler's; bytes and times are "
         "modelled."
     )
-    chart = Chart("kernels", "Kernels against the roofline", lambda: _chart(result))
+    name = "kernels-models" if len(shapes) > 1 else "kernels"
+    chart = Chart(name, "Kernels against the roofline", lambda: _chart(result))
     failed = any(r.error for r in rows if r.by == "taskmoe" and not r.is_too_large)
     return View(answer, about, tables, [chart], findings, short, int(failed))
 

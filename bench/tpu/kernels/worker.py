@@ -171,9 +171,10 @@ def walk(case: Case) -> tuple[list[KernelCall], int]:
             pull(values[-1])
         else:
             function(*values)
+    unread = kernel_cases.UNREAD_BACKWARD.get(case.op, 0) if case.direction == "backward" else 0
     read = [
         s.size * s.dtype.itemsize * (touched if s.ndim >= 3 else 1)
-        for s in jax.tree.leaves(arguments)
+        for s in jax.tree.leaves(arguments[unread:])
     ]
     results = jax.tree.leaves(kernel_cases.result_shapes(function, arguments))
     return calls, int(sum(read) + sum(s.size * s.dtype.itemsize for s in results))

@@ -94,7 +94,7 @@ def test_steps_that_start_copies_by_hand() -> None:
     first, every = plain(32, depth=2), plain(91, depth=2)
     schedule = [*plain(4, depth=0), *plain(10), *first, *plain(5), *every, *plain(30)]
     found = regions.of_steps(schedule)
-    assert found == Bundles(step=45, whole=0, part=91, result=0)
+    assert found == Bundles(step=45, whole=0, part=91, result=32)
     assert regions.of_steps([*schedule, *plain(1, mxu=1)]) is None
     assert regions.of_steps([*schedule, *plain(1, depth=3)]) is None
 
@@ -104,8 +104,17 @@ def test_trips_of_dispatch_by_hand() -> None:
     with grid_walk.recording("v5e") as calls:
         dispatch(x, rows, 600, implementation="mosaic")
     (call,) = calls
-    assert call.steps == 5  # of 128 rows, whose copies are started sixteen at a time
-    assert call.trips == Trips(step=5, whole=5, part=40, result=0)
+    assert call.steps == 5  # two blocks of 256 tokens and three of rows
+    assert call.trips == Trips(step=5, whole=5, part=3 * 256 // 16, result=2 * 256 // 16)
+
+
+def test_trips_of_rows_that_are_copied_one_by_one_by_hand() -> None:
+    x, rows = jnp.zeros((300, 128)), jnp.arange(600, dtype=jnp.int32).reshape(300, 2)
+    with grid_walk.recording("v3") as calls:
+        dispatch(x, rows, 600, implementation="mosaic")
+    (call,) = calls
+    assert call.name == "taskmoe_gather_rows"
+    assert call.trips == Trips(step=5, whole=5, part=5 * 128 // 8, result=128)
 
 
 def test_whole_blocks_and_parts_by_hand() -> None:
