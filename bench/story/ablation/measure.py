@@ -35,7 +35,6 @@ from taskmoe.wmt.training.step import State, init_state, make_objective, make_tr
 SENTENCES = 50  # of each direction that the demo's models are scored on
 BATCHES = 60  # of unseen text
 CURVE = 30  # points of each curve
-WARM_UP = 100  # what the demo trained with before its runs were compared with longer ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +83,7 @@ def measure(spec: Spec) -> Ablated:
     """Train every change."""
     use_present_devices()
     text = _demo() if spec.data is None else _prepared(spec.data)
-    fields = TRAIN | {"buckets": text.buckets, "warmup_steps": WARM_UP}
-    config = TrainConfig(steps=spec.steps, **fields)
+    config = TrainConfig(steps=spec.steps, **(TRAIN | {"buckets": text.buckets}))
     runs = []
     with bar("training", "runs") as progress:
         for number, name in enumerate(spec.changes):
@@ -93,8 +91,8 @@ def measure(spec: Spec) -> Ablated:
             runs.append(_run(name, config, text, spec.work))
             progress(number + 1, len(spec.changes), name)
     model = MODEL | {"vocab_size": text.tokenizer.vocab_size}
-    settings = dataclasses.asdict(config)
-    return Ablated(machine.describe(), text.title, spec.steps, model, settings, runs)
+    fields = dataclasses.asdict(config)
+    return Ablated(machine.describe(), text.title, spec.steps, model, fields, runs)
 
 
 def _run(name: str, config: TrainConfig, text: _Text, work: Path | None) -> Run:

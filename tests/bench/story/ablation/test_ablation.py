@@ -21,10 +21,9 @@ from taskmoe.wmt.__main__ import main as wmt
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"d_model": 16, "d_ff": 16, "num_heads": 2, "num_experts": 4}
     monkeypatch.setattr(measure, "MODEL", measure.MODEL | sizes)
-    batches = {"batch_tokens": 512, "learning_rate": 0.01}
+    batches = {"batch_tokens": 512, "learning_rate": 0.01, "warmup_steps": 5}
     monkeypatch.setattr(measure, "TRAIN", measure.TRAIN | batches)
     monkeypatch.setattr(measure, "BATCHES", 2)
-    monkeypatch.setattr(measure, "WARM_UP", 5)
 
 
 @pytest.fixture(scope="module")
