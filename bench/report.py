@@ -40,11 +40,6 @@ class Benchmark:
         return str(importlib.import_module(f"taskmoe.bench.{self.package}").__doc__).splitlines()[0]
 
 
-_MODELS = (
-    "tpu --kernels --chips v5e,v6e,tpu7x --dtypes bf16"
-    " --ops top_k_gating,dispatch,combine,gmm,tgmm,expert_ffn_gated"
-    " --shapes mixtral,qwen3,deepseek-v3,gpt-oss,olmoe,nllb"
-)
 _STUDY = "study work/study-multi30k --data work/study-multi30k/data"
 BENCHMARKS = {
     "demo": Benchmark("story.demo", {"demo": "demo"}),
@@ -69,7 +64,6 @@ BENCHMARKS = {
         "ops", {"ops-gpu": "ops --quick --ops gmm,expert_ffn,moe_layer --shapes decode,qwen3,wmt"}
     ),
     "kernels": Benchmark("tpu.kernels", {"kernels": "tpu --kernels --quick"}),
-    "kernels-models": Benchmark("tpu.kernels", {"kernels-models": _MODELS}),
     "published": Benchmark("tpu.published", {"published": "tpu --published"}),
     "model": Benchmark("tpu.model", {"tpu-model": "tpu --model wmt"}),
 }

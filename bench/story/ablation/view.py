@@ -63,20 +63,27 @@ def _answer(result: Ablated) -> str:
     loss = _losses(result)
     apart = loss[TOKEN] - loss[DENSE]
     way = "below" if apart < 0 else "above"
+    noise = _noise(loss)
+    seeds = "" if noise is None else f"; another seed changes a loss by up to {noise:.3f}"
     return (
         f"On {result.text} the token-routed model's loss on unseen text, {loss[TOKEN]:.3f}, is "
         f"{abs(apart):.3f} {way} that of the dense model of equal compute after {result.steps:,} "
-        "steps."
+        f"steps{seeds}."
     )
+
+
+def _noise(loss: dict[str, float]) -> float | None:
+    """How far the losses of two seeds lie apart at most; None where each run has one."""
+    seeds = [abs(loss[f"{x}-seed"] - loss[x]) for x in (TOKEN, DENSE) if f"{x}-seed" in loss]
+    return max(seeds, default=None)
 
 
 def _counting(result: Ablated) -> str:
     """The changes that do more than another seed does."""
     loss = _losses(result)
-    seeds = [abs(loss[f"{x}-seed"] - loss[x]) for x in (TOKEN, DENSE) if f"{x}-seed" in loss]
-    if not seeds:
+    noise = _noise(loss)
+    if noise is None:
         return "No run has another seed, so nothing says which differences count."
-    noise = max(seeds)
     others = [r for r in result.runs if not r.name.startswith(DENSE) and r.name != TOKEN]
     better = [r for r in others if r.unseen < loss[TOKEN] - noise]
     worse = [r for r in others if r.unseen > loss[TOKEN] + noise]
