@@ -9,6 +9,8 @@ import pytest
 
 from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
+from taskmoe.wmt.model import translation
+from taskmoe.wmt.model.continuous import search_many
 from taskmoe.wmt.model.saved import Model, load_model, save_model
 from taskmoe.wmt.model.subnetwork import extract
 from taskmoe.wmt.model.transformer import param_count
@@ -41,15 +43,20 @@ def test_order_batches_and_progress() -> None:
     assert translate(small, REQUESTS[::-1], by_two) == whole[::-1]
 
 
-def test_long_sentences_have_fewer_rows_and_an_end() -> None:
+def test_long_sentences_have_fewer_rows_and_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     small, said = extract(FULL, "de"), list[str]()
     seen: list[tuple[int, int]] = []
+
+    def watched(*args: Any) -> Any:
+        seen.append((args[-1].rows, len(args[-2].ids)))
+        return search_many(*args)
+
+    monkeypatch.setattr(translation, "search_many", watched)
     long = " ".join(support.sentences("en", 90, seed=3))
     requests = [("en-de", f"{long} {word}") for word in ("one", "two", "six")] + REQUESTS
     how = Decoding(max_length=4, batch=4, max_source=256)
-    found = translate(small, requests, how, lambda *at: seen.append(at), said.append)
-    # Short ones first; of 256 tokens half as many rows.
-    assert seen == [(4, 9), (6, 9), (8, 9), (9, 9)]
+    found = translate(small, requests, how, note=said.append)
+    assert seen == [(4, 6), (2, 3)]  # short ones first; of 256 tokens half as many at once
     assert found[3:] == translate(small, REQUESTS, how)
     assert [line.split(":")[0] for line in said] == [f"en-de, line {n}" for n in (1, 2, 3)]
     assert found[0] == found[1] == found[2]  # they differ in what was cut off

@@ -65,9 +65,9 @@ class Search(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Sentences on their way, all at one position; the first axis of all else is the sentence's.
+    """Sentences on their way; the first axis is the sentence's.
 
-    position: target tokens so far, a scalar.
+    position: [B] i32, target tokens so far; of a sentence that has ended it stays.
     ended: [B] bool, sentences that are found.
     valid: [B, S] bool, of the source. task: [B] i32, a scalar or None, the decoder's.
     limit: [B] i32 of target positions, or None. cache: of the decoder.
@@ -91,11 +91,43 @@ class Batch(NamedTuple):
     @property
     def room(self) -> int:
         """Positions that the cache has room for."""
-        return self.cache.self_key[0].shape[2] // self.live.shape[1]
+        return self.cache.room
 
     def rows(self, kept: jax.Array) -> Batch:
         """The sentences at these places [N] i32."""
         return jax.tree.map(lambda x: x[kept] if jnp.ndim(x) else x, self)
+
+    def joined(self, others: Batch, places: jax.Array) -> Batch:
+        """With others, who are at position 0, at these places [N] i32 of sentences that have ended.
+
+        What those left in the cache stays there: nobody at position 0 reads it.
+        """
+        nothing: dict[str, Any] = {"self_key": (), "self_value": (), "ancestors": None}
+        ours, theirs = (b._replace(cache=b.cache._replace(**nothing)) for b in (self, others))
+        new: Batch = jax.tree.map(
+            lambda x, y: x.at[places].set(y) if jnp.ndim(x) else x, ours, theirs
+        )
+        kept = {name: getattr(self.cache, name) for name in nothing}
+        return new._replace(cache=new.cache._replace(**kept))
+
+    def widened(self, source: int, target: int) -> Batch:
+        """With so many source and target positions, no fewer than there are."""
+
+        def pad(x: jax.Array, axis: int, width: int) -> jax.Array:
+            widths = [(0, 0)] * x.ndim
+            widths[axis] = (0, width - x.shape[axis])
+            return jnp.pad(x, widths)  # PAD, or not valid
+
+        keys, values = self.cache.cross_key, self.cache.cross_value
+        return self._replace(
+            valid=pad(self.valid, 1, source),
+            live=pad(self.live, 2, target + 1),
+            done=None if self.done is None else pad(self.done, 2, target + 1),
+            cache=self.cache._replace(
+                cross_key=tuple(pad(x, 2, source) for x in keys),
+                cross_value=tuple(pad(x, 2, source) for x in values),
+            ),
+        )
 
 
 def start(
@@ -105,8 +137,9 @@ def start(
     source: jax.Array,
     tasks: Tasks,
     limit: jax.Array | None,
+    room: int,
 ) -> Batch:
-    """Sentences [B, S] i32 at position 0, encoded, with a cache that has no room yet."""
+    """Sentences [B, S] i32 at position 0, encoded, with a cache that has so much room."""
     valid = source != PAD
     memory, _ = encode(params, config, source, valid, tasks.encoder, **how.on._asdict())
     sentences, beam = source.shape[0], how.beam
@@ -118,12 +151,12 @@ def start(
         score = jnp.where(padding[:, None], _NEVER, first)
         done, done_score = empty, jnp.where(padding[:, None], 0.0, jnp.full_like(first, _NEVER))
     return Batch(
-        jnp.int32(0),
+        jnp.zeros(sentences, jnp.int32),
         padding,
         valid,
         tasks.decoder,
         limit,
-        start_cache(params, config, memory, valid, 0, beam=beam),
+        start_cache(params, config, memory, valid, room, beam=beam),
         empty.at[:, :, 0].set(BOS),
         score,
         done,
@@ -134,11 +167,12 @@ def start(
 def advance(
     params: Params, config: ModelConfig, how: Search, batch: Batch, at_most: ArrayLike = 0
 ) -> Batch:
-    """Step until the cache is full or at most so many sentences are left."""
+    """Step until one that has not ended needs more room or at most so many sentences are left."""
     step = _greedy_step if how.beam == 1 else _beam_step
 
     def going(b: Batch) -> jax.Array:
-        return (b.position < b.room) & (jnp.sum(~b.ended) > at_most)
+        has_room = jnp.all(b.ended | (b.position < b.room))
+        return has_room & (jnp.sum(~b.ended) > at_most)
 
     return jax.lax.while_loop(going, lambda b: step(params, config, how, b), batch)
 
@@ -162,7 +196,7 @@ def _logits(
     params: Params, config: ModelConfig, how: Search, b: Batch, growing: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Of the next token of all hypotheses: [B*K, V] f32. growing: [B*K] bool, those that matter."""
-    token = jax.lax.dynamic_index_in_dim(b.live, b.position, 2, keepdims=False).reshape(-1)
+    token = jnp.take_along_axis(b.live, b.position[:, None, None], 2).reshape(-1)
     task = b.task
     if task is not None and jnp.ndim(task) == 1:
         task = jnp.repeat(jnp.asarray(task), how.beam)
@@ -179,6 +213,12 @@ def _logits(
     )
 
 
+def _with_next(ids: jax.Array, b: Batch, words: jax.Array) -> jax.Array:
+    """Ids [B, K, L + 1] of hypotheses, with words [B, K] behind the last one of each."""
+    here = jnp.arange(ids.shape[2]) == b.position[:, None, None] + 1
+    return jnp.where(here, words[:, :, None], ids)
+
+
 def _greedy_step(params: Params, config: ModelConfig, how: Search, b: Batch) -> Batch:
     logits, cache = _logits(params, config, how, b, ~b.ended)
     chosen = most_likely(logits)
@@ -188,12 +228,10 @@ def _greedy_step(params: Params, config: ModelConfig, how: Search, b: Batch) -> 
     if b.limit is not None:
         ended |= b.position + 1 >= b.limit
     return b._replace(
-        position=b.position + 1,
+        position=b.position + ~b.ended,
         ended=ended,
         cache=cache,
-        live=jax.lax.dynamic_update_slice_in_dim(
-            b.live, chosen[:, None, None], b.position + 1, axis=2
-        ),
+        live=_with_next(b.live, b, chosen[:, None]),
         score=b.score + jnp.where(b.ended, 0, gain)[:, None],
     )
 
@@ -221,12 +259,12 @@ def _beam_step(params: Params, config: ModelConfig, how: Search, b: Batch) -> Ba
     # 2K candidates hold at least K that do not end.
     score, origin, chosen = best_continuations(logits, b.score, 2 * beam)
     grown = jnp.take_along_axis(b.live, origin[:, :, None], axis=1)
-    grown = jax.lax.dynamic_update_slice_in_dim(grown, chosen[:, :, None], b.position + 1, 2)
+    grown = _with_next(grown, b, chosen)
     ended = chosen == EOS
     real = ended & (score > _NEVER / 2)
     if b.limit is not None:
         real &= (b.position < b.limit)[:, None]
-    ended_score = jnp.where(real, score / how.penalty(b.position + 1), _NEVER)
+    ended_score = jnp.where(real, score / how.penalty(b.position + 1)[:, None], _NEVER)
     done_score, best = jax.lax.top_k(jnp.concatenate([b.done_score, ended_score], 1), beam)
     done = jnp.take_along_axis(jnp.concatenate([b.done, grown], 1), best[:, :, None], axis=1)
 
@@ -241,9 +279,10 @@ def _beam_step(params: Params, config: ModelConfig, how: Search, b: Batch) -> Ba
         live_score = jnp.where(over, b.score, live_score)
         live = jnp.where(over[:, :, None], b.live, live)
     parent = jnp.take_along_axis(origin, best, axis=1)
+    position = b.position + ~b.ended
     return b._replace(
-        position=b.position + 1,
-        ended=~alive(live_score, b.position + 1)[:, 0],
+        position=position,
+        ended=~alive(live_score, position)[:, 0],
         cache=cache.inherited(parent),
         live=live,
         score=live_score,

@@ -221,7 +221,7 @@ def start_cache(
     sentence = _sentence(config, memory, memory_valid)
     ancestors = None if beam == 1 else jnp.zeros((batch, beam, length), jnp.int32)
     keys, values = (tuple(pair[i] for pair in cross) for i in range(2))
-    return Cache(empty, empty, keys, values, sentence, ancestors)
+    return Cache(empty, empty, keys, values, sentence, jnp.int32(0), ancestors)
 
 
 def decode_step(
@@ -237,24 +237,24 @@ def decode_step(
     mesh: jax.sharding.Mesh | None = None,
     strategy: str = "auto",
 ) -> tuple[jax.Array, Cache]:
-    """One position of decoding: token ids [B*K] at `position` (scalar) -> logits [B*K, V] f32.
+    """One position of decoding: token ids [B*K] at `position` -> logits [B*K, V] f32.
 
+    position: i32, a scalar or one a sentence [B], of those that the cache holds the last ones of.
     memory_valid: [B, S] bool; the K hypotheses of a sentence stand side by side in `token`.
     task: [B*K] i32 or scalar on a task-routed decoder, else None.
     valid: [B*K] bool, sequences that are still being decoded; others take no expert's time.
     mesh, strategy: as in `moe.apply`, for expert parallelism.
     Returns the logits and the cache with this position filled in.
     """
-    x = _embed(_target_embedding(params), token[:, None], position[None])
-    rows, sentences = token.shape[0], memory_valid.shape[0]
-    beam = rows // sentences
-    length = cache.self_key[0].shape[2] // beam
-    seen = (jnp.arange(length) <= position)[None, None, None, :]
+    sentences, beam, length = memory_valid.shape[0], cache.beam, cache.room
+    at = jnp.repeat(position, beam)[:, None] if position.ndim else position[None]
+    x = _embed(_target_embedding(params), token[:, None], at)
+    seen = cache.seen(position)
     ancestors = cache.ancestors
     if ancestors is not None:
         own = jnp.broadcast_to(jnp.arange(beam, dtype=jnp.int32)[:, None], (sentences, beam, 1))
-        ancestors = jax.lax.dynamic_update_slice_in_dim(ancestors, own, position, 2)
-        theirs = (ancestors[..., None] == jnp.arange(beam)) & seen[0, ..., None]
+        ancestors = jax.lax.dynamic_update_slice_in_dim(ancestors, own, cache.column, 2)
+        theirs = (ancestors[..., None] == jnp.arange(beam)) & seen[:, 0, ..., None]
         seen = theirs.reshape(sentences, 1, beam, length * beam)
 
     def together(x: jax.Array) -> jax.Array:
@@ -270,9 +270,9 @@ def decode_step(
     for i, layer in enumerate(params["decoder"]):
         q, k, v = qkv(layer["attention"], x, config)
         k, v = by_head(together(k)), by_head(together(v))
-        at = position * beam
-        keys.append(jax.lax.dynamic_update_slice_in_dim(cache.self_key[i], k, at, 2))
-        values.append(jax.lax.dynamic_update_slice_in_dim(cache.self_value[i], v, at, 2))
+        place = cache.column * beam
+        keys.append(jax.lax.dynamic_update_slice_in_dim(cache.self_key[i], k, place, 2))
+        values.append(jax.lax.dynamic_update_slice_in_dim(cache.self_value[i], v, place, 2))
         y = attend_cached(layer["attention"], together(q), keys[-1], values[-1], seen)
         x = x + y.reshape(x.shape)
         q = together(query(layer["cross"], x, config))
@@ -284,7 +284,12 @@ def decode_step(
             layer["feed_forward"], mixture, x, alive[:, None], task, apply, sentence
         )
         x = x + y
-    cache = cache._replace(self_key=tuple(keys), self_value=tuple(values), ancestors=ancestors)
+    cache = cache._replace(
+        self_key=tuple(keys),
+        self_value=tuple(values),
+        column=(cache.column + 1) % length,
+        ancestors=ancestors,
+    )
     return _logits(params, x)[:, 0], cache
 
 
@@ -320,9 +325,9 @@ def _embed(embedding: Any, ids: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def position_waves(positions: jax.Array, width: int) -> jax.Array:
-    """What is added to the embeddings at positions [S]: all sines, then all cosines, [S, width]."""
+    """What is added to embeddings at positions [...]: all sines, then all cosines, [..., width]."""
     rate = jnp.exp(jnp.arange(0, width, 2) * (-jnp.log(10000.0) / width))
-    angle = positions[:, None] * rate
+    angle = positions[..., None] * rate
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 

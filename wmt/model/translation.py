@@ -12,13 +12,8 @@ import numpy as np
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import ModelConfig, check_languages, split_pair
 from taskmoe.wmt.model.beams import HERE, Search, Spread
-from taskmoe.wmt.model.decoding import (
-    MULTIPLE,
-    check_alpha,
-    length_limit,
-    prepared,
-    search_leaving,
-)
+from taskmoe.wmt.model.continuous import Keep, Sentences, prepared, search_many
+from taskmoe.wmt.model.decoding import MULTIPLE, check_alpha, length_limit
 from taskmoe.wmt.model.saved import Model
 from taskmoe.wmt.model.shortlist import Shortlist, narrowed
 from taskmoe.wmt.model.transformer import Tasks
@@ -124,17 +119,15 @@ def translate_n_best(
             line = before + number[pair]
             note(f"{pair}, line {line}: cut to {decoding.max_source} of {length:,} tokens")
             encoded[i] = [*encoded[i][: decoding.max_source - 1], EOS]
-    groups: dict[TaskIds | None, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    # Sentences of like lengths end together.
+    # Sentences of like lengths come together.
+    groups: dict[tuple[TaskIds | None, int], list[int]] = defaultdict(list)
     for i in sorted(encoded, key=lambda i: (len(encoded[i]), i)):
-        width = -(-len(encoded[i]) // MULTIPLE) * MULTIPLE
-        groups[None if decoding.mixed_tasks else ids[requests[i][0]]][width].append(i)
-
+        width = max(_SHORT, -(-len(encoded[i]) // MULTIPLE) * MULTIPLE)
+        rows = max(1, decoding.batch * _SHORT // width)
+        groups[None if decoding.mixed_tasks else ids[requests[i][0]], rows].append(i)
     # A full batch's shape for few sentences would be mostly padding; powers of two are few shapes.
-    largest = max(
-        (len(group) for widths in groups.values() for group in widths.values()), default=1
-    )
-    most_rows = min(decoding.batch, 1 << (largest - 1).bit_length())
+    largest = max(map(len, groups.values()), default=1)
+    most_rows = 1 << (largest - 1).bit_length()
     config = model.config
     if not any(config.tasks(side) for side in ("encoder", "decoder")):
         # Search does not look at directions then: one compilation serves every sub-network.
@@ -143,31 +136,30 @@ def translate_n_best(
     shrink = decoding.shrink or (1 if batches < _FEW else 4 if batches < _MANY else 2)
     out: list[list[Hypothesis]] = [[] for _ in requests]
     done = 0
-    for one_task, widths in groups.items():
+    for (one_task, most), group in groups.items():
         alone = Tasks(None, None) if one_task is None else _tasks([], one_task)
         params = prepared(model.params, config, alone)
-        for width, group in widths.items():
-            rows_a_batch = max(1, min(most_rows, decoding.batch * _SHORT // width))
-            positions = decoding.max_length or length_limit(width)
-            how = Search(positions, decoding.beam, decoding.alpha, n_best, spread)
-            for at in range(0, len(group), rows_a_batch):
-                chunk = group[at : at + rows_a_batch]
-                source = np.full((rows_a_batch, width), PAD, np.int32)
-                for row, i in enumerate(chunk):
-                    source[row, : len(encoded[i])] = encoded[i]
-                rows = [ids[requests[i][0]] for i in chunk]
-                rows += rows[:1] * (rows_a_batch - len(chunk))
-                tasks = _tasks(rows, one_task)
-                words = None
-                if decoding.shortlist is not None:
-                    directions = [requests[i][0] for i in chunk]
-                    words = decoding.shortlist.words(directions, source[: len(chunk)])
-                used = params if words is None else narrowed(params, words)
-                found, scores = search_leaving(used, config, how, source, tasks, shrink)
+        rows = min(most, most_rows)
+        keep = Keep(rows, shrink)
+        at_once = len(group) if decoding.shortlist is None else rows  # a batch has one shortlist
+        for at in range(0, len(group), at_once):
+            chunk = group[at : at + at_once]
+            sentences = Sentences(
+                [encoded[i] for i in chunk],
+                [decoding.max_length or length_limit(len(encoded[i])) for i in chunk],
+                _tasks([ids[requests[i][0]] for i in chunk], one_task),
+            )
+            words = None
+            if decoding.shortlist is not None:
+                directions = [requests[i][0] for i in chunk]
+                words = decoding.shortlist.words(directions, sentences.part(0, len(chunk))[0])
+            used = params if words is None else narrowed(params, words)
+            how = Search(max(sentences.limits), decoding.beam, decoding.alpha, n_best, spread)
+            for names, found, scores in search_many(used, config, how, sentences, keep):
                 found = found if words is None else words[found]
-                for i, best in zip(chunk, _hypotheses(model, found, scores), strict=False):
-                    out[i] = best
-                done += len(chunk)
+                for name, best in zip(names, _hypotheses(model, found, scores), strict=True):
+                    out[chunk[name]] = best
+                done += len(names)
                 if progress is not None:
                     progress(done, len(encoded))
     return out

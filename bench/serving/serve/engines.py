@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -13,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from taskmoe.bench.harness import machine
-from taskmoe.bench.serving.systems import padded
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model.beams import Search
+from taskmoe.wmt.model.continuous import Keep, Sentences, prepared, search_many
 from taskmoe.wmt.model.ctranslate2_export import VOCABULARY_MAP
-from taskmoe.wmt.model.decoding import prepared, search_leaving
 from taskmoe.wmt.model.shortlist import narrowed
 from taskmoe.wmt.model.transformer import Params, Tasks
 from taskmoe.wmt.text.tokenizer import EOS, PAD
@@ -29,17 +27,11 @@ Ids = list[list[int]]
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Sentences, the most that are ever at once, source positions, and target positions at most."""
+    """Sentences, the most that are ever at once, and target positions at most."""
 
     sentences: Ids
     rows: int
-    width: int
     max_length: int
-
-    @functools.cached_property
-    def source(self) -> np.ndarray:
-        """Source ids [rows, width] i32, padded."""
-        return padded([*self.sentences, *[[]] * (self.rows - len(self.sentences))], self.width)
 
 
 #: Translates a batch with so many hypotheses.
@@ -64,9 +56,14 @@ def ours(params: Params, config: ModelConfig, words: np.ndarray | None = None) -
     def translate(batch: Batch, beam: int) -> Ids:
         how = Search(batch.max_length, beam, alpha=0.0)
         used = params if words is None else narrowed(params, words)  # each batch has its own
-        found, _ = search_leaving(used, config, how, batch.source, alone)
-        found = found if words is None else words[found]
-        return [_until_end(row.tolist()) for row in found[: len(batch.sentences), 0]]
+        limits = [batch.max_length] * len(batch.sentences)
+        sentences = Sentences(batch.sentences, limits, alone)
+        translations: Ids = [[] for _ in limits]
+        for names, found, _ in search_many(used, config, how, sentences, Keep(batch.rows)):
+            found = found if words is None else words[found]
+            for name, row in zip(names, found[:, 0], strict=True):
+                translations[name] = _until_end(row.tolist())
+        return translations
 
     return translate
 

@@ -144,8 +144,7 @@ def batches(work: Workload, batch: int) -> list[Batch]:
     found = []
     for at in range(0, len(ordered), batch):
         rows = ordered[at : at + batch]
-        width = -(-len(rows[-1]) // MULTIPLE) * MULTIPLE
-        found.append(Batch(rows, batch, width, length_limit(width) if work.ends else TARGET))
+        found.append(Batch(rows, batch, length_limit(len(rows[-1])) if work.ends else TARGET))
     return found[:: -(-len(found) // most)]
 
 

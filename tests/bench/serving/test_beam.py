@@ -31,7 +31,7 @@ def test_bytes_by_hand() -> None:
     layers = 2 * (attention + attention // 2 + norms) + ffn + wide
     for batch in (1, 3):
         cache = 2 * 2 * 16 * (batch * 4 * 10 + batch * beam.SOURCE)
-        want = 4 * (layers + 16 * 64 + cache)
+        want = 4 * (layers + 16 * 64 + cache + 1)  # and the cache's next column
         assert beam.bytes_a_step(params, config, batch, 4) == want
 
 
