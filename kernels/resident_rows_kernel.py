@@ -64,7 +64,7 @@ class Plan:
 
 
 def plan(tokens: int, rows: int, width: int, itemsize: int, adds: bool) -> Plan | None:
-    """The widest slices whose tokens fit in VMEM; None where not even the narrowest do."""
+    """The widest slices of this width whose tokens fit in VMEM; None where no slices do."""
     info = chip()
     if info.generation <= 3:  # loads of a register's part want whole registers there
         return None

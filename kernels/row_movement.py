@@ -8,7 +8,7 @@ most: dispatch's gradient is a combine with unit weights, combine's a weighted d
 the weights a row-wise dot.
 
 On TPU the tokens are held in VMEM while rows pass (`resident_rows_kernel`); where they do not fit,
-rows are gathered from HBM one by one (`row_gather_kernel`).
+or their width cannot be cut, rows are gathered from HBM one by one (`row_gather_kernel`).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _pulled(
     source = source.at[flat].set(order, mode="drop", unique_indices=True)
     found = jnp.maximum(source, 0)
     if weights is not None:
-        weights = weights.reshape(-1)[found]
+        weights = jnp.where(source >= 0, weights.reshape(-1)[found], 0)
     return jnp.where(source >= 0, found // rows.shape[1], -1), weights
 
 

@@ -356,7 +356,11 @@ def ffn_backward_tiling(
 def compiler_params(
     semantics: Sequence[Literal["parallel", "arbitrary"]], vmem_bytes: int
 ) -> pltpu.CompilerParams:
-    """How Mosaic may order the grid, and VMEM for the blocks and what the compiler itself needs."""
+    """How Mosaic may order the grid, and VMEM for the blocks and what the compiler itself needs.
+
+    Copies are not checked against the bounds of arrays, which takes some 15 bundles each: tokens
+    and visits are cut off where they are found, and the tests' interpreter raises beyond them.
+    """
     capacity = chip().vmem_capacity_bytes
     limit = min(capacity, max(16 << 20, vmem_bytes + (vmem_bytes >> 2) + (4 << 20)))
     # A batch is one more axis of the grid, for which the interpreter wants an entry as well.

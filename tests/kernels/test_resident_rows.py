@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from taskmoe.kernels import combine, tiling
 from taskmoe.kernels import resident_rows_kernel as resident
-from taskmoe.kernels import tiling
 from taskmoe.kernels.platforms import for_chip
 from taskmoe.kernels.row_gather_kernel import gather_rows
 from taskmoe.tests.kernels import support
@@ -35,13 +35,15 @@ def case(width: int, dtype: Any) -> tuple[jax.Array, ...]:
 
 
 def run(f: Callable[..., Any], *args: Any) -> Any:
+    """f(*args) by a program of its own: how it is cut is no part of what JAX knows programs by."""
     with support.running("mosaic"):
-        return jax.tree.map(np.asarray, jax.jit(f)(*args))
+        return jax.tree.map(np.asarray, jax.jit(lambda *a: f(*a))(*args))
 
 
-def cut(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    """Let slices have so many columns at most."""
+def cut(monkeypatch: pytest.MonkeyPatch, columns: int, block: int = 16) -> None:
+    """Let slices have so many columns at most, and blocks so many rows: there are several."""
     monkeypatch.setattr(resident, "MOST_COLUMNS", columns)
+    monkeypatch.setattr(resident, "BLOCK", block)
 
 
 @pytest.mark.parametrize("dtype", support.DTYPES)
@@ -76,26 +78,55 @@ def test_add(monkeypatch: pytest.MonkeyPatch, dtype: Any, width: int, columns: i
         np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=error, atol=error)
 
 
-@pytest.mark.parametrize("fault", ["a row too near", "nobody is somebody"])
-def test_a_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_rows_and_tokens_of_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, rows, token, scale = case(384, jnp.bfloat16)
+    cut(monkeypatch, 256)
+    several = run(resident.take, source, token, scale, rows)
+    sums = run(lambda *a: resident.add(*a, TOKENS), rows, token, scale)
+    cut(monkeypatch, 8192, block=256)
+    (out, dots), there = run(resident.take, source, token, scale, rows), np.asarray(token) >= 0
+    np.testing.assert_array_equal(several[0], out)
+    np.testing.assert_allclose(several[1][there], dots[there], rtol=1e-4, atol=1e-4)
+    whole = run(lambda *a: resident.add(*a, TOKENS), rows, token, scale)
+    np.testing.assert_array_equal(sums, whole)
+
+
+@pytest.mark.parametrize("check", ["take", "add"])
+@pytest.mark.parametrize(
+    "fault", ["a row too near", "every block is the first", "nobody is a token"]
+)
+def test_a_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch, fault: str, check: str) -> None:
+    lines, column = resident.lines, resident.column
     if fault == "a row too near":
-        lines = resident.lines
         monkeypatch.setattr(
             resident, "lines", lambda row, step: lines(jnp.maximum(row - 1, 0), step)
         )
-        with pytest.raises(AssertionError):
-            test_take(monkeypatch, jnp.float32, 512, 8192)
-        return
-    kernel = resident.take_kernel
-    monkeypatch.setattr(
-        resident,
-        "take_kernel",
-        lambda token_ref, *refs, token_blocks: kernel(
-            token_ref, *refs, token_blocks=token_blocks - 1
-        ),
-    )
+    elif fault == "every block is the first":
+        monkeypatch.setattr(resident, "column", lambda first, *rest: column(first % 16, *rest))
+    else:
+        scalars = resident._scalars
+
+        def somebody(x: Any, p: Any, nothing: Any) -> Any:
+            is_token = isinstance(nothing, int)
+            return scalars(jnp.where(x == nothing, 0, x) if is_token else x, p, nothing)
+
+        monkeypatch.setattr(resident, "_scalars", somebody)
+    test = test_take if check == "take" else test_add
     with pytest.raises(AssertionError):
-        test_take(monkeypatch, jnp.float32, 512, 8192)
+        test(monkeypatch, jnp.float32, 512, 8192)
+
+
+def test_weights_of_other_rows_do_not_reach_those_of_nobody() -> None:
+    y, grad = support.normal(0, (40, 128)), support.normal(1, (8, 128))
+    rows = jnp.arange(16, dtype=jnp.int32).reshape(8, 2).at[0, 0].set(-1)
+    weights = jnp.ones((8, 2)).at[0, 0].set(jnp.inf)
+
+    def gradient(y: Any) -> Any:
+        return jax.vjp(lambda y: combine(y, rows, weights, implementation="mosaic"), y)[1](grad)
+
+    (d_y,) = run(gradient, y)
+    assert np.isfinite(d_y).all()
+    assert (d_y[16:] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", support.DTYPES)
