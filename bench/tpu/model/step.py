@@ -141,7 +141,9 @@ def compile_step(system: str, chip: str, batch: int) -> Step:
 
     exchange = mesh if CORES.get(system, 1) > 1 else None
     placed = place_shapes(mesh, params, expert_specs(params))
-    cache = place_shapes(mesh, cache_shapes(system, batch), by_sequence)
+    held = cache_shapes(system, batch)
+    spread = jax.tree.map(lambda s: by_sequence if s.ndim else P(), held)
+    cache = place_shapes(mesh, held, spread)
     valid = jax.ShapeDtypeStruct((batch, SOURCE_LENGTH), bool)
     token, position = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     inputs = place_shapes(mesh, (valid, token, position), (by_sequence, by_sequence, P()))
