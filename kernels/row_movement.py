@@ -71,7 +71,7 @@ class MoveOptions:
 def _pulled(
     rows: jax.Array, weights: jax.Array | None, num_rows: Any
 ) -> tuple[jax.Array, jax.Array | None]:
-    """What [num_rows] rows are: each one's token, -1 for none, and weight."""
+    """What [num_rows] rows are: each one's token, -1 for none, and weight, anything for none."""
     flat = rows.reshape(-1)
     order = jnp.arange(flat.size, dtype=jnp.int32)
     flat = jnp.where((flat >= 0) & (flat < num_rows), flat, num_rows + order)
@@ -79,7 +79,7 @@ def _pulled(
     source = source.at[flat].set(order, mode="drop", unique_indices=True)
     found = jnp.maximum(source, 0)
     if weights is not None:
-        weights = jnp.where(source >= 0, weights.reshape(-1)[found], 0)
+        weights = weights.reshape(-1)[found]
     return jnp.where(source >= 0, found // rows.shape[1], -1), weights
 
 
@@ -91,6 +91,7 @@ def _move_out_mosaic(
     options: MoveOptions, x: jax.Array, rows: jax.Array, weights: jax.Array | None
 ) -> jax.Array:
     token, weights = _pulled(rows, weights, options.num_rows)
+    weights = None if weights is None else jnp.where(token >= 0, weights, 0)
     taken = take(x, token, weights, None)
     if taken is not None:
         return taken[0]
@@ -137,6 +138,8 @@ def _combine_gradient_mosaic(
     options: MoveOptions, y: jax.Array, rows: jax.Array, weights: jax.Array, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     token, scale = _pulled(rows, weights, y.shape[0])
+    assert scale is not None
+    scale = jnp.where(token >= 0, scale, 0)
     placed = _placed(y, rows)
     taken = take(grad, token, scale, y)
     if taken is not None:
