@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import importlib.metadata
 import importlib.util
+import json
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +17,13 @@ from pathlib import Path
 
 import jax
 
-from taskmoe.bench.harness.results import from_json
+import taskmoe.bench.tpu
+import taskmoe.kernels
+from taskmoe.bench.harness.results import from_json, load
 from taskmoe.bench.harness.worker import Died, Worker
 from taskmoe.bench.tpu import schedule
 from taskmoe.bench.tpu.cases import Case
+from taskmoe.cli.command_line import write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 
@@ -92,32 +99,63 @@ def need_libtpu() -> None:
     jax.config.update("jax_platforms", "cpu")  # the lab needs no TPU, and must not hold one
 
 
-def compile_all(cases: Sequence[Case]) -> list[Compiled]:
+def compile_all(cases: Sequence[Case], work: Path | None = None) -> list[Compiled]:
     """What the compiler and the model say of each case, in their order, with a bar on stderr.
+
+    work: folder that keeps each result as it comes but refusals, and has those of an earlier run of
+    the same sources and versions; None keeps none.
 
     Raises InputError where libtpu is not installed, or could not be loaded.
     """
     need_libtpu()
-    results: dict[Case, Compiled] = {}
+    kept = {} if work is None else {case: _place(work, case) for case in cases}
+    results = {
+        case: load(Compiled, path, "tpu --kernels, once the file is gone")
+        for case, path in kept.items()
+        if path.is_file()
+    }
     chips = list(dict.fromkeys(case.chip for case in cases))
     stopping = threading.Event()
     with bar("compiling", "kernel") as move, ThreadPoolExecutor(WORKERS) as pool:
-        move(0, len(cases))
+        move(len(results), len(cases))
 
-        def work(chip: str) -> None:
+        def compile_for(chip: str) -> None:
             with compiler() as compile_one:
                 for case in cases:
-                    if case.chip == chip and not stopping.is_set():
-                        results[case] = compile_one(case)
+                    if case.chip == chip and case not in results and not stopping.is_set():
+                        found = compile_one(case)
+                        if case in kept and found.error is None:
+                            write_text(kept[case], json.dumps(dataclasses.asdict(found)) + "\n")
+                        results[case] = found
                         move(len(results), len(cases))
 
-        futures = [pool.submit(work, chip) for chip in chips]
+        futures = [pool.submit(compile_for, chip) for chip in chips]
         try:
             for future in futures:
                 future.result()
         finally:
             stopping.set()
     return [results[case] for case in cases]
+
+
+def _place(work: Path, case: Case) -> Path:
+    """Where the result of a case is kept: by the case, the sources that it comes from, versions."""
+    words = [value for value in dataclasses.astuple(case) if isinstance(value, str)]
+    about = [dataclasses.asdict(case), _sources()]
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+    return work / f"{'-'.join(words)}-{digest}.json"
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the kernels, of the lab, and of the versions of what compiles them."""
+    digest = hashlib.sha256()
+    for package in (taskmoe.kernels, taskmoe.bench.tpu):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(path.read_bytes())
+    for name in ("jax", "jaxlib", "libtpu"):
+        digest.update(importlib.metadata.version(name).encode())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import ClassVar
 
 from taskmoe.bench.harness.options import chosen
@@ -18,10 +19,14 @@ MODELS, QUICK_MODEL_CHIPS = ("wmt",), ("v3",)  # the blog's
 
 @dataclasses.dataclass(frozen=True)
 class KernelSpec:
-    """Cases, and the chips for which the bytes of whole experts are counted."""
+    """Cases, and the chips for which the bytes of whole experts are counted.
+
+    work: folder that keeps each case as it is compiled; None keeps none.
+    """
 
     cases: list[Case]
     expert_chips: list[str]
+    work: Path | None = None
     package: ClassVar[str] = "taskmoe.bench.tpu.kernels"
 
 
@@ -56,20 +61,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chips", help=f"comma-separated: {','.join(CHIPS)}")
     parser.add_argument("--ops", help=f"comma-separated: {','.join(OPS)}")
     parser.add_argument("--dtypes", help=f"comma-separated: {','.join(DTYPES)}")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="kernels: keep each as it is compiled in this folder, and take those that it holds",
+    )
     parser.add_argument("--shapes", help=f"comma-separated, wmt if not given: {','.join(SHAPES)}")
 
 
 def read(a: argparse.Namespace) -> KernelSpec | ModelSpec | PublishedSpec:
     """The specification; InputError where an option names what is not there, or does not fit."""
-    others = a.ops or a.dtypes or a.shapes
+    others = a.ops or a.dtypes or a.shapes or a.work
     if a.model is not None:
         if others:
-            raise InputError("--ops, --dtypes and --shapes go with --kernels, not with --model")
+            raise InputError(
+                "--ops, --dtypes, --shapes and --work go with --kernels, not with --model"
+            )
         chosen("model", a.model, MODELS, MODELS)
         return ModelSpec(chosen("chip", a.chips, SLICES, QUICK_MODEL_CHIPS if a.quick else SLICES))
     if a.published:
         if others or a.chips:
-            raise InputError("--chips, --ops, --dtypes and --shapes do not go with --published")
+            raise InputError(
+                "--chips, --ops, --dtypes, --shapes and --work do not go with --published"
+            )
         return PublishedSpec()
     if not a.kernels:
         raise InputError("say what to compile: --kernels, --model wmt or --published")
@@ -81,4 +95,4 @@ def read(a: argparse.Namespace) -> KernelSpec | ModelSpec | PublishedSpec:
         raise InputError(
             "nothing to compile: v3 takes kernels in f32 only, and none that exchange rows"
         )
-    return KernelSpec(cases, chips if "expert_ffn" in ops else [])
+    return KernelSpec(cases, chips if "expert_ffn" in ops else [], a.work)

@@ -33,7 +33,7 @@ def measure(spec: KernelSpec) -> Kernels:
     """Compile all cases, then count the bytes of whole experts."""
     rows = [
         Row(**vars(result), **vars(case))
-        for case, result in zip(spec.cases, compile_all(spec.cases), strict=True)
+        for case, result in zip(spec.cases, compile_all(spec.cases, spec.work), strict=True)
     ]
     experts = [row for chip in spec.expert_chips for row in expert_bytes.table(chip)]
     return Kernels(machine.describe(), rows, experts)
