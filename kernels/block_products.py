@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,34 @@ def pieces(size: int, piece: int) -> list[pl.Slice]:
     if size % min(piece, LANES):
         piece = size
     return [pl.Slice(first, min(piece, size - first)) for first in range(0, size, piece)]
+
+
+def passes(parts: Sequence[pl.Slice], most: int) -> int:
+    """Fewest passes of a loop over these slices, each over at most so many of them; see `each`."""
+    if any(part.size != parts[0].size for part in parts):
+        return 1
+    count = len(parts)
+    return min(n for n in range(1, count + 1) if count % n == 0 and count // n <= max(most, 1))
+
+
+def each(parts: Sequence[pl.Slice], passes: int, act: Callable[[Any], None]) -> None:
+    """act(part) on each of these slices, which lie side by side, in so many passes of a loop.
+
+    What a pass does is written out: all of them at once would take the compiler minutes.
+    """
+    written, size = len(parts) // passes, parts[0].size
+
+    def one(first: Any) -> None:
+        for part in parts[:written]:
+            act(pl.ds(first + part.start, part.size))
+
+    def some(i: jax.Array, carry: None) -> None:
+        one(pl.multiple_of(i * written * size, LANES))
+
+    if passes == 1:
+        one(0)
+    else:
+        jax.lax.fori_loop(0, passes, some, None)
 
 
 def keep(x: jax.Array, left: Any, axis: int) -> jax.Array:

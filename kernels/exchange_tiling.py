@@ -12,6 +12,7 @@ import functools
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
+from taskmoe.kernels.group_visits import SHORTEST_PART
 from taskmoe.kernels.tiling import LANES, round_up, sublanes
 
 #: Blocks of rows that may be held, and most rows in them.
@@ -21,6 +22,10 @@ BUSY = 2
 #: Rows travel between devices this much slower than HBM is read: links of v5e to tpu7x all have
 #: about an eighth of its rate where eight devices exchange.
 LINK_SHARE = 8
+#: A height other than the tallest must be so much faster: estimates are no finer.
+MARGIN = 1.05
+#: Most cycles of products in a block, which are written out: compiling more takes a minute.
+LONGEST = 3 << 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +119,7 @@ def exchange_tiling(
 
     def cost(t: ExchangeTiling) -> tuple[float, ...]:
         blocks = mean / t.rows + 0.5  # the last one is half full, if sizes are random
-        work = own * blocks * max(t.rows, tilings.LEAST_ROWS)
+        work = own * blocks * max(t.rows, SHORTEST_PART)
         busy = [BUSY * mean] * own
         moved = moved_bytes(t, busy, d, f, matrices, itemsize)
         moved -= 6 * own * mean * (BUSY - 1) * row_bytes(d, itemsize)
@@ -122,11 +127,11 @@ def exchange_tiling(
         time = tilings.seconds(info, moved, work, tiles, own * blocks * t.cuts(f))
         last = min(t.held, blocks) * t.rows * row_bytes(d, itemsize)
         time += last * LINK_SHARE / info.mem_bw_bytes_per_second
-        return time * (1 if t.rows == base else tilings.MARGIN), moved, -t.hidden
+        return time * (1 if t.rows == base else MARGIN), moved, -t.hidden
 
     found = [t for t in candidates(m, own, f, itemsize) if fits(t)]
     lengths = [matrices * t.rows * d * t.hidden / (4 * mxu**2) for t in found]
-    limit = max(tilings.LONGEST, min(lengths, default=0))
+    limit = max(LONGEST, min(lengths, default=0))
     found = [t for t, length in zip(found, lengths, strict=True) if length <= limit]
     return min(found, key=cost, default=None)
 

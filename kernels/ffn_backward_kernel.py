@@ -26,10 +26,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.block_products import dot, keep, zero_where_not
+from taskmoe.kernels.block_products import dot, keep
 from taskmoe.kernels.checks import result_like, vary_over, varying_axes
 from taskmoe.kernels.ffn_kernel import where_held, with_rows
-from taskmoe.kernels.group_visits import Visit, Visits, visit_blocks
+from taskmoe.kernels.group_visits import FFN_PART, Visit, Visits, visit_blocks
 from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import Activation, Experts, FFNOptions, hidden_units
 from taskmoe.kernels.platforms import chip
@@ -91,11 +91,8 @@ def kernel(
     *,
     activation: Activation,
     hidden_size: int,
-    mxu_size: int,
 ) -> None:
     """One visit at one block of hidden units.
-
-    A sub-block of rows fills the depth of the MXU, since three products sum over them.
 
     dx_before_ref: dx as earlier blocks of hidden units left it, or None. sums: `Experts`, of their
     gradients, in f32.
@@ -118,12 +115,11 @@ def kernel(
         if sum_ref is not None:
             sum_ref[...] += jnp.sum(rows.astype(jnp.float32), axis=0, keepdims=True)
 
-    def work(start: Any, size: int, masked: bool) -> None:
+    def work(start: Any, size: int) -> None:
         part = pl.ds(start, size)
-        x, dy = x_ref[part, :], dy_ref[part, :]
-        owned = visit.owned(start, x.shape)
-        if masked:  # rows of others may be NaN; as zeros they add nothing
-            x, dy = zero_where_not(owned, x), zero_where_not(owned, dy)
+        owned = visit.owned(start, (size, x_ref.shape[1]))
+        # Rows of others may be NaN; as zeros they add nothing.
+        x, dy = visit.only_own(x_ref[part, :], start), visit.only_own(dy_ref[part, :], start)
         w_in, w_out = units_kept(w_in_ref[...], 1), units_kept(w_out_ref[...], 0)
         up, d_hidden = biased(dot(x, w_in), experts.b_in), dot(dy, w_out, 1, 1)
         if w_gate_ref is None:
@@ -146,8 +142,7 @@ def kernel(
         dx += dot(d_up, w_in, 1, 1)
         if dx_before_ref is not None:
             dx += dx_before_ref[part, :]
-        if masked:
-            dx = jnp.where(owned, dx, dx_ref[part, :].astype(jnp.float32))
+        dx = jnp.where(owned, dx, dx_ref[part, :].astype(jnp.float32))
         dx_ref[part, :] = dx.astype(dx_ref.dtype)
 
     @pl.when(visit.block_arrives() & ~visit.owns_all)
@@ -160,7 +155,7 @@ def kernel(
         for sum_ref in jax.tree.leaves(sums):
             sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    visit.work(work, mxu_size)
+    visit.work(work, tilings.sublanes(x_ref.dtype.itemsize), FFN_PART)
 
     @pl.when(visit.group_leaves())
     def _store() -> None:
@@ -210,12 +205,7 @@ def expert_ffn_backward_mosaic(
         scratch_shapes=[where_held(experts, *(pltpu.VMEM(s, jnp.float32) for s in shapes))],
     )
     call = pl.pallas_call(
-        functools.partial(
-            kernel,
-            activation=options.activation,
-            hidden_size=f,
-            mxu_size=chip().mxu_column_size,
-        ),
+        functools.partial(kernel, activation=options.activation, hidden_size=f),
         grid_spec=grid_spec,
         out_shape=(
             result_like(x, dx_shape, x.dtype if cuts == 1 else jnp.float32),

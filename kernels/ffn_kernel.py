@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.block_products import through_expert
 from taskmoe.kernels.checks import result_like
-from taskmoe.kernels.group_visits import Visit, Visits, visit_blocks
+from taskmoe.kernels.group_visits import FFN_PART, Visit, Visits, visit_blocks
 from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import Activation, Experts, FFNOptions
 from taskmoe.kernels.platforms import chip
@@ -103,7 +103,7 @@ def kernel(
     step, steps, block_hidden = pl.program_id(1), pl.num_programs(1), expert.w_in.shape[1]
     left = hidden_size - step * block_hidden if hidden_size % block_hidden else None
 
-    def work(start: Any, size: int, masked: bool) -> None:
+    def work(start: Any, size: int) -> None:
         part = pl.ds(start, size)
         value = through_expert(
             x_ref[part, :], expert, activation, left, step * block_hidden, hidden_size
@@ -122,16 +122,15 @@ def kernel(
             total = jnp.where(step > 0, acc_ref[part, :], 0) + value
             if expert.b_out is not None:
                 total += expert.b_out[...].astype(jnp.float32)
-            if masked:
-                old = out_ref[part, :].astype(jnp.float32)
-                total = jnp.where(visit.owned(start, total.shape), total, old)
+            old = out_ref[part, :].astype(jnp.float32)
+            total = jnp.where(visit.owned(start, total.shape), total, old)
             out_ref[part, :] = total.astype(out_ref.dtype)
 
     @pl.when(visit.block_arrives() & (step == 0) & ~visit.owns_all)
     def _zero() -> None:
         out_ref[...] = jnp.zeros_like(out_ref)
 
-    visit.work(work)
+    visit.work(work, tilings.sublanes(x_ref.dtype.itemsize), FFN_PART)
 
 
 def where_held(experts: Experts, into: Any, out: Any, into_bias: Any, out_bias: Any) -> Any:

@@ -12,14 +12,14 @@ the rows' dtype, and scales multiply the piece's product; with transpose_rhs the
 and multiply the rows. `QuantizedRows` meet them as int8 where the chip multiplies that, else as
 bfloat16, which holds every int8.
 
-VMEM: two buffers each of lhs [m, k], rhs [k, n] and out [m, n], the product in f32, and the sum
-[m, n] in f32 where depth is cut.
+VMEM: two buffers each of lhs [m, k], rhs [k, n] and out [m, n], and the sum [m, n] in f32 where
+depth is cut.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,9 +28,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.block_products import dot, keep, pieces, scale_index, within_scales
+from taskmoe.kernels.block_products import (
+    dot,
+    each,
+    keep,
+    passes,
+    pieces,
+    scale_index,
+    within_scales,
+)
 from taskmoe.kernels.checks import result_like
-from taskmoe.kernels.group_visits import Visit, Visits, visit_blocks
+from taskmoe.kernels.group_visits import Visit, Visits, part_sizes, visit_blocks
 from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import ProductOptions
 from taskmoe.kernels.platforms import chip
@@ -39,6 +47,8 @@ from taskmoe.kernels.quantized import itemsize as itemsize_of
 
 #: Columns of one piece of a product.
 PIECE_COLUMNS = 256
+#: MXU-sized products that are written out side by side.
+WRITTEN = 64
 
 
 def cost(
@@ -94,11 +104,16 @@ def kernel(
     depth_size: int,
     transpose_rhs: bool,
     mxu_size: int,
+    depth_pieces: Sequence[pl.Slice],
+    column_pieces: Sequence[pl.Slice],
+    passes: Mapping[int, int],
     scaled_size: int,
     dtype: Any,
 ) -> None:
     """One visit at one depth. acc_ref is there when depth is cut.
 
+    depth_pieces, column_pieces: of a block of the matrix. passes: over the columns, for each size
+    of a part, see `each`.
     scaled_size: rows of `Quantized` matrices, which their blocks of scales divide. dtype: what is
     multiplied.
     """
@@ -110,12 +125,6 @@ def kernel(
     rows_ref = lhs_ref.values if isinstance(lhs_ref, QuantizedRows) else lhs_ref
     block = scaled_size // rhs_ref.blocks if is_quantized else scaled_size
     width = pl.program_id(0) * out_ref.shape[1]
-    if transpose_rhs:
-        depth_pieces = pieces(block_depth, mxu_size)
-        column_pieces = within_scales(rhs_ref, out_ref.shape[1], block, PIECE_COLUMNS)
-    else:
-        depth_pieces = within_scales(rhs_ref, block_depth, block, mxu_size)
-        column_pieces = pieces(out_ref.shape[1], PIECE_COLUMNS)
 
     def product(part: Any, columns: Any) -> jax.Array:
         total: Any = 0
@@ -139,20 +148,21 @@ def kernel(
             total += sums
         return total
 
-    def work(start: Any, size: int, masked: bool) -> None:
+    def work(start: Any, size: int) -> None:
         def each_piece(act: Callable[[Any, Any, Any], None]) -> None:
-            for inside in pieces(size, mxu_size):
-                first = start + inside.start
-                for columns in column_pieces:
+            def of_columns(columns: Any) -> None:
+                for inside in pieces(size, mxu_size):
+                    first = start + inside.start
                     act(first, pl.ds(first, inside.size), columns)
+
+            each(column_pieces, passes[size], of_columns)
 
         def store(first: Any, part: Any, columns: Any) -> None:
             value = product(part, columns)
             if acc_ref:
                 value += acc_ref[0][part, columns]
-            if masked:
-                old = out_ref[part, columns].astype(value.dtype)
-                value = jnp.where(visit.owned(first, value.shape), value, old)
+            old = out_ref[part, columns].astype(value.dtype)
+            value = jnp.where(visit.owned(first, value.shape), value, old)
             out_ref[part, columns] = value.astype(out_ref.dtype)
 
         def init(first: Any, part: Any, columns: Any) -> None:
@@ -172,7 +182,7 @@ def kernel(
     def _zero() -> None:
         out_ref[...] = jnp.zeros_like(out_ref)
 
-    visit.work(work)
+    visit.work(work, tilings.sublanes(rows_ref.dtype.itemsize))
 
 
 def column(x: jax.Array, index: Any) -> jax.Array:
@@ -196,10 +206,15 @@ def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> j
     t = options.tiling or tilings.gmm_tiling(m, k, n, e, itemsize, out_itemsize, chip(), held)
     walk = visit_blocks(groups, e, m, t.m)
     blocks = rhs.blocks if isinstance(rhs, Quantized) else 0
+    mxu, scaled = chip().mxu_column_size, rhs.shape[1] // max(blocks, 1)
     if options.transpose_rhs:
+        depth_pieces = pieces(t.k, mxu)
+        column_pieces = within_scales(rhs, t.n, scaled, PIECE_COLUMNS)
         matrix = pl.BlockSpec((None, t.n, t.k), rhs_block_transposed)
         scales = pl.BlockSpec((None, blocks, 1, t.k), scales_block_transposed)
     else:
+        depth_pieces = within_scales(rhs, t.k, scaled, mxu)
+        column_pieces = pieces(t.n, PIECE_COLUMNS)
         matrix = pl.BlockSpec((None, t.k, t.n), rhs_block)
         scales = pl.BlockSpec((None, blocks, 1, t.n), scales_block)
     grid_spec = pltpu.PrefetchScalarGridSpec(
@@ -222,7 +237,13 @@ def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> j
             kernel,
             depth_size=k,
             transpose_rhs=options.transpose_rhs,
-            mxu_size=chip().mxu_column_size,
+            mxu_size=mxu,
+            depth_pieces=depth_pieces,
+            column_pieces=column_pieces,
+            passes={
+                size: passes(column_pieces, WRITTEN * mxu // (max(size, mxu) * len(depth_pieces)))
+                for size in part_sizes(t.m)
+            },
             scaled_size=rhs.shape[1],
             dtype=dtype,
         ),

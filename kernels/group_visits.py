@@ -9,8 +9,9 @@ consecutively, so that its output stays in VMEM between them; empty groups are n
 without any row of the local groups are visited once, to be zeroed. Kernels that return a matrix a
 group visit groups without rows once, for the same reason.
 
-A kernel makes a `Visit` of the walk. A visit that owns its whole block works on it at once; one
-that owns a part works in sub-blocks and skips those that it has no row in.
+A kernel makes a `Visit` of the walk, which works on its rows in parts that begin at the first of
+them: as tall as may be, for the matrix enters the MXU once for each, and few more rows than it has.
+What a part holds of other groups' rows is masked, which is nearly free.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from jax.experimental.pallas import tpu as pltpu
 from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.groups import Groups
 
-#: Rows of the sub-blocks that a visit works in when it owns a part of its block.
-SUB_ROWS = 128
+#: Most and least rows of a part of a block. Fewer take as long: the matrix enters the MXU for them.
+TALLEST_PART, SHORTEST_PART = 512, 128
+#: The tallest of expert_ffn, whose products are many: taller ones are faster by a twentieth.
+FFN_PART = 256
 
 
 class Visits(NamedTuple):
@@ -48,12 +51,12 @@ class Visits(NamedTuple):
     num: jax.Array
 
 
-def sub_rows(rows: int, size: int = SUB_ROWS) -> int:
-    """Rows that a visit works on at a time where it owns a part of its block of so many.
-
-    size: of a sub-block; products that sum over rows want as many as the MXU is deep.
-    """
-    return size if rows % size == 0 else rows
+def part_sizes(rows: int, tallest: int = TALLEST_PART) -> list[int]:
+    """Rows of the parts in which a visit works on a block of so many, tallest first."""
+    if rows % SHORTEST_PART:
+        return [rows]
+    most = min(rows, tallest)
+    return [SHORTEST_PART << i for i in reversed(range((most // SHORTEST_PART).bit_length()))]
 
 
 class Visit:
@@ -94,21 +97,44 @@ class Visit:
         row = start + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         return (row >= self.low) & (row < self.high)
 
-    def work(self, act: Callable[[Any, int, bool], None], sub_size: int = SUB_ROWS) -> None:
-        """act(start, size, masked) on the whole block, or on parts where rows are not its own."""
+    def only_own(self, x: jax.Array, start: Any) -> jax.Array:
+        """Rows x [m, n] from `start` on, zero where they are not the group's, even where NaN."""
+        if x.dtype.itemsize != 2:
+            return jnp.where(self.owned(start, x.shape), x, 0)
+        # Two rows lie in one word: one operation for both, where a select takes five.
+        row = start + 2 * jax.lax.broadcasted_iota(jnp.int32, (x.shape[0] // 2, x.shape[1]), 0)
+        even, odd = ((r >= self.low) & (r < self.high) for r in (row, row + 1))
+        held = jnp.where(even, 0xFFFF, 0) | jnp.where(odd, -0x10000, 0)
+        return pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & held, x.dtype)
 
-        @pl.when(self.owns_all)
-        def _whole() -> None:
-            act(0, self.rows, False)
+    def work(self, act: Callable[[Any, int], None], unit: int, tallest: int = TALLEST_PART) -> None:
+        """act(start, size) on parts of the block that lie side by side and hold the visit's rows.
 
-        @pl.when(~self.owns_all & (self.high > self.low))
-        def _parts() -> None:
-            size = sub_rows(self.rows, sub_size)
+        The tallest come first, in a loop, then at most one of each smaller size. unit: of what
+        starts are multiples, a register's height of rows.
+        """
+        sizes = part_sizes(self.rows, tallest)
+        least = sizes[-1]
+        first = self.low & -unit
+        units = (self.high > self.low).astype(jnp.int32)
+        if least < self.rows:
+            units *= _quotient(self.high - first + least - 1, least)
+        begin = jnp.minimum(first, self.rows - units * least)
 
-            def one(i: jax.Array, carry: None) -> None:
-                act(pl.multiple_of(i * size, size), size, True)
+        def one(i: jax.Array, carry: None) -> None:
+            act(pl.multiple_of(begin + i * sizes[0], unit), sizes[0])
 
-            jax.lax.fori_loop(self.low // size, pl.cdiv(self.high, size), one, None)
+        count = _quotient(units, sizes[0] // least)
+        jax.lax.fori_loop(0, count, one, None)
+        begin += count * sizes[0]
+        for size in sizes[1:]:
+            held = _quotient(units, size // least) & 1
+
+            @pl.when(held > 0)
+            def _one(begin: Any = begin, size: int = size) -> None:
+                act(pl.multiple_of(begin, unit), size)
+
+            begin += held * size
 
 
 def visit_blocks(

@@ -1,16 +1,17 @@
 """tgmm as a Pallas TPU kernel:  out[e] = sum over rows i of group e of lhs[i]^T grad[i].
 
 Grid: (blocks of width, blocks of depth, visits), see `group_visits`. All visits of a group are
-consecutive and sum up in f32 in VMEM; the last one writes the group's block. Groups without rows
-are visited once, to write zeros. Rows that are not the visit's own are zeroed on both sides: they
-may hold NaN.
+consecutive and sum up in f32 in VMEM. The first part of a group's rows finds the sum at zero, the
+last one writes the group's block. Groups without rows are visited once, to write zeros. Rows that
+are not the visit's own are zeroed on both sides: they may hold NaN.
 
-VMEM: two buffers each of lhs [m, k], grad [m, n] and out [k, n], the sum and the product in f32.
+VMEM: two buffers each of lhs [m, k], grad [m, n] and out [k, n], and the sum in f32.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +20,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.block_products import dot, zero_where_not
+from taskmoe.kernels.block_products import dot, each, passes, pieces
 from taskmoe.kernels.checks import result_like
-from taskmoe.kernels.group_visits import Visit, Visits, visit_groups
+from taskmoe.kernels.group_visits import Visit, Visits, part_sizes, visit_groups
 from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import ProductOptions
 from taskmoe.kernels.platforms import chip
+
+#: Rows of one piece of the result.
+PIECE_ROWS = 256
+#: MXU-sized products that are written out side by side.
+WRITTEN = 64
 
 
 def cost(m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int) -> pl.CostEstimate:
@@ -49,26 +55,49 @@ def out_block(width: Any, depth: Any, visit: Any, walk: Visits) -> tuple[Any, ..
 
 
 def kernel(
-    walk: Visits, lhs_ref: Any, grad_ref: Any, out_ref: Any, acc_ref: Any, *, mxu_size: int
+    walk: Visits,
+    lhs_ref: Any,
+    grad_ref: Any,
+    out_ref: Any,
+    acc_ref: Any,
+    *,
+    depth_pieces: Sequence[pl.Slice],
+    passes: Mapping[int, int],
 ) -> None:
-    """One visit. A sub-block of rows fills the depth of the MXU, which sums over them."""
+    """One visit. Parts of a block fill the depth of the MXU, which sums over their rows.
+
+    depth_pieces: of a block of the result. passes: over them, for each size of a part, see `each`.
+    """
     visit = Visit(walk, pl.program_id(2), lhs_ref.shape[0])
+    arrives, leaves = visit.group_arrives(), visit.group_leaves()
 
-    def work(start: Any, size: int, masked: bool) -> None:
-        lhs, grad = (ref[pl.ds(start, size), :] for ref in (lhs_ref, grad_ref))
-        if masked:
-            lhs, grad = (zero_where_not(visit.owned(start, x.shape), x) for x in (lhs, grad))
-        acc_ref[...] += dot(lhs, grad, 0, 0)
+    def work(start: Any, size: int) -> None:
+        rows = pl.ds(start, size)
+        begins, ends = arrives & (start <= visit.low), leaves & (start + size >= visit.high)
 
-    @pl.when(visit.group_arrives())
-    def _init() -> None:
-        acc_ref[...] = jnp.zeros_like(acc_ref)
+        def total(depth: Any) -> jax.Array:
+            before = jnp.where(begins, 0, acc_ref[depth, :])
+            return before + dot(
+                visit.only_own(lhs_ref[rows, depth], start),
+                visit.only_own(grad_ref[rows, :], start),
+                0,
+                0,
+            )
 
-    visit.work(work, mxu_size)
+        def store(depth: Any) -> None:
+            out_ref[depth, :] = total(depth).astype(out_ref.dtype)
 
-    @pl.when(visit.group_leaves())
-    def _store() -> None:
-        out_ref[...] = acc_ref[...].astype(out_ref.dtype)
+        def keep(depth: Any) -> None:
+            acc_ref[depth, :] = total(depth)
+
+        pl.when(ends)(lambda: each(depth_pieces, passes[size], store))
+        pl.when(~ends)(lambda: each(depth_pieces, passes[size], keep))
+
+    visit.work(work, tilings.sublanes(lhs_ref.dtype.itemsize))
+
+    @pl.when(visit.high <= visit.low)
+    def _zero() -> None:
+        out_ref[...] = jnp.zeros_like(out_ref)
 
 
 def tgmm_mosaic(
@@ -86,9 +115,18 @@ def tgmm_mosaic(
         out_specs=pl.BlockSpec((None, t.k, t.n), out_block),
         scratch_shapes=[pltpu.VMEM((t.k, t.n), jnp.float32)],
     )
+    depth_pieces = pieces(t.k, PIECE_ROWS)
+    mxu = chip().mxu_column_size
+    written = WRITTEN * mxu**3 // (PIECE_ROWS * t.n)
     vmem = tilings.tgmm_vmem_bytes(t, itemsize, out_itemsize)
     call = pl.pallas_call(
-        functools.partial(kernel, mxu_size=chip().mxu_column_size),
+        functools.partial(
+            kernel,
+            depth_pieces=depth_pieces,
+            passes={
+                size: passes(depth_pieces, written // max(size, mxu)) for size in part_sizes(t.m)
+            },
+        ),
         grid_spec=grid_spec,
         out_shape=result_like(lhs, (e, k, n), options.out_dtype),
         compiler_params=tilings.compiler_params(("parallel", "arbitrary", "arbitrary"), vmem),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from jax.experimental.pallas import tpu as pltpu
 
-from taskmoe.kernels.group_visits import SUB_ROWS, sub_rows
+from taskmoe.kernels.group_visits import FFN_PART, SHORTEST_PART, part_sizes
 from taskmoe.kernels.platforms import chip, interpreting_a_batch
 
 #: Lanes of a vector register: the unit of a block's last dimension on every TPU.
@@ -22,18 +22,16 @@ LANES = 128
 #: Hidden units that expert_ffn works on at a time.
 HIDDEN_CHUNK = 512
 #: Most rows of a block that gmm and tgmm, and that expert_ffn, are tried with.
-TALLEST, TALLEST_FFN = 512, 1024
+TALLEST, TALLEST_FFN = 2048, 1024
 #: Seconds that a grid step takes beside its products: starting copies, waiting, predicates. About
 #: 350 bundles in every kernel that was compiled.
 STEP_SECONDS = 2e-7
-#: Fewer rows take as long: loading the MXU with a piece of the matrix does.
-LEAST_ROWS = 128
-#: A height other than `block_rows` must be so much faster: estimates are no finer.
-MARGIN = 1.05
-#: A row of a masked sub-block takes so many times as long as one of a whole block.
-MASKED = 1.25
+#: Rows by which a visit's first part begins before its first row, on average.
+ROUNDED_START = 8
+#: Share of what the longer of copies and products hides that is seen all the same.
+SEEN = 0.1
 #: Most cycles of products in a block, which are written out: compiling more takes a minute.
-LONGEST = 3 << 13
+LONGEST = 9 << 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,38 +92,38 @@ def shared_splits(size: int, info: pltpu.TpuInfo) -> list[int]:
 
 def heights(base: int, num_rows: int, tallest: int) -> list[int]:
     """Block heights to try: `block_rows`, down to a quarter, and doubled up to what rows fill."""
-    lower = [h for h in (base // 4, base // 2) if h >= LEAST_ROWS]
+    lower = [h for h in (base // 4, base // 2) if h >= SHORTEST_PART]
     upper = [base << i for i in range(1, 7) if base << i <= min(tallest, 2 * num_rows)]
     return [base, *lower, *upper]
 
 
 def executed_rows(
-    height: int,
-    m: int,
-    e: int,
-    info: pltpu.TpuInfo,
-    contracted: bool = False,
-    sub_size: int = SUB_ROWS,
+    height: int, m: int, e: int, info: pltpu.TpuInfo, contracted: bool = False
 ) -> float:
     """Rows' worth of time where blocks of this height meet e about equal groups of m rows.
 
-    A block that straddles groups is worked on in sub-blocks, and one of these for each of its
-    groups, masked. contracted: whether products sum over rows, which then fill the MXU's depth.
+    Blocks that straddle groups are visited by each, and a visit's rows are rounded up to parts.
+    contracted: whether products sum over rows, which then fill the MXU's depth.
     """
-    least = info.mxu_column_size if contracted else LEAST_ROWS
-    blocks, part = -(-m // height), sub_rows(height, sub_size)
-    straddling = min(blocks, e - 1)
-    parts = straddling * (height // part) + e - 1
-    return (blocks - straddling) * max(height, least) + MASKED * parts * max(part, least)
+    least = info.mxu_column_size if contracted else SHORTEST_PART
+    visits = -(-m // height) + e - 1
+    if height % SHORTEST_PART:  # few rows are bound by the matrix, but not by it alone
+        return visits * max(height, (least + height) / 2)
+    ragged = min(visits, 2 * (e - 1))
+    return max(m + ragged * (least / 2 + ROUNDED_START), visits * least)
 
 
 def seconds(
     info: pltpu.TpuInfo, moved_bytes: float, rows: float, tiles: float, steps: float
 ) -> float:
-    """Estimated time: the larger of bytes, and rows through MXU-sized tiles and grid steps."""
+    """Estimated time: the larger of bytes, and rows through MXU-sized tiles and grid steps.
+
+    A little of the smaller counts too, so that of two that wait for HBM the shorter work is chosen.
+    """
     size = info.mxu_column_size
     work = 2.0 * rows * tiles * size * size / info.bf16_ops_per_second + steps * STEP_SECONDS
-    return max(moved_bytes / info.mem_bw_bytes_per_second, work)
+    copies = moved_bytes / info.mem_bw_bytes_per_second
+    return max(copies, work) + SEEN * min(copies, work)
 
 
 def tiles_of(size: int, block: int, mxu: int) -> int:
@@ -138,18 +136,21 @@ def best(
     candidates: Iterable[Tiling],
     vmem_bytes: Callable[[Tiling], int],
     cost: Callable[[Tiling], Any],
-    products: int,
     info: pltpu.TpuInfo,
     otherwise: Tiling,
+    products: int = 0,
 ) -> Tiling:
     """The candidate that fits in VMEM and costs least; `otherwise` where none fits.
 
-    products: of blocks [m, k] and [k, n] that one step makes. Of steps that are longer than
-    `LONGEST` only the shortest is a candidate.
+    products: of blocks [m, k] and [k, n] that one step has written out, if it does not loop. Of
+    steps that are longer than `LONGEST` only the shortest is a candidate.
     """
     budget = vmem_budget_bytes(info)
     fits = [t for t in candidates if vmem_bytes(t) <= budget]
-    lengths = [products * t.m * t.k * t.n / (4 * info.mxu_column_size**2) for t in fits]
+    lengths = [
+        products * sum(part_sizes(t.m, FFN_PART)) * t.k * t.n / (4 * info.mxu_column_size**2)
+        for t in fits
+    ]
     limit = max(LONGEST, min(lengths, default=0))
     fits = [t for t, length in zip(fits, lengths, strict=True) if length <= limit]
     return min(fits, key=cost, default=otherwise)
@@ -158,10 +159,10 @@ def best(
 def gmm_vmem_bytes(
     t: Tiling, k: int, itemsize: int, out_itemsize: int, rhs_itemsize: int | None = None
 ) -> int:
-    """VMEM that gmm takes with these blocks: three streams twice, the product, the sum if split."""
+    """VMEM that gmm takes with these blocks: three streams twice, and the sum if depth is cut."""
     rhs = t.k * t.n * (rhs_itemsize or itemsize)
     streams = t.m * t.k * itemsize + rhs + t.m * t.n * out_itemsize
-    return 2 * streams + t.m * t.n * 4 * (1 if t.k >= k else 2)
+    return 2 * streams + (0 if t.k >= k else t.m * t.n * 4)
 
 
 def gmm_bytes(
@@ -195,7 +196,7 @@ def gmm_tiling(
         steps = (-(-m // t.m) + e - 1) * -(-n // t.n) * -(-k // t.k)
         tiles = tiles_of(k, t.k, mxu) * tiles_of(n, t.n, mxu)
         time = seconds(info, moved, executed_rows(t.m, m, e, info), tiles, steps)
-        return time * (1 if t.m == base else MARGIN), moved, -t.n
+        return time, moved, -t.n
 
     return best(
         (
@@ -206,16 +207,15 @@ def gmm_tiling(
         ),
         lambda t: gmm_vmem_bytes(t, k, itemsize, out_itemsize, rhs),
         cost,
-        1,
         info,
         Tiling(base, min(k, LANES), min(n, LANES)),
     )
 
 
 def tgmm_vmem_bytes(t: Tiling, itemsize: int, out_itemsize: int) -> int:
-    """VMEM that tgmm takes with these blocks: three streams twice, the sum and the product."""
+    """VMEM that tgmm takes with these blocks: three streams twice, and the sum."""
     streams = t.m * (t.k + t.n) * itemsize + t.k * t.n * out_itemsize
-    return 2 * streams + 2 * t.k * t.n * 4
+    return 2 * streams + t.k * t.n * 4
 
 
 def tgmm_bytes(t: Tiling, m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int) -> int:
@@ -234,10 +234,10 @@ def tgmm_tiling(
     def cost(t: Tiling) -> tuple[Any, ...]:
         moved = tgmm_bytes(t, m, k, n, e, itemsize, out_itemsize)
         steps = (-(-m // t.m) + e - 1) * -(-n // t.n) * -(-k // t.k)
-        rows = executed_rows(t.m, m, e, info, contracted=True, sub_size=mxu)
+        rows = executed_rows(t.m, m, e, info, contracted=True)
         tiles = tiles_of(k, t.k, mxu) * tiles_of(n, t.n, mxu)
         time = seconds(info, moved, rows, tiles, steps)
-        return time * (1 if t.m == base else MARGIN), moved, -t.n
+        return time, moved, -t.n
 
     return best(
         (
@@ -248,7 +248,6 @@ def tgmm_tiling(
         ),
         lambda t: tgmm_vmem_bytes(t, itemsize, out_itemsize),
         cost,
-        1,
         info,
         Tiling(base, min(k, LANES), min(n, LANES)),
     )
@@ -294,15 +293,15 @@ def ffn_tiling(
         steps = (-(-m // t.m) + e - 1) * -(-f // t.n)
         tiles = matrices * tiles_of(d, d, mxu) * tiles_of(f, t.n, mxu)
         time = seconds(info, moved, executed_rows(t.m, m, e, info), tiles, steps)
-        return time * (1 if t.m == base else MARGIN), moved, t.m, -t.n
+        return time, moved, t.m, -t.n
 
     return best(
         (Tiling(rows, d, bf) for rows in heights(base, m, TALLEST_FFN) for bf in splits(f)),
         lambda t: ffn_vmem_bytes(t, matrices, itemsize, weight),
         cost,
-        matrices,
         info,
         Tiling(base, d, min(f, LANES)),
+        matrices,
     )
 
 
@@ -332,12 +331,12 @@ def ffn_backward_tiling(
     def cost(t: Tiling) -> tuple[Any, ...]:
         moved = ffn_backward_bytes(t, m, f, e, matrices, itemsize)
         steps = (-(-m // t.m) + e - 1) * -(-f // t.n)
-        rows = executed_rows(t.m, m, e, info, sub_size=mxu)
-        summed = executed_rows(t.m, m, e, info, contracted=True, sub_size=mxu)
+        rows = executed_rows(t.m, m, e, info)
+        summed = executed_rows(t.m, m, e, info, contracted=True)
         tiles = tiles_of(d, d, mxu) * tiles_of(f, t.n, mxu)
         work = matrices * summed + (2 * matrices - 1) * rows
         time = seconds(info, moved, work, tiles, steps)
-        return time * (1 if t.m == base else MARGIN), moved, t.m
+        return time, moved, t.m
 
     return best(
         (
@@ -347,9 +346,9 @@ def ffn_backward_tiling(
         ),
         lambda t: ffn_backward_vmem_bytes(t, matrices, itemsize),
         cost,
-        3 * matrices - 1,
         info,
         Tiling(sublanes(itemsize), d, min(f, LANES)),
+        3 * matrices - 1,
     )
 
 

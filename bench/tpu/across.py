@@ -136,7 +136,7 @@ def walk(case: Case) -> tuple[list[KernelCall], int]:
         steps=main,
         walked_bytes=moved_bytes(t, sizes, s.d, s.f, s.matrices, itemsize),
         copies_by_hand=False,
-        trips=Trips(step=0, whole=main, part=0, result=blocks),
+        trips=Trips(step=0, result=blocks, parts=[main], passes=[1]),
         rows_share=blocks * t.rows / sum(sizes),
     )
     touched = sum(size > 0 for size in sizes)

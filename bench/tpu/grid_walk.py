@@ -26,8 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from taskmoe.bench.tpu.regions import Trips
 from taskmoe.bench.tpu.schedule import VISITS
 from taskmoe.kernels import for_chip
-from taskmoe.kernels.group_visits import SUB_ROWS, Visits, sub_rows
-from taskmoe.kernels.platforms import chip
+from taskmoe.kernels.group_visits import FFN_PART, TALLEST_PART, Visits, part_sizes
 from taskmoe.kernels.tiling import sublanes
 
 #: Kernels that start a copy a row, and those whose tokens stay in VMEM.
@@ -127,23 +126,36 @@ def _record(
     # The compiler names a kernel without a name after the function that it was called in.
     name = options.get("name") or getattr(kernel, "__qualname__", "kernel").split(".")[0]
     steps = math.prod(grid)
-    trips = Trips(steps, steps, *_loops(name, grid, blocks, arrays))
+    longest, others = _loops(name, grid, blocks, arrays)
+    trips = Trips(steps, others, [longest or steps], [1])
     call = KernelCall(name, options.get("cost_estimate"), steps, sum(walked), any(by_hand), trips)
     if not scalars or not isinstance(scalars[0], Visits):
         return call
     (first, array), (last, _) = pairs[0], pairs[-1]
     rows = first.block_shape[-2]
-    sums_over_rows = name in ("taskmoe_tgmm", "taskmoe_expert_ffn_backward")
-    size = sub_rows(rows, chip().mxu_column_size if sums_over_rows else SUB_ROWS)
-    whole, part = own_blocks(scalars[0], rows, size)
+    ffn = name.startswith("taskmoe_expert_ffn")
+    sizes = part_sizes(rows, FFN_PART if ffn else TALLEST_PART)
+    parts = own_parts(scalars[0], rows, sizes, sublanes(array.dtype.itemsize))
     sweeps = steps // max(int(scalars[0].num[0]), 1)
-    results = int(changes(last, grid, scalars)[1].sum())
-    worked = whole * rows + part * size
-    return dataclasses.replace(
-        call,
-        trips=Trips(steps, whole * sweeps, part * sweeps, results),
-        rows_share=worked / array.shape[-2],
+    passes = getattr(kernel, "keywords", {}).get("passes", {})
+    trips = Trips(
+        steps,
+        _results(name, last, grid, scalars),
+        [n * sweeps for n in parts],
+        [passes.get(size, 1) for size in sizes],
     )
+    worked = sum(math.prod(pair) for pair in zip(parts, sizes, strict=True))
+    return dataclasses.replace(call, trips=trips, rows_share=worked / array.shape[-2])
+
+
+def _results(name: str, out: Any, grid: list[int], scalars: Any) -> int:
+    """How often what runs once a block of results does: tgmm only zeroes those without rows."""
+    results = changes(out, grid, scalars)[1]
+    if name != "taskmoe_tgmm":
+        return int(results.sum())
+    walk = scalars[0]
+    empty = int((walk.ends <= walk.starts).sum())
+    return int(results.sum()) * empty // walk.starts.size
 
 
 def _loops(name: str, grid: list[int], blocks: list[Any], arrays: list[Any]) -> tuple[int, int]:
@@ -166,19 +178,24 @@ def _record_walk(found: Visits) -> KernelCall:
     # A group's first visit is noted with its bounds, others in a loop.
     visits = np.asarray(found.group[: int(found.num[0])])
     further = visits.size - np.unique(visits).size
-    trips = Trips(step=1, whole=found.starts.size, part=further, result=0)
+    trips = Trips(step=1, result=found.starts.size, parts=[further], passes=[1])
     return KernelCall(VISITS, None, 1, sum(x.nbytes for x in found), False, trips)
 
 
-def own_blocks(walk: Visits, rows: int, size: int) -> tuple[int, int]:
-    """Visits that own their whole block of rows, and sub-blocks of a size that others work on."""
+def own_parts(walk: Visits, rows: int, sizes: Sequence[int], unit: int) -> list[int]:
+    """Parts of each of these sizes in which visits work on blocks of so many rows."""
     count = int(walk.num[0])
     group, first = walk.group[:count], walk.block[:count] * rows
     low = np.maximum(walk.starts[group] - first, 0)
     high = np.minimum(walk.ends[group] - first, rows)
-    whole = (low == 0) & (high == rows)
-    parts = np.where(whole | (high <= low), 0, -(-high // size) - low // size)
-    return int(whole.sum()), int(parts.sum())
+    least = sizes[-1]
+    left = -(-(high - low // unit * unit) // least) * least if least < rows else rows
+    left = np.where(high > low, left, 0)
+    found = []
+    for size in sizes:
+        found.append(int((left // size).sum()))
+        left = left % size
+    return found
 
 
 def walk_bytes(block: pl.BlockSpec, array: Any, grid: Sequence[int], scalars: Sequence[Any]) -> int:

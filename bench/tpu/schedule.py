@@ -12,12 +12,12 @@ import itertools
 import re
 from pathlib import Path
 
-from taskmoe.bench.tpu import regions
+from taskmoe.bench.tpu import inner_walk, regions
 from taskmoe.cli.errors import InputError
 
 #: One bundle: address, what control target it is, if any, and how deep in loops it lies.
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT)\s*)?:\s*((?:>\s*)*)")
-_KERNEL_FILE = re.compile(r"^\d+-(?P<kernel>[\w.]+?)(?:\.\d+)?-\d+-final_bundles\.txt$")
+_KERNEL_FILE = re.compile(r"^\d+-(?P<kernel>[\w.-]+?)(?:\.\d+)?-\d+-final_bundles\.txt$")
 UTILIZATION = "final_hlo-static-per-bundle-utilization.txt"
 #: In the optimised HLO: a Mosaic kernel's instruction and the VMEM that it was given.
 _CUSTOM_CALL = re.compile(
@@ -53,6 +53,7 @@ class Schedule:
     filled: share of each unit's slots that the main loop fills, by the compiler's unit names
     spills: vector stores and loads in the main loop because registers did not suffice
     regions: of a grouped kernel or one that walks by hand, see `regions`; None for another
+    walked: of a kernel of tokamax's that walks its blocks itself, see `inner_walk`
     """
 
     kernel: str
@@ -61,6 +62,7 @@ class Schedule:
     filled: dict[str, float]
     spills: int
     regions: regions.Bundles | None = None
+    walked: inner_walk.WalkBundles | None = None
 
 
 def dump_flags(folder: Path) -> str:
@@ -107,7 +109,7 @@ def read_schedule(kernel: str, bundles: str, utilization: str) -> Schedule:
             f"the dump of {kernel} has {len(marks)} bundles but slots of {len(rows)}: "
             "its format is not the one known"
         )
-    by_hand = kernel == WALKS_BY_HAND
+    by_hand, walks_inside = kernel == WALKS_BY_HAND, inner_walk.is_walked(kernel)
     # Straight runs go from one control target to the next.
     targets = (
         i
@@ -126,7 +128,9 @@ def read_schedule(kernel: str, bundles: str, utilization: str) -> Schedule:
     totals = dict(zip(units, sums, strict=True))
     bundle, depth = [], 0
     for mark, row in zip(marks, rows, strict=True):
-        if not mark.string.rstrip().endswith("{}"):  # an empty one does not say how deep it lies
+        if not mark.string.startswith(
+            "{}", mark.end()
+        ):  # an empty one does not say how deep it lies
             depth = mark[3].count(">")
         bundle.append(regions.Bundle(mark.string, depth, row[mxu]))
     return Schedule(
@@ -135,7 +139,8 @@ def read_schedule(kernel: str, bundles: str, utilization: str) -> Schedule:
         main_bundles=len(main),
         filled={name: total / (units[name] * len(main)) for name, total in totals.items()},
         spills=sum(n for name, n in totals.items() if name.endswith((":SPILL", ":FILL"))),
-        regions=_regions(kernel, bundle, main),
+        regions=None if walks_inside else _regions(kernel, bundle, main),
+        walked=inner_walk.find(bundle) if walks_inside else None,
     )
 
 

@@ -220,6 +220,24 @@ def test_hidden_dimension_cut_with_a_tail(gated: bool, rows: int) -> None:
     support.assert_as_good(ours, plain, truth)
 
 
+@pytest.mark.parametrize("dtype", support.DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_blocks_are_worked_on_in_parts(gated: bool, dtype: Any) -> None:
+    # Groups end in blocks of 1,024 rows, take one of each size of a part, or are in two blocks.
+    sizes = [0, 3, 700, 0, 517, 130, 0, 100]
+    args = operands(1500, 24, 256, sizes, dtype)
+    truth = support.in_float64(run("reference", "silu", gated), *args)
+    plain = support.call("reference", run("reference", "silu", gated), *args)
+    x, *weights, group_sizes, grad = args
+    x, grad = support.poison_tail(x, sum(sizes)), support.poison_tail(grad, sum(sizes))
+    ours = support.call("mosaic", cut(gated, 1024), x, *weights, group_sizes, grad)
+    support.assert_as_good(ours, plain, truth)
+    faulty = ours | {"w_in": ours["w_in"].copy()}
+    faulty["w_in"][4] -= ours["w_in"][2] * np.asarray(0.5, ours["w_in"].dtype)
+    with pytest.raises(AssertionError, match="exceeds"):
+        support.assert_as_good(faulty, plain, truth)
+
+
 def test_what_earlier_blocks_of_hidden_units_added_to_dx_is_kept() -> None:
     args = operands(50, 24, 300, [20, 0, 13], jnp.float32)
     truth = support.in_float64(run("reference", "silu", False), *args)

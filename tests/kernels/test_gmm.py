@@ -9,8 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
-from taskmoe.kernels import for_chip, gmm, hopper_products, tgmm
+from taskmoe.kernels import (
+    block_products,
+    for_chip,
+    gmm,
+    gmm_kernel,
+    hopper_products,
+    tgmm,
+    tgmm_kernel,
+)
+from taskmoe.kernels.group_visits import Visit
 from taskmoe.kernels.tiling import Tiling
 from taskmoe.tests.kernels import support
 
@@ -191,23 +201,85 @@ def test_explicit_tiling_with_tails(tiling: Tiling) -> None:
     support.assert_as_good(ours, plain, truth)
 
 
+#: Groups that end in blocks of 1,024 rows, take one of all sizes of parts, or are in two blocks.
+TALL = [0, 3, 700, 0, 517, 130, 0, 100]
+
+
+def in_parts(implementation: str, depth: int) -> Any:
+    """All products of gmm, with blocks of 1,024 rows and some of the depth and width."""
+
+    def f(lhs: Any, rhs: Any, turned: Any, d_out: Any, sizes: Any) -> Any:
+        def tiled(k: int, n: int) -> Any:
+            if implementation == "reference":
+                return {"implementation": implementation}
+            return {"implementation": implementation, "tiling": Tiling(1024, k, n)}
+
+        return {
+            "gmm": gmm(lhs, rhs, sizes, **tiled(depth, 512)),
+            "transposed": gmm(lhs, turned, sizes, transpose_rhs=True, **tiled(depth, 512)),
+            "tgmm": tgmm(lhs, d_out, sizes, **tiled(256, 512)),
+        }
+
+    return f
+
+
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_sub_blocks_are_as_deep_as_the_mxu(chip: str) -> None:
-    lhs, _, d_out, _, sizes = operands(520, 24, 40, [100, 280, 0, 120], jnp.float32)
-
-    def f(implementation: str, tiling: Any) -> Any:
-        options: Any = {"tiling": tiling, "implementation": implementation}
-        return lambda lhs, d_out: tgmm(lhs, d_out, sizes, **options)
-
+@pytest.mark.parametrize("dtype", support.DTYPES)
+@pytest.mark.parametrize("written", [1, 64])
+@pytest.mark.parametrize("depth", [128, 256])
+def test_blocks_are_worked_on_in_parts(
+    chip: str, dtype: Any, written: int, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lhs, rhs, d_out, _, sizes = operands(1500, 256, 512, TALL, dtype)
+    turned, tail = jnp.swapaxes(rhs, 1, 2), sum(TALL)
+    args = lhs, rhs, turned, d_out, sizes
+    truth = support.in_float64(in_parts("reference", depth), *args)
+    plain = support.call("reference", in_parts("reference", depth), *args)
+    monkeypatch.setattr(gmm_kernel, "WRITTEN", written)  # products beyond are made in a loop
+    monkeypatch.setattr(tgmm_kernel, "WRITTEN", written)
+    lhs, d_out = support.poison_tail(lhs, tail), support.poison_tail(d_out, tail)
     with for_chip(chip):
-        ours = support.call("mosaic", f("mosaic", Tiling(256, 24, 40)), lhs, d_out)
-    plain = support.call("reference", f("reference", None), lhs, d_out)
-    truth = support.in_float64(f("reference", None), lhs, d_out)
+        ours = support.call("mosaic", in_parts("mosaic", depth), lhs, rhs, turned, d_out, sizes)
     support.assert_as_good(ours, plain, truth)
-    faulty = ours.copy()
-    faulty[1] += lhs[99][:, None] * d_out[99]  # a row of the group before, in the same block
+    assert not ours["gmm"][tail:].any()
+    faulty = ours | {"tgmm": ours["tgmm"].copy()}
+    # A row of the group before, in the same block.
+    row = np.float32(args[0][702])[:, None] * np.float32(args[3][702])
+    faulty["tgmm"][4] += row.astype(faulty["tgmm"].dtype)
     with pytest.raises(AssertionError, match="exceeds"):
         support.assert_as_good(faulty, plain, truth)
+
+
+@pytest.mark.parametrize("fault", ["no short part", "one pass too few"])
+def test_a_part_that_is_left_out_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lhs, rhs, d_out, _, sizes = operands(1500, 256, 512, TALL, jnp.float32)
+    args = lhs, rhs, jnp.swapaxes(rhs, 1, 2), d_out, sizes
+    truth = support.in_float64(in_parts("reference", 256), *args)
+    plain = support.call("reference", in_parts("reference", 256), *args)
+    right = block_products.each
+    if fault == "no short part":
+        planted = support.planted(Visit, "work", without_short_parts)
+    else:
+        monkeypatch.setattr(gmm_kernel, "WRITTEN", 1)
+        planted = support.planted(
+            gmm_kernel,
+            "each",
+            lambda parts, passes, act: right(parts[:-1], max(passes - 1, 1), act),
+        )
+    with planted:
+        ours = support.call("mosaic", in_parts("mosaic", 256), *args)
+    with pytest.raises(AssertionError, match=r"exceeds|finite"):
+        support.assert_as_good(ours, plain, truth)
+
+
+def without_short_parts(visit: Visit, act: Any, unit: int, tallest: int = 512) -> None:
+    """`Visit.work`, but for the last rows of a visit."""
+    del tallest
+    start = visit.low & -unit
+
+    @pl.when(visit.high > start + 512)
+    def _one() -> None:
+        act(pl.multiple_of(jnp.minimum(start, visit.rows - 512), unit), 512)
 
 
 @pytest.mark.parametrize("implementation", ["reference", *FAST])

@@ -1,6 +1,7 @@
 """The walk of the grouped kernels: every row once, empty groups free, matrices read once."""
 
 import functools
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -8,10 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling
-from taskmoe.kernels.group_visits import Visits, visit_blocks, visit_groups
+from taskmoe.kernels.group_visits import (
+    Visit,
+    Visits,
+    part_sizes,
+    visit_blocks,
+    visit_groups,
+)
 from taskmoe.kernels.groups import Groups, group_bounds
 from taskmoe.tests.kernels import support
 
@@ -74,6 +82,60 @@ def test_every_meeting_of_block_and_group_once_and_in_order(
 def fetches(indices: list) -> int:
     """Blocks that the pipeline reads: one each time the index changes."""
     return sum(i == 0 or indices[i - 1] != index for i, index in enumerate(indices))
+
+
+def parts_of(low: int, high: int, rows: int, unit: int, tallest: int) -> np.ndarray:
+    """How often `Visit.work` works on each row of a block; low..high - 1 are the visit's."""
+
+    def kernel(walk: Visits, out_ref: Any) -> None:
+        def count(start: Any, size: int) -> None:
+            out_ref[pl.ds(start, size), :] += 1
+
+        out_ref[...] = jnp.zeros_like(out_ref)
+        Visit(walk, 0, rows).work(count, unit, tallest)
+
+    walk = Visits(*(jnp.asarray([x], jnp.int32) for x in (low, high, 0, 0, 1)))
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(1,),
+        in_specs=[],
+        out_specs=pl.BlockSpec((rows, 128), lambda i, walk: (0, 0)),
+    )
+    call = pl.pallas_call(
+        kernel,
+        grid_spec=spec,
+        out_shape=jax.ShapeDtypeStruct((rows, 128), jnp.int32),
+        interpret=support.INTERPRET,
+    )
+    return np.asarray(jax.jit(call)(walk))[:, 0]
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(
+    rows=st.sampled_from([16, 48, 128, 384, 640, 1024]),
+    unit=st.sampled_from([8, 16]),
+    tallest=st.sampled_from([256, 512]),
+    data=st.data(),
+)
+def test_parts_hold_each_row_of_a_visit_once(
+    rows: int, unit: int, tallest: int, data: st.DataObject
+) -> None:
+    low, high = sorted(data.draw(st.tuples(*[st.integers(0, rows)] * 2)))
+    worked = parts_of(low, high, rows, unit, tallest)
+    assert (worked[low:high] == 1).all()
+    assert (worked <= 1).all()
+    # No more than it takes to begin at a register's first row and end with a part.
+    least = part_sizes(rows, tallest)[-1]
+    needed = high - low // unit * unit if high > low else 0
+    assert worked.sum() == (rows * bool(needed) if least == rows else -(-needed // least) * least)
+
+
+def test_parts_of_a_few_rows_more_than_one() -> None:
+    worked = parts_of(250, 780, 1024, 16, 512)  # 530 rows from 250, of 640 from 240
+    assert (worked[240:880] == 1).all()
+    assert worked.sum() == 640
+    worked = parts_of(500, 1024, 1024, 16, 512)  # 640 rows end with the block
+    assert (worked[384:] == 1).all()
 
 
 @pytest.mark.parametrize("rows", [64, 256, 1024, 16384])

@@ -19,25 +19,28 @@ def view(result: Kernels) -> View:
     rows = sorted(result.kernels, key=_beside)
     headings = (
         *("op", "direction", "by", "chip", "dtype", "shape", "compiled", "VMEM MiB", "bundles"),
-        *("MXU filled", "spills", "modelled MB", "over floor", "outside", "modelled µs"),
+        *("MXU filled", "spills", "run", "modelled MB", "over floor", "outside", "modelled µs"),
         *("roofline µs",),
     )
     compiled = Table(
         "Kernels compiled ahead of time (modelled)",
         headings,
         [
-            (r.op, r.direction, r.by, r.chip, r.dtype, r.shape, *_figures(r), *[""] * 10)[:16]
+            (r.op, r.direction, r.by, r.chip, r.dtype, r.shape, *_figures(r), *[""] * 10)[:17]
             for r in rows
         ],
         "Bundles, MXU slots and spills (vector spills and fills) are of the main loops of the "
-        "case's kernels, added up; VMEM is the largest. Bytes and times are modelled: bytes "
+        "case's kernels, added up; VMEM is the largest. Run: bundles of all regions, times how "
+        "often each runs, without the kernel that finds the visits. Bytes and times are modelled: "
+        "bytes "
         "by walking the grid (copies made by hand as declared), time as the larger of bytes at "
         "the HBM's rate and work, plus the cycles outside the kernels: XLA's, and those of the "
         "kernel that finds the visits. Work: the bundles of each region times how often it "
         "runs, partial blocks and copies of single rows included, or the FLOPs executed at the "
         "bf16 peak times the share of MXU slots filled, if that is more. Floor: arguments and "
         "results once, untouched experts left out; roofline: floor and full peak. tokamax is "
-        "compiled with the tiling that it takes untuned, and cannot be walked.",
+        "compiled with the tiling that it takes untuned; its bundles are counted by the same "
+        "group sizes, its bytes are not.",
     )
     tables = [compiled]
     if result.expert_bytes:
@@ -68,6 +71,7 @@ def view(result: Kernels) -> View:
         "A whole expert in one kernel moves hardly a byte beyond its floor, which at decoding's "
         "sizes is the weights themselves."
     ] * bool(result.expert_bytes)
+    findings += _beside_tokamax(rows)
     about = (
         "Compiled for TPUs that were not there. Schedules are the compiler's; bytes and times are "
         "modelled."
@@ -81,6 +85,23 @@ def view(result: Kernels) -> View:
 def _reached(r: Row) -> float:
     """Share of the roofline by the model."""
     return (r.roofline_us or 0.0) / r.modelled_us if r.modelled_us else 0.0
+
+
+def _beside_tokamax(rows: list[Row]) -> list[str]:
+    """How many bundles ours run of those that tokamax's run, where both are known."""
+    run = {(r.by, _beside(r)[:5]): r.bundles_run for r in rows if r.bundles_run}
+    shares = [
+        run["taskmoe", case] / n
+        for (by, case), n in run.items()
+        if by == "tokamax" and ("taskmoe", case) in run
+    ]
+    if not shares:
+        return []
+    fewer = sum(share < 1 for share in shares)
+    return [
+        f"Our kernels run {min(shares):.2f} to {max(shares):.2f} times as many bundles as "
+        f"tokamax's in {len(shares)} cases, fewer in {fewer}."
+    ]
 
 
 def _beside(row: Row) -> tuple[Any, ...]:
@@ -98,6 +119,7 @@ def _figures(r: Row) -> tuple[str, ...]:
         f"{r.main_bundles:,}",
         f"{r.filled:.1%}",
         f"{r.spills:,}",
+        "" if r.bundles_run is None else f"{r.bundles_run:,}",
     )
     if r.modelled_us is None:  # tokamax's grid cannot be walked off TPU
         return figures

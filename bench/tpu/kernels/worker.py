@@ -23,12 +23,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from taskmoe.bench.harness.worker import serve
-from taskmoe.bench.tpu import across, schedule
+from taskmoe.bench.tpu import across, inner_walk, schedule
 from taskmoe.bench.tpu import cases as kernel_cases
 from taskmoe.bench.tpu.cases import Case
 from taskmoe.bench.tpu.compiler import TOO_LARGE
 from taskmoe.bench.tpu.grid_walk import KernelCall, recording, unwritten_zeros
 from taskmoe.bench.tpu.regions import Bundles
+from taskmoe.kernels.tiling import sublanes
 
 
 @functools.cache
@@ -97,7 +98,7 @@ def model(
     kernel without known regions the second counts alone. What runs outside adds its cycles.
     The roofline has the least bytes, the declared FLOPs and every slot filled.
 
-    bundles_run: main loops times steps of the grid.
+    bundles_run: of all regions; of a kernel without known ones its main loop times grid steps.
     """
     info = kernel_cases.chip_info(chip)
     by_name = {kernel["kernel"]: kernel for kernel in kernels}
@@ -106,6 +107,12 @@ def model(
     multiplies = any(kernel["filled"]["MXU"] > 0 for kernel in kernels)
     flops = sum(call.cost.flops for call in calls if call.cost is not None)
 
+    def bundles(call: KernelCall) -> int | None:
+        regions = by_name[call.name]["regions"]
+        if regions is None or call.trips is None:
+            return None
+        return Bundles(**regions).run(call.trips)
+
     def seconds(call: KernelCall) -> float:
         least, kernel = call.moved_bytes / bandwidth, by_name.get(call.name)
         if kernel is None:
@@ -113,13 +120,13 @@ def model(
         work, share = 0.0, kernel["filled"]["MXU"]
         if call.cost is not None and share:
             work = call.cost.flops * call.rows_share / (peak * share)
-        if kernel["regions"] is not None and call.trips is not None:
-            work = max(work, Bundles(**kernel["regions"]).run(call.trips) / clock)
-        return max(least, work)
+        return max(least, work, (bundles(call) or 0) / clock)
 
     compiled = [call for call in calls if call.name in by_name]
     return {
-        "bundles_run": sum(call.steps * by_name[call.name]["main_bundles"] for call in compiled),
+        "bundles_run": sum(
+            bundles(call) or call.steps * by_name[call.name]["main_bundles"] for call in compiled
+        ),
         "moved_bytes": sum(call.moved_bytes for call in calls),
         "floor_bytes": floor,
         "flops": flops,
@@ -134,6 +141,19 @@ def visits_cycles(calls: list[KernelCall], kernels: list[dict[str, Any]]) -> int
     bundles = {k["kernel"]: k["regions"] for k in kernels}.get(schedule.VISITS)
     found = (call.trips for call in calls if call.name == schedule.VISITS)
     return sum(Bundles(**bundles).run(trips) for trips in found if bundles and trips)
+
+
+def walked_bundles(case: Case, kernels: list[dict[str, Any]]) -> int | None:
+    """Bundles that tokamax's kernels run, None where one does not walk in the way that is known."""
+    shape = kernel_cases.SHAPES[case.shape]
+    sizes = kernel_cases.routed(shape.tokens, shape.experts, shape.top_k)
+    height = sublanes(jnp.dtype(kernel_cases.DTYPES[case.dtype]).itemsize)
+    if any(kernel["walked"] is None for kernel in kernels):
+        return None
+    return sum(
+        inner_walk.run(k["kernel"], inner_walk.WalkBundles(**k["walked"]), sizes, height)
+        for k in kernels
+    )
 
 
 def held_bytes(case: Case) -> int:
@@ -194,6 +214,8 @@ def answer(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
         names = {call.name for call in calls}  # of a gradient: without its forward kernels
         result["kernels"] = [k for k in result["kernels"] if k["kernel"] in names]
         result |= model(case.chip, calls, floor, result["kernels"], result["outside_cycles"])
+    elif "error" not in result:
+        result["bundles_run"] = walked_bundles(case, result["kernels"])
     yield result
 
 

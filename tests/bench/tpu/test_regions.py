@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from taskmoe.bench.tpu import grid_walk, regions, schedule
-from taskmoe.bench.tpu.grid_walk import own_blocks
+from taskmoe.bench.tpu.grid_walk import own_parts
 from taskmoe.bench.tpu.regions import Bundle, Bundles, Trips
-from taskmoe.kernels import dispatch, gmm
+from taskmoe.kernels import dispatch, gmm, tgmm
 from taskmoe.kernels.group_visits import Visits
 from taskmoe.kernels.tiling import Tiling
 
@@ -17,8 +17,8 @@ def plain(count: int, depth: int = 1, mxu: int = 0) -> list[Bundle]:
     return [Bundle("{ nop }", depth, mxu)] * count
 
 
-def skip(to: int) -> list[Bundle]:
-    return [Bundle(f"{{ %1 = sbr.rel (%p1_p2) target = $region{to} }}", 1, 0)]
+def skip(to: int, depth: int = 1) -> list[Bundle]:
+    return [Bundle(f"{{ %1 = sbr.rel (%p1_p2) target = $region{to} }}", depth, 0)]
 
 
 def label(number: int) -> list[Bundle]:
@@ -26,12 +26,15 @@ def label(number: int) -> list[Bundle]:
 
 
 def kernel(extra: int = 0) -> list[Bundle]:
-    """Results are set to zero in 40 bundles; a whole block takes 100, of which 50 or 30 run."""
+    """Results are set to zero in 40 bundles. The first part is in a loop, in one of two paths.
+
+    The other part has a loop inside, of 60 bundles.
+    """
     return [
         *(*plain(5, depth=0), *plain(10)),
         *(*skip(1), *plain(40), *label(1)),
-        *(*skip(2), *plain(20, mxu=2), *skip(3), *plain(50, mxu=1), *label(3)),
-        *(*skip(4), *plain(30 + extra, mxu=1), *label(4), *label(2)),
+        *(*skip(2), *plain(20, 2, mxu=2), *skip(3, 2), *plain(50, 2, mxu=1), *label(3)),
+        *(*skip(4, 2), *plain(30 + extra, 2, mxu=1), *label(4), *label(2)),
         *(*skip(5), *plain(8), *label(5)),
         *(*skip(6), *plain(2), *plain(60, depth=2, mxu=1), *plain(1), *label(6)),
         *plain(7),
@@ -40,18 +43,18 @@ def kernel(extra: int = 0) -> list[Bundle]:
 
 def test_regions_by_hand() -> None:
     found = regions.find(kernel())
-    # The whole path: 20, two branches, two labels, and the longer of 50 and 30.
-    assert found == Bundles(step=10 + 4 + 4 + 9 + 7 - 1, whole=74, part=60, result=40)
-    assert found.run(Trips(10, 3, 5, 2)) == 10 * 33 + 3 * 74 + 5 * 60 + 2 * 40
+    # The first part: 20, and two branches, and the longer of 50 and 30.
+    assert found == Bundles(step=10 + 4 + 4 + 9 + 7 - 1, result=40, parts=[72, 3], inner=[0, 60])
+    assert found.run(Trips(10, 2, [3, 5], [1, 7])) == 10 * 33 + 2 * 40 + 3 * 72 + 5 * (3 + 7 * 60)
 
 
 def test_a_planted_bundle_counts_where_it_is_the_longer_branch() -> None:
     found = regions.find(kernel(extra=19))
     assert found is not None
-    assert found.whole == 74
+    assert found.parts == [72, 3]
     longer = regions.find(kernel(extra=21))
     assert longer is not None
-    assert longer.whole == 75
+    assert longer.parts == [73, 3]
 
 
 def test_a_loop_around_the_main_run_by_hand() -> None:
@@ -59,8 +62,8 @@ def test_a_loop_around_the_main_run_by_hand() -> None:
     inner += [*plain(1, depth=0), *plain(5, depth=2)]
     walk = [*plain(5, depth=0), *plain(3), *inner, *plain(8), *plain(2, depth=2)]
     found = regions.of_loop(walk, range(17, 67))
-    assert found == Bundles(step=0, whole=50, part=0, result=9 + 4 + 6)
-    assert found.run(Trips(0, 7, 0, 2)) == 7 * 50 + 2 * 19
+    assert found == Bundles(step=0, result=9 + 4 + 6, parts=[50], inner=[0])
+    assert found.run(Trips(0, 2, [7], [1])) == 7 * 50 + 2 * 19
 
 
 def test_what_all_of_a_step_lies_in_is_no_region() -> None:
@@ -68,7 +71,7 @@ def test_what_all_of_a_step_lies_in_is_no_region() -> None:
     inner, outer = regions.find(kernel()), regions.find(around)
     assert inner is not None
     assert outer is not None
-    assert (outer.whole, outer.part, outer.result) == (inner.whole, inner.part, inner.result)
+    assert (outer.parts, outer.inner, outer.result) == (inner.parts, inner.inner, inner.result)
 
 
 def test_other_kernels_have_none() -> None:
@@ -85,16 +88,17 @@ def test_loops_over_groups_and_visits_by_hand() -> None:
     groups = loop(plain(20), visits, plain(5), depth=1)
     whole = [*plain(9, depth=0), *before, *plain(4, depth=0), *groups, *plain(3, depth=0)]
     found = regions.of_scalars(whole)
-    assert found == Bundles(step=9 + 7 + 4 + 3, whole=1 + 20 + 5, part=4, result=0)
+    assert found == Bundles(step=9 + 7 + 4 + 3, result=1 + 20 + 5, parts=[4], inner=[0])
     longer = loop(plain(21), visits, plain(5), depth=1)
-    assert regions.of_scalars([*whole[:20], *longer, *plain(3, depth=0)]).whole == found.whole + 1
+    more = regions.of_scalars([*whole[:20], *longer, *plain(3, depth=0)])
+    assert more.result == found.result + 1
 
 
 def test_steps_that_start_copies_by_hand() -> None:
     first, every = plain(32, depth=2), plain(91, depth=2)
     schedule = [*plain(4, depth=0), *plain(10), *first, *plain(5), *every, *plain(30)]
     found = regions.of_steps(schedule)
-    assert found == Bundles(step=45, whole=0, part=91, result=32)
+    assert found == Bundles(step=45, result=32, parts=[91], inner=[0])
     assert regions.of_steps([*schedule, *plain(1, mxu=1)]) is None
     assert regions.of_steps([*schedule, *plain(1, depth=3)]) is None
 
@@ -105,7 +109,7 @@ def test_trips_of_dispatch_by_hand() -> None:
         dispatch(x, rows, 600, implementation="mosaic")
     (call,) = calls
     assert call.steps == 5  # two blocks of 256 tokens and three of rows
-    assert call.trips == Trips(step=5, whole=5, part=3 * 256 // 16, result=2 * 256 // 16)
+    assert call.trips == Trips(5, result=2 * 256 // 16, parts=[3 * 256 // 16], passes=[1])
 
 
 def test_trips_of_rows_that_are_copied_one_by_one_by_hand() -> None:
@@ -114,17 +118,19 @@ def test_trips_of_rows_that_are_copied_one_by_one_by_hand() -> None:
         dispatch(x, rows, 600, implementation="mosaic")
     (call,) = calls
     assert call.name == "taskmoe_gather_rows"
-    assert call.trips == Trips(step=5, whole=5, part=5 * 128 // 8, result=128)
+    assert call.trips == Trips(5, result=128, parts=[5 * 128 // 8], passes=[1])
 
 
-def test_whole_blocks_and_parts_by_hand() -> None:
-    # Rows 0..511 in blocks of 256; groups 0..99, 100..255, 256..511.
-    walk = Visits(*(np.array(x) for x in ([0, 100, 256], [100, 256, 512])), *map(np.array, (
-        [0, 1, 2, 2], [0, 0, 1, 1], [3],
+def test_parts_of_visits_by_hand() -> None:
+    # Rows 0..1023 in blocks of 1024; groups 0..99, 100..799, 800..1023.
+    walk = Visits(*(np.array(x) for x in ([0, 100, 800], [100, 800, 1024])), *map(np.array, (
+        [0, 1, 2], [0, 0, 0], [3],
     )))  # fmt: skip
-    # 0..99 lies in one sub-block of 128 rows, 100..255 in two.
-    assert own_blocks(walk, 256, 128) == (1, 3)
-    assert own_blocks(walk, 256, 256) == (1, 2)
+    # 100 rows; 700 that begin at 96; 224.
+    assert own_parts(walk, 1024, [512, 256, 128], 16) == [1, 2, 1]
+    assert own_parts(walk, 1024, [512, 256, 128], 128) == [1, 2, 2]
+    assert own_parts(walk, 1024, [256, 128], 16) == [4, 1]
+    assert own_parts(walk, 1024, [1024], 16) == [3]
 
 
 def test_trips_of_gmm_by_hand() -> None:
@@ -134,9 +140,21 @@ def test_trips_of_gmm_by_hand() -> None:
     with grid_walk.recording("v5e") as calls:
         gmm(x, w, sizes, tiling=tiling, implementation="mosaic")
     visits, call = calls
-    assert visits.trips == Trips(step=1, whole=3, part=0, result=0)
-    assert call.trips == Trips(step=6, whole=2, part=6, result=4)  # two blocks of width
-    assert call.rows_share == (256 + 3 * 128) / 512
+    assert visits.trips == Trips(step=1, result=3, parts=[0], passes=[1])
+    # Two blocks of width; parts of 256 and 128 rows.
+    assert call.trips == Trips(step=6, result=4, parts=[4, 2], passes=[1, 1])
+    assert call.rows_share == (2 * 256 + 128) / 512
+
+
+def test_passes_and_empty_groups_of_tgmm_by_hand() -> None:
+    x, grad = jnp.zeros((512, 1024), jnp.bfloat16), jnp.zeros((512, 4096), jnp.bfloat16)
+    sizes = jnp.asarray([512, 0], jnp.int32)
+    tiling = Tiling(512, 1024, 4096)
+    with grid_walk.recording("v6e") as calls:
+        tgmm(x, grad, sizes, tiling=tiling, implementation="mosaic")
+    (call,) = [call for call in calls if call.name == "taskmoe_tgmm"]
+    # One part of 512 rows, whose 4 x 16 x 2 products are written out half at a time.
+    assert call.trips == Trips(step=2, result=1, parts=[1, 0, 0], passes=[2, 1, 1])
 
 
 def test_cycles_outside_kernels() -> None:

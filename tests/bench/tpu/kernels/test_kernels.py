@@ -38,7 +38,7 @@ def test_one_kernel_is_compiled_and_modelled(tmp_path: Path, capsys: Any) -> Non
     assert 0 < kernel["filled"]["MXU"] <= 1
     assert kernel["main_bundles"] <= kernel["bundles"]
     assert ours["modelled_us"] >= ours["roofline_us"] * 0.99
-    assert kernel["regions"]["whole"] > kernel["regions"]["step"] > 0
+    assert kernel["regions"]["parts"][0] > kernel["regions"]["step"] > 0
     assert ours["outside_cycles"] > 0
     assert {row["by"] for row in rows} >= {"taskmoe", "megablox"}
 
@@ -74,7 +74,7 @@ def test_the_busiest_chip_of_eight_reads_a_cut_expert_once_for_the_rows_it_holds
     assert call.walked_bytes == -(-blocks // tiling.held) * expert + travelling
     assert floor == expert + 2 * 8192 * 2 * 4096 * 2
     assert call.trips is not None
-    assert call.trips.whole == blocks * 14336 // tiling.hidden
+    assert call.trips.parts[0] == blocks * 14336 // tiling.hidden
     small = dataclasses.replace(case, op="exchange_rows", shape="awkward")
     assert across.walk(small)[1] == (3 * 37 + 8 * 37) * 131 * 2
 
