@@ -137,10 +137,13 @@ def model(
 
 
 def visits_cycles(calls: list[KernelCall], kernels: list[dict[str, Any]]) -> int:
-    """Cycles of the kernels that find the visits: their bundles, all on the scalar unit."""
-    bundles = {k["kernel"]: k["regions"] for k in kernels}.get(schedule.VISITS)
-    found = (call.trips for call in calls if call.name == schedule.VISITS)
-    return sum(Bundles(**bundles).run(trips) for trips in found if bundles and trips)
+    """Cycles of the kernels that find the visits: their bundles, all on the scalar unit.
+
+    A program may have several, under one name: each counts as the longest of them.
+    """
+    walks = [Bundles(**k["regions"]) for k in kernels if k["kernel"] == schedule.VISITS]
+    found = [call.trips for call in calls if call.name == schedule.VISITS and call.trips]
+    return sum(max((walk.run(trips) for walk in walks), default=0) for trips in found)
 
 
 def walked_bundles(case: Case, kernels: list[dict[str, Any]]) -> int | None:
