@@ -29,11 +29,15 @@ def pieces(size: int, piece: int) -> list[pl.Slice]:
 
 
 def passes(parts: Sequence[pl.Slice], most: int) -> int:
-    """Fewest passes of a loop over these slices, each over at most so many of them; see `each`."""
-    if any(part.size != parts[0].size for part in parts):
+    """Fewest passes of a loop over these slices, each over at most so many of them; see `each`.
+
+    A pass begins at a multiple of a register's lanes, so it may have to take more, or all of them.
+    """
+    count, size = len(parts), parts[0].size
+    if any(part.size != size for part in parts):
         return 1
-    count = len(parts)
-    return min(n for n in range(1, count + 1) if count % n == 0 and count // n <= max(most, 1))
+    fits = [n for n in range(1, count + 1) if count % n == 0 and count // n * size % LANES == 0]
+    return next((n for n in fits if count // n <= most), max(fits, default=1))
 
 
 def each(parts: Sequence[pl.Slice], passes: int, act: Callable[[Any], None]) -> None:

@@ -16,7 +16,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
-from taskmoe.bench.tpu.regions import Bundle, loops_of, skips_of
+from taskmoe.bench.tpu.regions import Bundle, is_inside, loops_of, skips_of
 
 _NAME = re.compile(
     r"(?P<op>t?gmm)_v2-g_(?P<groups>\d+)-m_(?P<m>\d+)-k_(?P<k>\d+)-act_None-n_(?P<n>\d+)"
@@ -53,8 +53,8 @@ def find(schedule: Sequence[Bundle]) -> WalkBundles:
     have. Those between it and the one that multiplies zero rows of no group, and have none to zero.
     """
     loops = loops_of(schedule)
-    *before, main = [loop for loop in loops if not any(_inside(loop, other) for other in loops)]
-    inner = [sum(len(deep) for deep in loops if _inside(deep, loop)) for loop in before]
+    *before, main = [loop for loop in loops if not any(is_inside(loop, other) for other in loops)]
+    inner = [sum(len(deep) for deep in loops if is_inside(deep, loop)) for loop in before]
     notes = next(i for i, count in enumerate(inner) if count)
     products = _products(schedule, main)
     return WalkBundles(
@@ -68,13 +68,9 @@ def find(schedule: Sequence[Bundle]) -> WalkBundles:
 
 def _products(schedule: Sequence[Bundle], main: range) -> list[range]:
     """Branches of the loop that multiply, those that lie around others left out."""
-    skips = (r for r in skips_of(schedule) if _inside(r, main))
+    skips = (r for r in skips_of(schedule) if is_inside(r, main))
     found = [r for r in skips if any(schedule[i].mxu for i in r)]
-    return [r for r in found if not any(_inside(other, r) for other in found)]
-
-
-def _inside(inner: range, outer: range) -> bool:
-    return inner != outer and outer.start <= inner.start and inner.stop <= outer.stop
+    return [r for r in found if not any(is_inside(other, r) for other in found)]
 
 
 def run(kernel: str, bundles: WalkBundles, sizes: Sequence[int], sublanes: int) -> int:

@@ -79,13 +79,13 @@ def find(schedule: Sequence[Bundle]) -> Bundles | None:
 
     def is_all_of_a_step(region: range) -> bool:
         """Has all products, and regions with some that begin outside of the loop over parts."""
-        inside = (r for r in skips if _inside(r, region) and multiplies(r))
+        inside = (r for r in skips if is_inside(r, region) and multiplies(r))
         return sum(schedule[i].mxu for i in region) == all_products and any(
             schedule[r.start - 1].depth == 1 for r in inside
         )
 
     skips = [r for r in skips if not is_all_of_a_step(r)]
-    top = [r for r in skips if not any(_inside(r, other) for other in skips)]
+    top = [r for r in skips if not any(is_inside(r, other) for other in skips)]
     found: list[list[int]] = []
     whole = result = skipped = 0
     for region in top:
@@ -176,14 +176,15 @@ def of_scalars(schedule: Sequence[Bundle]) -> Bundles:
     return Bundles(len(schedule) - (end - first), end - first - len(inner), [len(inner)], [0])
 
 
-def _inside(inner: range, outer: range) -> bool:
+def is_inside(inner: range, outer: range) -> bool:
+    """Whether a stretch of the schedule lies in another, and is not all of it."""
     return inner != outer and outer.start <= inner.start and inner.stop <= outer.stop
 
 
 def _path(region: range, skips: Sequence[range], multiplies: Callable[[range], bool]) -> set[int]:
     """Bundles of a path: what all runs of it share, and the longest of each kind inside it."""
-    inside = [r for r in skips if _inside(r, region)]
-    inside = [r for r in inside if not any(_inside(r, other) for other in inside)]
+    inside = [r for r in skips if is_inside(r, region)]
+    inside = [r for r in inside if not any(is_inside(r, other) for other in inside)]
     path = set(region).difference(*inside)
     for kind in (True, False):
         paths = (_path(r, skips, multiplies) for r in inside if multiplies(r) == kind)

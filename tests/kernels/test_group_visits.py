@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from taskmoe.kernels import tiling
+from taskmoe.kernels import block_products, tiling
 from taskmoe.kernels.group_visits import (
     Visit,
     Visits,
@@ -182,3 +182,34 @@ def test_sizes_below_zero_and_beyond_the_rows_are_cut_off() -> None:
     assert walk_of(sizes, 1, 4, 61, 16, "blocks") == [(0, 0), (0, 1), (2, 1), (2, 2), (2, 3)]
     groups = [(0, 0), (0, 1), (1, 1), (2, 1), (2, 2), (2, 3), (3, 3)]
     assert walk_of(sizes, 1, 4, 61, 16, "both") == groups
+
+
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+@hypothesis.given(
+    size=st.integers(1, 4096), piece=st.sampled_from([32, 64, 128, 256]), most=st.integers(0, 20)
+)
+def test_passes_hold_each_piece_once_and_begin_at_a_register(
+    size: int, piece: int, most: int
+) -> None:
+    parts = block_products.pieces(size, piece)
+    count = block_products.passes(parts, most)
+    assert len(parts) % count == 0
+    assert count == 1 or len(parts) // count * parts[0].size % 128 == 0
+    if count == 1:
+        return
+    assert len({part.size for part in parts}) == 1
+    # No fewer passes would do: the next fewer takes more than are wanted, or begins elsewhere.
+    assert all(
+        len(parts) // n > most or len(parts) // n * piece % 128
+        for n in range(1, count)
+        if len(parts) % n == 0
+    )
+
+
+def test_passes_by_hand() -> None:
+    halves = block_products.pieces(512, 64)
+    assert block_products.passes(halves, 8) == 1
+    assert block_products.passes(halves, 1) == 4  # one piece of 64 columns is half a register
+    assert block_products.passes(block_products.pieces(192, 64), 1) == 1
+    assert block_products.passes(block_products.pieces(1792, 256), 3) == 7
+    assert block_products.passes(block_products.pieces(1000, 256), 1) == 1
