@@ -28,8 +28,10 @@ from taskmoe.kernels import (
     dispatch,
     expert_ffn,
     gmm,
+    gmm_kernel,
     row_plan,
     tgmm,
+    tgmm_kernel,
     top_k_gating,
 )
 
@@ -237,6 +239,27 @@ def test_quantised_experts_compile_and_are_never_made_larger(
     if size == DECODING:  # what the same program has where matrices are made larger first
         run, args = forward_and_backward(networks(lambda w: dequantize(w, dtype)), args[1:], 1)
         assert whole in compiled(chip, run, *args)
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_loops_over_pieces_compile(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (gmm_kernel, tgmm_kernel):  # so that sizes are small, and compiled soon
+        monkeypatch.setattr(module, "WRITTEN", 1)
+    jax.clear_caches()
+    (m, d, f, e), array = (2048, 512, 1024, 4), jax.ShapeDtypeStruct
+    dtype = jnp.float32 if chip == "v3" else jnp.bfloat16
+    rows, wide, sizes = array((m, d), dtype), array((m, f), dtype), array((e,), jnp.int32)
+    programs: dict[str, tuple[Any, Any]] = {
+        "gmm": forward_and_backward(gmm, (rows, array((e, d, f), dtype), sizes), 2),
+        "tgmm": forward_and_backward(tgmm, (rows, wide, sizes), 2),
+    }
+    if chip not in ("v3", "v4"):
+        for block in (None, 128):
+            for activations in (None, "int8"):
+                held = frozen((e, d, f), jnp.int8, block, activations)
+                name = f"gmm, int8 in blocks of {block} by rows of {activations}"
+                programs[name] = forward_and_backward(gmm, (rows, held, sizes), 1)
+    assert each_failure(chip, programs) == []
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
