@@ -44,7 +44,15 @@ _STUDY = "study work/study-multi30k --data work/study-multi30k/data"
 BENCHMARKS = {
     "demo": Benchmark("story.demo", {"demo": "demo"}),
     "study": Benchmark("story.study", {"study-multi30k": _STUDY}),
-    "ablation": Benchmark("story.ablation", {"ablation": "ablation"}),
+    "ablation": Benchmark(
+        "story.ablation",
+        {
+            "ablation": "ablation",
+            "ablation-multi30k": (
+                "ablation --changes dense,token --steps 5000 --data work/study-multi30k/set"
+            ),
+        },
+    ),
     "decode": Benchmark("serving.decode", {"decode": "decode"}),
     "beam": Benchmark("serving.beam", {"beam": "beam --batches 1,4,16,64 --rounds 5"}),
     "serve": Benchmark("serving.serve", {"serve": "serve"}),

@@ -32,20 +32,24 @@ def passes(parts: Sequence[pl.Slice], most: int) -> int:
     """Fewest passes of a loop over these slices, each over at most so many of them; see `each`.
 
     A pass begins at a multiple of a register's lanes, so it may have to take more, or all of them.
+    Fewer slices than a pass takes are left over.
     """
-    count, size = len(parts), parts[0].size
-    if any(part.size != size for part in parts):
-        return 1
-    fits = [n for n in range(1, count + 1) if count % n == 0 and count // n * size % LANES == 0]
-    return next((n for n in fits if count // n <= most), max(fits, default=1))
+    count, size = _even(parts), parts[0].size
+    found = 1
+    for n in range(2, count + 1):
+        written = count // n
+        if count // found > most and count // written == n and written * size % LANES == 0:
+            found = n
+    return found
 
 
 def each(parts: Sequence[pl.Slice], passes: int, act: Callable[[Any], None]) -> None:
     """act(part) on each of these slices, which lie side by side, in so many passes of a loop.
 
-    What a pass does is written out: all of them at once would take the compiler minutes.
+    What a pass does is written out, and so are the slices that are left over: all of them would
+    take the compiler minutes.
     """
-    written, size = len(parts) // passes, parts[0].size
+    written, size = _even(parts) // passes, parts[0].size
 
     def one(first: Any) -> None:
         for part in parts[:written]:
@@ -58,6 +62,13 @@ def each(parts: Sequence[pl.Slice], passes: int, act: Callable[[Any], None]) -> 
         one(0)
     else:
         jax.lax.fori_loop(0, passes, some, None)
+    for part in parts[passes * written :]:
+        act(part)
+
+
+def _even(parts: Sequence[pl.Slice]) -> int:
+    """How many of the slices are as long as the first: all, or all but the last."""
+    return len([part for part in parts if part.size == parts[0].size])
 
 
 def keep(x: jax.Array, left: Any, axis: int) -> jax.Array:

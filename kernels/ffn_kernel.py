@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.block_products import through_expert
 from taskmoe.kernels.checks import result_like
-from taskmoe.kernels.group_visits import FFN_PART, Visit, Visits, visit_blocks
+from taskmoe.kernels.group_visits import FFN_PART, Visit, Visits, mixed_rows, visit_blocks
 from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import Activation, Experts, FFNOptions
 from taskmoe.kernels.platforms import chip
@@ -102,6 +102,8 @@ def kernel(
     visit = Visit(walk, pl.program_id(0), x_ref.shape[0])
     step, steps, block_hidden = pl.program_id(1), pl.num_programs(1), expert.w_in.shape[1]
     left = hidden_size - step * block_hidden if hidden_size % block_hidden else None
+    unit = tilings.sublanes(x_ref.dtype.itemsize)
+    mixed = mixed_rows(visit.rows, unit, FFN_PART)
 
     def work(start: Any, size: int) -> None:
         part = pl.ds(start, size)
@@ -122,15 +124,11 @@ def kernel(
             total = jnp.where(step > 0, acc_ref[part, :], 0) + value
             if expert.b_out is not None:
                 total += expert.b_out[...].astype(jnp.float32)
-            old = out_ref[part, :].astype(jnp.float32)
-            total = jnp.where(visit.owned(start, total.shape), total, old)
-            out_ref[part, :] = total.astype(out_ref.dtype)
+            visit.write(out_ref, total, part, slice(None), mixed)
 
-    @pl.when(visit.block_arrives() & (step == 0) & ~visit.owns_all)
-    def _zero() -> None:
-        out_ref[...] = jnp.zeros_like(out_ref)
-
-    visit.work(work, tilings.sublanes(x_ref.dtype.itemsize), FFN_PART)
+    visit.begin(out_ref, step == 0)
+    visit.work(work, unit, FFN_PART)
+    visit.finish(out_ref, step == steps - 1, unit)
 
 
 def where_held(experts: Experts, into: Any, out: Any, into_bias: Any, out_bias: Any) -> Any:

@@ -38,7 +38,14 @@ from taskmoe.kernels.block_products import (
     within_scales,
 )
 from taskmoe.kernels.checks import result_like
-from taskmoe.kernels.group_visits import Visit, Visits, part_sizes, visit_blocks
+from taskmoe.kernels.group_visits import (
+    TALLEST_PART,
+    Visit,
+    Visits,
+    mixed_rows,
+    part_sizes,
+    visit_blocks,
+)
 from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import ProductOptions
 from taskmoe.kernels.platforms import chip
@@ -47,8 +54,8 @@ from taskmoe.kernels.quantized import itemsize as itemsize_of
 
 #: Columns of one piece of a product.
 PIECE_COLUMNS = 256
-#: MXU-sized products that are written out side by side.
-WRITTEN = 64
+#: MXU-sized products of bfloat16 that are written out side by side; of float32 half as many.
+WRITTEN = 160
 
 
 def cost(
@@ -103,7 +110,7 @@ def kernel(
     *acc_ref: Any,
     depth_size: int,
     transpose_rhs: bool,
-    mxu_size: int,
+    piece_rows: int,
     depth_pieces: Sequence[pl.Slice],
     column_pieces: Sequence[pl.Slice],
     passes: Mapping[int, int],
@@ -112,8 +119,8 @@ def kernel(
 ) -> None:
     """One visit at one depth. acc_ref is there when depth is cut.
 
-    depth_pieces, column_pieces: of a block of the matrix. passes: over the columns, for each size
-    of a part, see `each`.
+    piece_rows: of a product. depth_pieces, column_pieces: of a block of the matrix.
+    passes: over the columns, for each size of a part, see `each`.
     scaled_size: rows of `Quantized` matrices, which their blocks of scales divide. dtype: what is
     multiplied.
     """
@@ -125,6 +132,9 @@ def kernel(
     rows_ref = lhs_ref.values if isinstance(lhs_ref, QuantizedRows) else lhs_ref
     block = scaled_size // rhs_ref.blocks if is_quantized else scaled_size
     width = pl.program_id(0) * out_ref.shape[1]
+    unit = tilings.sublanes(rows_ref.dtype.itemsize)
+    out_unit = tilings.sublanes(out_ref.dtype.itemsize)
+    mixed = mixed_rows(rows, max(unit, out_unit))
 
     def product(part: Any, columns: Any) -> jax.Array:
         total: Any = 0
@@ -151,24 +161,22 @@ def kernel(
     def work(start: Any, size: int) -> None:
         def each_piece(act: Callable[[Any, Any, Any], None]) -> None:
             def of_columns(columns: Any) -> None:
-                for inside in pieces(size, mxu_size):
-                    first = start + inside.start
-                    act(first, pl.ds(first, inside.size), columns)
+                for inside in pieces(size, piece_rows):
+                    part = pl.ds(start + inside.start, inside.size)
+                    act(part, columns, inside.start)
 
             each(column_pieces, passes[size], of_columns)
 
-        def store(first: Any, part: Any, columns: Any) -> None:
+        def store(part: Any, columns: Any, begin: Any) -> None:
             value = product(part, columns)
             if acc_ref:
                 value += acc_ref[0][part, columns]
-            old = out_ref[part, columns].astype(value.dtype)
-            value = jnp.where(visit.owned(first, value.shape), value, old)
-            out_ref[part, columns] = value.astype(out_ref.dtype)
+            visit.write(out_ref, value, part, columns, mixed - begin)
 
-        def init(first: Any, part: Any, columns: Any) -> None:
+        def init(part: Any, columns: Any, begin: Any) -> None:
             acc_ref[0][part, columns] = product(part, columns)
 
-        def accumulate(first: Any, part: Any, columns: Any) -> None:
+        def accumulate(part: Any, columns: Any, begin: Any) -> None:
             acc_ref[0][part, columns] += product(part, columns)
 
         if not acc_ref:
@@ -178,11 +186,9 @@ def kernel(
         pl.when((depth > 0) & (depth < depths - 1))(functools.partial(each_piece, accumulate))
         pl.when(depth == depths - 1)(functools.partial(each_piece, store))
 
-    @pl.when(visit.block_arrives() & (depth == 0) & ~visit.owns_all)
-    def _zero() -> None:
-        out_ref[...] = jnp.zeros_like(out_ref)
-
-    visit.work(work, tilings.sublanes(rows_ref.dtype.itemsize))
+    visit.begin(out_ref, depth == 0)
+    visit.work(work, unit)
+    visit.finish(out_ref, depth == depths - 1, out_unit)
 
 
 def column(x: jax.Array, index: Any) -> jax.Array:
@@ -207,6 +213,7 @@ def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> j
     walk = visit_blocks(groups, e, m, t.m)
     blocks = rhs.blocks if isinstance(rhs, Quantized) else 0
     mxu, scaled = chip().mxu_column_size, rhs.shape[1] // max(blocks, 1)
+    written = WRITTEN * 2 // max(dtype.itemsize, 2) * mxu
     if options.transpose_rhs:
         depth_pieces = pieces(t.k, mxu)
         column_pieces = within_scales(rhs, t.n, scaled, PIECE_COLUMNS)
@@ -237,11 +244,12 @@ def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> j
             kernel,
             depth_size=k,
             transpose_rhs=options.transpose_rhs,
-            mxu_size=mxu,
+            # From generation 7 on sums lie in memory of the MXU: no product is too tall.
+            piece_rows=mxu if chip().generation < 7 else TALLEST_PART,
             depth_pieces=depth_pieces,
             column_pieces=column_pieces,
             passes={
-                size: passes(column_pieces, WRITTEN * mxu // (max(size, mxu) * len(depth_pieces)))
+                size: passes(column_pieces, written // (max(size, mxu) * len(depth_pieces)))
                 for size in part_sizes(t.m)
             },
             scaled_size=rhs.shape[1],

@@ -29,7 +29,8 @@ from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.groups import Groups
 
 #: Most and least rows of a part of a block. Fewer take as long: the matrix enters the MXU for them.
-TALLEST_PART, SHORTEST_PART = 512, 128
+#: The most is above 512, so that groups that have about as many are mostly one part.
+TALLEST_PART, SHORTEST_PART = 640, 128
 #: The tallest of expert_ffn, whose products are many: taller ones are faster by a twentieth.
 FFN_PART = 256
 
@@ -55,8 +56,7 @@ def part_sizes(rows: int, tallest: int = TALLEST_PART) -> list[int]:
     """Rows of the parts in which a visit works on a block of so many, tallest first."""
     if rows % SHORTEST_PART:
         return [rows]
-    most = min(rows, tallest)
-    return [SHORTEST_PART << i for i in reversed(range((most // SHORTEST_PART).bit_length()))]
+    return list(range(min(rows, tallest), 0, -SHORTEST_PART))
 
 
 class Visit:
@@ -78,15 +78,21 @@ class Visit:
         """Whether the visit before was at another block."""
         return self._begins(self._walk.block)
 
+    def block_leaves(self) -> Any:
+        """Whether the next visit is at another block."""
+        return self._ends(self._walk.block)
+
     def group_arrives(self) -> Any:
         """Whether the visit before was of another group."""
         return self._begins(self._walk.group)
 
     def group_leaves(self) -> Any:
         """Whether the next visit is of another group."""
-        last, group = self._walk.num[0] - 1, self._walk.group
-        behind = jnp.minimum(self._index + 1, last)
-        return (self._index == last) | (group[behind] != group[self._index])
+        return self._ends(self._walk.group)
+
+    def _ends(self, ref: Any) -> Any:
+        last = self._walk.num[0] - 1
+        return (self._index == last) | (ref[jnp.minimum(self._index + 1, last)] != ref[self._index])
 
     def _begins(self, ref: Any) -> Any:
         before = jnp.maximum(self._index - 1, 0)
@@ -110,8 +116,8 @@ class Visit:
     def work(self, act: Callable[[Any, int], None], unit: int, tallest: int = TALLEST_PART) -> None:
         """act(start, size) on parts of the block that lie side by side and hold the visit's rows.
 
-        The tallest come first, in a loop, then at most one of each smaller size. unit: of what
-        starts are multiples, a register's height of rows.
+        The tallest come first, in a loop, then one of what is left. unit: of what starts are
+        multiples, a register's height of rows.
         """
         sizes = part_sizes(self.rows, tallest)
         least = sizes[-1]
@@ -127,14 +133,62 @@ class Visit:
         count = _quotient(units, sizes[0] // least)
         jax.lax.fori_loop(0, count, one, None)
         begin += count * sizes[0]
+        left = units - count * (sizes[0] // least)
         for size in sizes[1:]:
-            held = _quotient(units, size // least) & 1
+            pl.when(left == size // least)(
+                functools.partial(act, pl.multiple_of(begin, unit), size)
+            )
 
-            @pl.when(held > 0)
-            def _one(begin: Any = begin, size: int = size) -> None:
-                act(pl.multiple_of(begin, unit), size)
+    def write(self, ref: Any, value: jax.Array, part: Any, columns: Any, mixed: int) -> None:
+        """Rows value [m, n] of a part into ref: the group's own, and any that come after them.
 
-            begin += held * size
+        Rows of groups before, of which the first `mixed` may hold some, are put back as they were.
+        Those of groups after are not there yet, and `finish` clears what is nobody's.
+        """
+        mixed = min(part.size, mixed)
+        top = pl.ds(part.start, mixed)
+        old = ref[top, columns].astype(value.dtype) if mixed > 0 else None
+        ref[part, columns] = value.astype(ref.dtype)
+        if old is not None:
+            own = self.owned(part.start, old.shape)
+            ref[top, columns] = jnp.where(own, value[:mixed], old).astype(ref.dtype)
+
+    def begin(self, ref: Any, when: Any) -> None:
+        """Zero a block of results, at its first visit, where rows before the visit's are nobody's.
+
+        when: whether this step is the first of the visit.
+        """
+
+        @pl.when(when & self.block_arrives() & ((self.low > 0) | (self.high <= self.low)))
+        def _zero() -> None:
+            ref[...] = jnp.zeros_like(ref)
+
+    def finish(self, ref: Any, when: Any, unit: int) -> None:
+        """Zero rows of a block of results, at its last visit, that come after the visit's.
+
+        when: whether this step is the last of the visit. unit: a register's height of results.
+        """
+        unit = self.rows if self.rows % unit else unit
+
+        def clear(i: jax.Array, carry: None) -> None:
+            part = pl.ds(pl.multiple_of(i * unit, unit), unit)
+            old = ref[part, :]
+            row = i * unit + jax.lax.broadcasted_iota(jnp.int32, old.shape, 0)
+            kept = jnp.where(row < self.high, old.astype(jnp.float32), 0)
+            ref[part, :] = kept.astype(ref.dtype)
+
+        @pl.when(when & self.block_leaves() & (self.high > self.low) & (self.high < self.rows))
+        def _clear() -> None:
+            jax.lax.fori_loop(_quotient(self.high, unit), self.rows // unit, clear, None)
+
+
+def mixed_rows(rows: int, unit: int, tallest: int = TALLEST_PART) -> int:
+    """Most rows of other groups before the visit's own in a part of a block; see `Visit.work`.
+
+    A part begins at a whole register, and where it would end beyond the block begins earlier.
+    """
+    least = part_sizes(rows, tallest)[-1]
+    return rows if least == rows else least + unit
 
 
 def visit_blocks(

@@ -31,6 +31,8 @@ from taskmoe.kernels.tiling import sublanes
 
 #: Kernels that start a copy a row, and those whose tokens stay in VMEM.
 GATHERS = ("taskmoe_gather_rows", "taskmoe_row_dots")
+#: Kernels that zero a block of results where it has rows that are nobody's.
+ZEROING = ("taskmoe_gmm", "taskmoe_expert_ffn")
 RESIDENT = ("taskmoe_take_rows", "taskmoe_add_rows")
 
 
@@ -140,7 +142,7 @@ def _record(
     passes = getattr(kernel, "keywords", {}).get("passes", {})
     trips = Trips(
         steps,
-        _results(name, last, grid, scalars),
+        _results(name, last, grid, scalars, rows),
         [n * sweeps for n in parts],
         [passes.get(size, 1) for size in sizes],
     )
@@ -148,14 +150,25 @@ def _record(
     return dataclasses.replace(call, trips=trips, rows_share=worked / array.shape[-2])
 
 
-def _results(name: str, out: Any, grid: list[int], scalars: Any) -> int:
-    """How often what runs once a block of results does: tgmm only zeroes those without rows."""
+def _results(name: str, out: Any, grid: list[int], scalars: Any, rows: int) -> int:
+    """How often what runs once a block of results does: most kernels zero few, or none.
+
+    rows: of a block of rows.
+    """
     results = changes(out, grid, scalars)[1]
-    if name != "taskmoe_tgmm":
-        return int(results.sum())
     walk = scalars[0]
-    empty = int((walk.ends <= walk.starts).sum())
-    return int(results.sum()) * empty // walk.starts.size
+    if name == "taskmoe_tgmm":
+        empty = int((walk.ends <= walk.starts).sum())
+        return int(results.sum()) * empty // walk.starts.size
+    if name not in ZEROING:
+        return int(results.sum())
+    low, high = _own_rows(walk, rows)
+    block = walk.block[: low.size]
+    changed = block[1:] != block[:-1]
+    arrives, leaves = np.append(True, changed), np.append(changed, True)
+    zeroed = arrives & ((low > 0) | (high <= low))
+    cleared = leaves & (high > low) & (high < rows)
+    return int(zeroed.sum() + cleared.sum()) * (math.prod(grid) // max(low.size, 1))
 
 
 def _loops(name: str, grid: list[int], blocks: list[Any], arrays: list[Any]) -> tuple[int, int]:
@@ -184,10 +197,7 @@ def _record_walk(found: Visits) -> KernelCall:
 
 def own_parts(walk: Visits, rows: int, sizes: Sequence[int], unit: int) -> list[int]:
     """Parts of each of these sizes in which visits work on blocks of so many rows."""
-    count = int(walk.num[0])
-    group, first = walk.group[:count], walk.block[:count] * rows
-    low = np.maximum(walk.starts[group] - first, 0)
-    high = np.minimum(walk.ends[group] - first, rows)
+    low, high = _own_rows(walk, rows)
     least = sizes[-1]
     left = -(-(high - low // unit * unit) // least) * least if least < rows else rows
     left = np.where(high > low, left, 0)
@@ -196,6 +206,14 @@ def own_parts(walk: Visits, rows: int, sizes: Sequence[int], unit: int) -> list[
         found.append(int((left // size).sum()))
         left = left % size
     return found
+
+
+def _own_rows(walk: Visits, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and one past the last row of each visit's own, in its block of so many: [visits]."""
+    count = int(walk.num[0])
+    group, first = walk.group[:count], walk.block[:count] * rows
+    low = np.maximum(walk.starts[group] - first, 0)
+    return low, np.minimum(walk.ends[group] - first, rows)
 
 
 def walk_bytes(block: pl.BlockSpec, array: Any, grid: Sequence[int], scalars: Sequence[Any]) -> int:

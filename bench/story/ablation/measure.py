@@ -127,9 +127,10 @@ def _prepared(folder: Path) -> _Text:
     valid = read_split([open_source(str(folder))], "valid", pairs)
     longest = opened.manifest.longest
     rows = {pair: encode(pair, lines, opened.tokenizer, longest) for pair, lines in valid.items()}
+    hashes = {pair: held.sha256 for pair, held in opened.manifest.directions.items()}
     return _Text(
         opened.manifest.title,
-        opened.manifest.to_json(),
+        json.dumps([opened.manifest.vocabulary_sha256, hashes]),  # wherever the folder lies
         pairs,
         (*(length for length in TRAIN["buckets"] if length < longest), longest),
         opened.tokenizer,

@@ -4,6 +4,7 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from taskmoe.bench.tpu import grid_walk, regions, schedule
 from taskmoe.bench.tpu.grid_walk import own_parts
@@ -141,20 +142,43 @@ def test_trips_of_gmm_by_hand() -> None:
         gmm(x, w, sizes, tiling=tiling, implementation="mosaic")
     visits, call = calls
     assert visits.trips == Trips(step=1, result=3, parts=[0], passes=[1])
-    # Two blocks of width; parts of 256 and 128 rows.
-    assert call.trips == Trips(step=6, result=4, parts=[4, 2], passes=[1, 1])
+    # Two blocks of width; parts of 256 and 128 rows; every row is some group's.
+    assert call.trips == Trips(step=6, result=0, parts=[4, 2], passes=[1, 1])
     assert call.rows_share == (2 * 256 + 128) / 512
 
 
+@pytest.mark.parametrize(
+    ("sizes", "offset", "zeroed"),
+    [
+        ([100, 156, 250], 0, 1),  # rows after the last group
+        ([100, 156, 256], 1, 1),  # rows before the first local one
+        ([300, 100, 112], 1, 2),  # a block of others, and the rest of the next
+        ([0, 0, 100], 0, 2),  # a block without rows behind one with some
+    ],
+)
+def test_blocks_of_gmm_with_rows_of_nobody_are_zeroed(
+    sizes: list[int], offset: int, zeroed: int
+) -> None:
+    x = jnp.zeros((512, 128), jnp.bfloat16)
+    w = jnp.zeros((3 - offset, 128, 128), jnp.bfloat16)
+    groups = jnp.asarray(sizes, jnp.int32)
+    with grid_walk.recording("v5e") as calls:
+        gmm(
+            x, w, groups, group_offset=offset, tiling=Tiling(256, 128, 128), implementation="mosaic"
+        )
+    assert calls[1].trips is not None
+    assert calls[1].trips.result == zeroed
+
+
 def test_passes_and_empty_groups_of_tgmm_by_hand() -> None:
-    x, grad = jnp.zeros((512, 1024), jnp.bfloat16), jnp.zeros((512, 4096), jnp.bfloat16)
+    x, grad = jnp.zeros((512, 2048), jnp.bfloat16), jnp.zeros((512, 4096), jnp.bfloat16)
     sizes = jnp.asarray([512, 0], jnp.int32)
-    tiling = Tiling(512, 1024, 4096)
+    tiling = Tiling(512, 2048, 4096)
     with grid_walk.recording("v6e") as calls:
         tgmm(x, grad, sizes, tiling=tiling, implementation="mosaic")
     (call,) = [call for call in calls if call.name == "taskmoe_tgmm"]
-    # One part of 512 rows, whose 4 x 16 x 2 products are written out half at a time.
-    assert call.trips == Trips(step=2, result=1, parts=[1, 0, 0], passes=[2, 1, 1])
+    # One part of 512 rows, whose 8 x 16 x 2 products are written out half at a time.
+    assert call.trips == Trips(step=2, result=1, parts=[1, 0, 0, 0], passes=[2, 2, 1, 1])
 
 
 def test_cycles_outside_kernels() -> None:

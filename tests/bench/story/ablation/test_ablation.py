@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,26 @@ def test_runs_that_a_folder_holds_are_taken_and_others_trained(
     assert main([*words, "--steps", "3", "--changes", "z=0,rate/10"]) == 0
     assert len(trained) == 4
     assert to.read_text() == first
+    # The same text, prepared elsewhere.
+    moved = Path(shutil.copytree(prepared, tmp_path / "moved"))
+    manifest = json.loads((moved / "manifest.json").read_text()) | {"title": "x", "identity": "/x"}
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    assert main([*words, "--data", str(moved), "--steps", "3", "--changes", "z=0,rate/10"]) == 0
+    assert len(trained) == 4
     assert main([*words, "--steps", "4", "--changes", "z=0"]) == 0
     assert trained[4:] == ["dense", "token", "z=0"]
     for kept in work.glob("z=0-*.json"):
         kept.write_text("{")
     assert main([*words, "--steps", "3", "--changes", "z=0"]) == 2
     assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_quick_look_is_three_runs(prepared: Path, tmp_path: Path) -> None:
+    words = ["ablation", "--data", str(prepared), "--quick", "--json", str(tmp_path / "a.json")]
+    assert main([*words, "--steps", "2"]) == 0
+    found = from_json(Ablated, json.loads((tmp_path / "a.json").read_text()))
+    assert [run.name for run in found.runs] == list(spec.QUICK)
+    assert found.steps == 2
 
 
 def made(**losses: float) -> Ablated:
