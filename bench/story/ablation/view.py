@@ -110,9 +110,13 @@ def _about(result: Ablated) -> str:
 
 
 def _chart(result: Ablated) -> Figure:
-    """A panel a change: its training loss less the token-routed model's, dense in grey."""
+    """A panel a change: its training loss less the token-routed model's, dense in grey.
+
+    Where nothing is changed, one panel has the dense model alone.
+    """
     curves = {run.name: np.array(run.curve) for run in result.runs}
-    shown = [run for run in result.runs if run.name not in (DENSE, TOKEN)] or result.runs[1:]
+    changed = [run for run in result.runs if run.name not in (DENSE, TOKEN)]
+    shown = changed or [run for run in result.runs if run.name == DENSE]
     across = min(6, len(shown))
     down = math.ceil(len(shown) / across)
     figure, panels = plt.subplots(
@@ -123,7 +127,8 @@ def _chart(result: Ablated) -> Figure:
     for axes, run in zip(panels.flat, shown, strict=False):
         axes.axhline(0, color="black", linewidth=0.6)
         axes.plot(steps, curves[DENSE] - curves[TOKEN], color="0.7", label="dense")
-        axes.plot(steps, curves[run.name] - curves[TOKEN], color="C0", label="changed")
+        if changed:
+            axes.plot(steps, curves[run.name] - curves[TOKEN], color="C0", label="changed")
         axes.set_title(textwrap.fill(run.what, 30), fontsize=7)
         axes.tick_params(labelsize=6)
     panels[0][0].set_ylim(-0.5, 0.5)

@@ -171,6 +171,22 @@ def test_what_counts_is_what_does_more_than_another_seed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("losses", "titles", "lines"),
+    [
+        ({"dense": 2.0, "token": 1.9}, ["dense, of equal compute"], {"dense"}),
+        ({"dense": 2.0, "token": 1.9, "alike": 1.8}, ["all experts begin alike"],
+         {"dense", "changed"}),
+    ],
+)  # fmt: skip
+def test_the_chart_has_a_panel_a_change_or_dense_alone(
+    losses: dict[str, float], titles: list[str], lines: set[str]
+) -> None:
+    figure = view(made(**losses)).charts[0].draw()
+    assert [axes.get_title() for axes in figure.axes] == titles
+    assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == lines
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--changes", "gat"], "'gat'"),
