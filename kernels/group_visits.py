@@ -145,13 +145,15 @@ class Visit:
         Rows of groups before, of which the first `mixed` may hold some, are put back as they were.
         Those of groups after are not there yet, and `finish` clears what is nobody's.
         """
+        if mixed <= 0:
+            ref[part, columns] = value.astype(ref.dtype)
+            return
         mixed = min(part.size, mixed)
         top = pl.ds(part.start, mixed)
-        old = ref[top, columns].astype(value.dtype) if mixed > 0 else None
+        old = ref[top, columns].astype(value.dtype)
         ref[part, columns] = value.astype(ref.dtype)
-        if old is not None:
-            own = self.owned(part.start, old.shape)
-            ref[top, columns] = jnp.where(own, value[:mixed], old).astype(ref.dtype)
+        own = self.owned(part.start, old.shape)
+        ref[top, columns] = jnp.where(own, value[:mixed], old).astype(ref.dtype)
 
     def begin(self, ref: Any, when: Any) -> None:
         """Zero a block of results, at its first visit, where rows before the visit's are nobody's.

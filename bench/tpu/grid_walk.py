@@ -31,9 +31,9 @@ from taskmoe.kernels.tiling import sublanes
 
 #: Kernels that start a copy a row, and those whose tokens stay in VMEM.
 GATHERS = ("taskmoe_gather_rows", "taskmoe_row_dots")
+RESIDENT = ("taskmoe_take_rows", "taskmoe_add_rows")
 #: Kernels that zero a block of results where it has rows that are nobody's.
 ZEROING = ("taskmoe_gmm", "taskmoe_expert_ffn")
-RESIDENT = ("taskmoe_take_rows", "taskmoe_add_rows")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,7 +223,7 @@ def in_parts(implementation: str, depth: int) -> Any:
     return f
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "tpu7x"])
 @pytest.mark.parametrize("dtype", support.DTYPES)
 @pytest.mark.parametrize("written", [1, 64])
 @pytest.mark.parametrize("depth", [128, 256])
@@ -269,6 +269,22 @@ def test_a_part_that_is_left_out_is_caught(fault: str, monkeypatch: pytest.Monke
     with planted:
         ours = support.call("mosaic", in_parts("mosaic", 256), *args)
     with pytest.raises(AssertionError, match=r"exceeds|finite"):
+        support.assert_as_good(ours, plain, truth)
+
+
+@pytest.mark.parametrize("fault", ["others' rows are not put back", "nobody's are not cleared"])
+def test_rows_of_others_that_are_overwritten_are_caught(fault: str) -> None:
+    lhs, rhs, d_out, _, sizes = operands(1500, 256, 512, TALL, jnp.float32)
+    args = lhs, rhs, jnp.swapaxes(rhs, 1, 2), d_out, sizes
+    truth = support.in_float64(in_parts("reference", 256), *args)
+    plain = support.call("reference", in_parts("reference", 256), *args)
+    if fault == "others' rows are not put back":
+        planted = support.planted(gmm_kernel, "mixed_rows", lambda rows, unit: 0)
+    else:
+        planted = support.planted(Visit, "finish", lambda *_: None)
+    with planted:
+        ours = support.call("mosaic", in_parts("mosaic", 256), *args)
+    with pytest.raises(AssertionError, match="exceeds"):
         support.assert_as_good(ours, plain, truth)
 
 

@@ -16,6 +16,7 @@ from taskmoe.kernels import block_products, tiling
 from taskmoe.kernels.group_visits import (
     Visit,
     Visits,
+    mixed_rows,
     part_sizes,
     visit_blocks,
     visit_groups,
@@ -128,6 +129,8 @@ def test_parts_hold_each_row_of_a_visit_once(
     least = part_sizes(rows, tallest)[-1]
     needed = high - low // unit * unit if high > low else 0
     assert worked.sum() == (rows * bool(needed) if least == rows else -(-needed // least) * least)
+    if high > low:
+        assert low - worked.argmax() < mixed_rows(rows, unit, tallest)
 
 
 def test_parts_of_a_few_rows_more_than_one() -> None:
@@ -136,6 +139,12 @@ def test_parts_of_a_few_rows_more_than_one() -> None:
     assert worked.sum() == 640
     worked = parts_of(500, 1024, 1024, 16, 512)  # 640 rows end with the block
     assert (worked[384:] == 1).all()
+
+
+def test_rows_of_other_groups_in_a_part_are_as_many_as_is_said() -> None:
+    worked = parts_of(895, 1024, 1024, 16, 640)  # 144 rows from a register on: 256 from 768 on
+    assert 895 - worked.argmax() == 127
+    assert mixed_rows(1024, 16) == 144
 
 
 @pytest.mark.parametrize("rows", [64, 256, 1024, 16384])

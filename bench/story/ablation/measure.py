@@ -127,10 +127,11 @@ def _prepared(folder: Path) -> _Text:
     valid = read_split([open_source(str(folder))], "valid", pairs)
     longest = opened.manifest.longest
     rows = {pair: encode(pair, lines, opened.tokenizer, longest) for pair, lines in valid.items()}
-    hashes = {pair: held.sha256 for pair, held in opened.manifest.directions.items()}
+    hashes = [opened.manifest.vocabulary_sha256]
+    hashes += [opened.manifest.directions[pair].sha256 for pair in pairs]
     return _Text(
         opened.manifest.title,
-        json.dumps([opened.manifest.vocabulary_sha256, hashes]),  # wherever the folder lies
+        json.dumps([pairs, hashes, valid]),  # wherever the folder lies
         pairs,
         (*(length for length in TRAIN["buckets"] if length < longest), longest),
         opened.tokenizer,

@@ -131,6 +131,12 @@ def test_runs_that_a_folder_holds_are_taken_and_others_trained(
     (moved / "manifest.json").write_text(json.dumps(manifest))
     assert main([*words, "--data", str(moved), "--steps", "3", "--changes", "z=0,rate/10"]) == 0
     assert len(trained) == 4
+    # Other text to score on.
+    for path in moved.glob("valid.*"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert main([*words, "--data", str(moved), "--steps", "3", "--changes", "token"]) == 0
+    assert trained[4:] == ["dense", "token"]
+    del trained[4:]
     assert main([*words, "--steps", "4", "--changes", "z=0"]) == 0
     assert trained[4:] == ["dense", "token", "z=0"]
     for kept in work.glob("z=0-*.json"):
