@@ -41,9 +41,14 @@ class Benchmark:
 
 
 _STUDY = "study work/study-multi30k --data work/study-multi30k/data"
+_LARGE = (
+    "study work/study-large --data work/study-large/data"
+    " --systems narrow,dense,token,target,token-target,static --quick"
+)
 BENCHMARKS = {
     "demo": Benchmark("story.demo", {"demo": "demo"}),
     "study": Benchmark("story.study", {"study-multi30k": _STUDY}),
+    "study-large": Benchmark("story.study", {"study-multi30k-large": _LARGE}),
     "ablation": Benchmark(
         "story.ablation",
         {

@@ -1,33 +1,28 @@
-"""Products of groups of rows on NVIDIA Hopper, by the Pallas kernels that come with JAX.
-
-`jax.experimental.pallas.ops.gpu` holds a grouped matmul and its counterpart for gradients of
-matrices, both made of the tensor cores' asynchronous products. They leave rows of no group as the
-memory was, and sum over whole blocks of rows with what lies outside a group times zero; the
-contract of `gmm` and `tgmm` is kept by masks around them. They take whole swizzled tiles of rows:
-others are padded.
-"""
+"""Products of groups of rows on NVIDIA Hopper: what fits the kernels, and in which blocks."""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-#: Depth of the blocks that the kernels multiply, in elements: 128 bytes, a swizzled line.
-BLOCK_K = 64
-#: Rows of a swizzled tile.
-TILE_ROWS = 8
+from taskmoe.kernels import hopper_kernels
+from taskmoe.kernels.hopper_kernels import DEPTH, Blocks
+
+#: Of fewer rows a group on average, matrices are most of what is loaded: blocks are low and wide.
+FEW_ROWS = 64
 
 
-def unfit(dtype: Any, out_dtype: Any, *widths: Any) -> str | None:
-    """Why matrices of these widths and dtypes do not fit the kernels; None where they do."""
-    for name in (jnp.dtype(dtype).name, jnp.dtype(out_dtype).name):
+def unfit(rows: jax.Array, out_dtype: Any, *widths: Any) -> str | None:
+    """Why rows [M, K] and matrices of these widths do not fit the kernels; None where they do."""
+    for name in (jnp.dtype(rows.dtype).name, jnp.dtype(out_dtype).name):
         if name != "bfloat16":
             return f"takes and gives bfloat16, got {name}"
-    if not all(isinstance(width, int) and width % BLOCK_K == 0 for width in widths):
-        return f"takes widths that are multiples of {BLOCK_K}, got {' and '.join(map(str, widths))}"
+    if not all(isinstance(width, int) and width % DEPTH == 0 for width in widths):
+        return f"takes widths that are multiples of {DEPTH}, got {' and '.join(map(str, widths))}"
+    if not isinstance(rows.shape[0], int):
+        return f"takes a fixed number of rows, got {rows.shape[0]}"
     return None
 
 
@@ -38,36 +33,34 @@ def is_present() -> bool:
 
 
 def rows_times_matrices(
-    rows: jax.Array, matrices: jax.Array, sizes: jax.Array, transposed: bool
+    rows: jax.Array, matrices: jax.Array, starts: jax.Array, ends: jax.Array, transposed: bool
 ) -> jax.Array:
-    """[M, K] and [E, K, N], or [E, N, K], to [M, N]; what rows of no group get is undefined."""
-    width = matrices.shape[1 if transposed else 2]
-    kernels = importlib.import_module("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu")
-    blocks = _blocks(rows.shape[0], sizes.shape[0], width)
-    more = {"group_sizes": sizes, "transpose_rhs": transposed, "block_k": BLOCK_K, **blocks}
-    return kernels.ragged_dot(_in_tiles(rows), matrices, **more)[: rows.shape[0]]
+    """[M, K] and [E, K, N], or [E, N, K], to [M, N]; zeros in rows of no group.
+
+    starts, ends: [E] i32, ascending, at most M.
+    """
+    num_groups, width = matrices.shape[0], matrices.shape[1 if transposed else 2]
+    if 0 in (*rows.shape, width):
+        return jnp.zeros((rows.shape[0], width), rows.dtype)
+    if rows.shape[0] < FEW_ROWS * num_groups and width % 128 == 0:
+        blocks = Blocks(128 if width % 256 == 0 else 64, beside=True)
+    else:
+        blocks = Blocks(_columns(width))
+    return hopper_kernels.rows_times_matrices(blocks, rows, matrices, starts, ends, transposed)
 
 
-def sums_of_groups(lhs: jax.Array, grad: jax.Array, sizes: jax.Array) -> jax.Array:
-    """[M, K] and [M, N] to [E, K, N], with finite rows only."""
-    kernels = importlib.import_module("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
-    blocks = _blocks(lhs.shape[1], 1, grad.shape[1])
-    lhs, grad = _in_tiles(lhs), _in_tiles(grad)
-    return kernels.transposed_ragged_dot(lhs, grad, group_sizes=sizes, block_k=BLOCK_K, **blocks)
+def sums_of_groups(
+    lhs: jax.Array, grad: jax.Array, starts: jax.Array, ends: jax.Array
+) -> jax.Array:
+    """[M, K] and [M, N] to [E, K, N], whatever rows of other groups hold; bounds as above."""
+    depth, width = lhs.shape[1], grad.shape[1]
+    if 0 in (*lhs.shape, width):
+        return jnp.zeros((starts.shape[0], depth, width), lhs.dtype)
+    blocks = Blocks(_columns(width))
+    lhs = jnp.pad(lhs, ((0, 0), (0, -depth % blocks.block[0])))
+    return hopper_kernels.sums_of_groups(blocks, lhs, grad, starts, ends)[:, :depth]
 
 
-def _in_tiles(rows: jax.Array) -> jax.Array:
-    return jnp.pad(rows, ((0, -rows.shape[0] % TILE_ROWS), (0, 0)))
-
-
-def _blocks(height: int, num_groups: int, width: int) -> dict[str, int]:
-    """Blocks of the result, found by timing on an H100 at the sizes of real models."""
-    block_m = 128 if height % 128 == 0 and height >= 128 * num_groups else 64
-    block_n = next(n for n in (128, 192, 64) if width % n == 0)
-    columns = width // block_n
-    return {
-        "block_m": block_m,
-        "block_n": block_n,
-        "max_concurrent_steps": 4,
-        "grid_block_n": next(n for n in (4, 2, 1) if columns % n == 0),
-    }
+def _columns(width: int) -> int:
+    """Columns of a block: as many as registers hold, and divide the width."""
+    return next(columns for columns in (256, 192, 128, 64) if width % columns == 0)

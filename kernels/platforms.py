@@ -3,7 +3,7 @@
 An op is one equation in a jaxpr. Its implementation is chosen and traced when that is lowered:
 
     tpu          "mosaic"       Pallas kernels
-    cuda, rocm   "mosaic_gpu"   products by JAX's Pallas kernels, on Hopper in bfloat16, or
+    cuda, rocm   "mosaic_gpu"   products by Pallas kernels, on Hopper in bfloat16, or
                  "ragged_dot"   by `jax.lax.ragged_dot`; all else as "xla"
     elsewhere    "xla"          loops over tiles of rows
 

@@ -1,13 +1,13 @@
-"""gmm, tgmm and expert_ffn for GPUs, with products that others made.
+"""gmm, tgmm and expert_ffn for GPUs.
 
-    "mosaic_gpu"  the Pallas kernels of JAX for Hopper, see `hopper_products`
+    "mosaic_gpu"  Pallas kernels for Hopper, see `hopper_products`
     "ragged_dot"  `jax.lax.ragged_dot`; XLA gives it to cuDNN from 9.22 on, and multiplies all rows
                   with all matrices where that is older
     "tokamax"     that package's `ragged_dot`, which has kernels of its own for some GPUs
 
-Without a choice it is "mosaic_gpu" where that fits, else "ragged_dot". The contract stands on top
-of each: rows before the first local group are rolled away and back, rows of no group are zero
-whatever they hold, empty groups and any shape are fine.
+Without a choice it is "mosaic_gpu" where that fits, else "ragged_dot". The kernels keep the
+contract of `gmm` and `tgmm` by themselves. Around the others' products it is kept here: rows before
+the first local group are rolled away and back, and rows of no group are zero whatever they hold.
 
 Sums over a group's rows (tgmm, the gradients of matrices) are left to "mosaic_gpu" alone: cuDNN's
 were seen to be wrong where groups are not aligned (marin-community/marin issues 8339 and 8793), and
@@ -39,9 +39,11 @@ def gmm(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> jax.Arra
     lhs, rhs = both_dense(lhs, rhs)
     num_rows = lhs.shape[0]
     starts, ends = group_bounds(groups, options.num_groups, num_rows)
+    by = _choose(options, "gmm", lhs, *rhs.shape[1:])
+    if by == "mosaic_gpu":
+        return _hopper_gmm(options.transpose_rhs)(lhs, rhs, starts, ends)
     if options.shifted:  # the products' first group begins with the first row
         lhs = jnp.roll(lhs, -starts[0], axis=0)
-    by = _choose(options, "gmm", lhs.dtype, rhs.shape[1:])
     out = _dot(by, options.transpose_rhs)(lhs, rhs, ends - starts)
     if options.shifted:
         out = jnp.roll(out, starts[0], axis=0)
@@ -49,13 +51,11 @@ def gmm(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> jax.Arra
     return jnp.where(own, out, 0).astype(options.out_dtype)
 
 
-def _choose(options: ProductOptions, op: str, dtype: Any, widths: tuple[Any, ...]) -> str:
+def _choose(options: ProductOptions, op: str, rows: jax.Array, *widths: Any) -> str:
     """Whose product it is; ValueError where the caller's choice does not fit."""
     if options.implementation not in (None, "mosaic_gpu"):
         return options.implementation
-    unfit = hopper_products.unfit(dtype, options.out_dtype, *widths)
-    if op == "tgmm" and not hopper_products.is_present():  # JAX asks the GPU for its cores
-        unfit = unfit or "is lowered where a Hopper GPU is the default device"
+    unfit = hopper_products.unfit(rows, options.out_dtype, *widths)
     if options.implementation is None:
         return "ragged_dot" if unfit or not hopper_products.is_present() else "mosaic_gpu"
     if unfit:
@@ -70,6 +70,13 @@ def _of_groups(num_rows: Any, starts: jax.Array, ends: jax.Array) -> jax.Array:
 
 
 @functools.cache
+def _hopper_gmm(transposed: bool) -> Callable[..., jax.Array]:
+    """`gmm` of rows, matrices, and the bounds of groups."""
+    run = functools.partial(hopper_products.rows_times_matrices, transposed=transposed)
+    return jax.custom_batching.sequential_vmap(run)
+
+
+@functools.cache
 def _dot(by: str, transposed: bool) -> Callable[..., jax.Array]:
     """Rows [M, K] times matrices [E, K, N], or [E, N, K]: [M, N]."""
     dims = jax.lax.RaggedDotDimensionNumbers(
@@ -80,8 +87,6 @@ def _dot(by: str, transposed: bool) -> Callable[..., jax.Array]:
 
     @jax.custom_batching.sequential_vmap  # none has batches in all that may be batched
     def dot(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
-        if by == "mosaic_gpu":
-            return hopper_products.rows_times_matrices(lhs, rhs, sizes, transposed)
         product = jax.lax.ragged_dot_general
         if by == "tokamax":
             product = importlib.import_module("tokamax").ragged_dot_general
@@ -93,17 +98,13 @@ def _dot(by: str, transposed: bool) -> Callable[..., jax.Array]:
 def tgmm(options: ProductOptions, lhs: jax.Array, grad: jax.Array, groups: Groups) -> jax.Array:
     """`tgmm`: [E, K, N]."""
     num_rows = lhs.shape[0]
-    if _choose(options, "tgmm", lhs.dtype, (lhs.shape[1], grad.shape[1])) != "mosaic_gpu":
+    if _choose(options, "tgmm", lhs, lhs.shape[1], grad.shape[1]) != "mosaic_gpu":
         return tgmm_in_tiles(options, lhs, grad, groups, _tiles(num_rows, options.num_groups))
     starts, ends = group_bounds(groups, options.num_groups, num_rows)
-    own = _of_groups(num_rows, starts, ends)
-    lhs, grad = jnp.where(own, lhs, 0), jnp.where(own, grad, 0)
-    if options.shifted:
-        lhs, grad = (jnp.roll(x, -starts[0], axis=0) for x in (lhs, grad))
-    return _sums(lhs, grad, ends - starts)
+    return _hopper_tgmm(lhs, grad, starts, ends)
 
 
-_sums = jax.custom_batching.sequential_vmap(hopper_products.sums_of_groups)
+_hopper_tgmm = jax.custom_batching.sequential_vmap(hopper_products.sums_of_groups)
 
 
 def _tiles(num_rows: Any, num_groups: int) -> Tiles:

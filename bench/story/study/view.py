@@ -37,11 +37,13 @@ def view(*results: Studied) -> View:
     tables, charts, said, about = [], [], [], []
     for result in results:
         name = "news" if len(result.model.get("pairs", ())) > 12 else "multi30k"
+        size = result.model.get("d_model", "")
         title = f"{result.sentences:,} test sentences, {len(result.rows)} systems (measured)"
         tables.append(Table(title, HEADINGS, cells(result.rows)))
         tables += _apart(result)
         draw = functools.partial(_chart, result)
-        charts.append(Chart(f"study-{name}", f"Scores and sizes, {name}", draw))
+        title = f"Scores and sizes, {name}, d_model {size}"
+        charts.append(Chart(f"study-{name}-{size}", title, draw))
         said += findings(result.rows, result.bootstrap)
         about.append(_about(result))
         if result.left_out:

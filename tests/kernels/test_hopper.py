@@ -1,0 +1,204 @@
+"""The kernels for Hopper: in which bands rows go, what is lowered, what comes out interpreted."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from taskmoe.kernels import hopper_kernels, hopper_products
+from taskmoe.kernels.hopper_kernels import Blocks
+from taskmoe.tests.kernels import support
+
+interpreted = pytest.mark.skipif(
+    not hasattr(plgpu, "force_gpu_interpret_mode"), reason="this JAX interprets no GPU kernels"
+)
+BLOCKS = [Blocks(64), Blocks(192), Blocks(256), Blocks(64, beside=True), Blocks(128, beside=True)]
+
+
+@contextlib.contextmanager
+def interpreting(detect_races: bool) -> Iterator[None]:
+    """GPU kernels run in JAX's interpreter, on four multiprocessors.
+
+    It takes every copy for a group of its own, so that it sees races where several copies make up a
+    piece of a result: where groups do not begin and end with pieces.
+    """
+    params = plgpu.InterpretGPUParams(
+        detect_races=detect_races, out_of_bounds_reads="uninitialized"
+    )
+    printed = io.StringIO()
+    with (
+        mock.patch.object(hopper_kernels, "num_multiprocessors", return_value=4),
+        plgpu.force_gpu_interpret_mode(params),
+        contextlib.redirect_stdout(printed),
+    ):
+        yield
+    assert "RACE DETECTED" not in printed.getvalue(), printed.getvalue()
+
+
+def bounds_of(sizes: list[int], first: int) -> tuple[jax.Array, jax.Array]:
+    bounds = np.cumsum([first, *sizes])
+    return jnp.asarray(bounds[:-1], jnp.int32), jnp.asarray(bounds[1:], jnp.int32)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def bf16(x: np.ndarray) -> jax.Array:
+    return jnp.asarray(x, jnp.bfloat16)
+
+
+def wide(x: jax.Array) -> np.ndarray:
+    return np.asarray(x.astype(jnp.float32), np.float64)
+
+
+def same(have: jax.Array, want: np.ndarray) -> bool:
+    """Whether it is right but for the rounding to bfloat16."""
+    return bool(np.all(np.abs(wide(have) - want) <= 2**-8 * np.abs(want) + 2**-8))
+
+
+@pytest.mark.parametrize("height", [64, 128])
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.given(
+    sizes=support.group_patterns(300, 5), before=st.integers(0, 40), after=st.integers(0, 40)
+)
+def test_bands_hold_every_row_once_with_its_matrix(
+    height: int, sizes: list[int], before: int, after: int
+) -> None:
+    num_rows = before + sum(sizes) + after
+    hypothesis.assume(num_rows > 0)
+    starts, ends = bounds_of(sizes, before)
+    table, count = hopper_kernels.bands(starts, ends, num_rows, height)
+    of_row = np.full(num_rows, len(sizes))
+    for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        of_row[start:end] = group
+    assert 4 * int(count[0]) <= table.size
+    seen = np.zeros(num_rows, int)
+    for matrix, row, first, last in np.asarray(table).reshape(-1, 4)[: int(count[0])]:
+        assert row % hopper_kernels.TILE_ROWS == 0
+        assert row <= first < last <= row + height
+        assert (of_row[first:last] == matrix).all()
+        seen[first:last] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_kernels_are_lowered_here(blocks: Blocks, transposed: bool) -> None:
+    """With all their layouts; a GPU or its compiler is not wanted."""
+    height, columns = blocks.block
+    x, bounds = jax.ShapeDtypeStruct((300, 128), jnp.bfloat16), jnp.array([100, 300])
+    shape = (2, 2 * columns, 128) if transposed else (2, 128, 2 * columns)
+    w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    g = jax.ShapeDtypeStruct((300, 2 * columns), jnp.bfloat16)
+
+    def gmm(x: Any, w: Any) -> Any:
+        return hopper_kernels.rows_times_matrices(blocks, x, w, bounds - 100, bounds, transposed)
+
+    def tgmm(x: Any, g: Any) -> Any:
+        return hopper_kernels.sums_of_groups(blocks, x, g, bounds - 100, bounds)
+
+    for f, args in ((gmm, (x, w)), (tgmm, (x, g))):
+        lowered = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
+        assert "mosaic_gpu_v2" in lowered.as_text()
+    assert height * blocks.stages <= 8 * 128  # half of the shared memory at most is the left side's
+
+
+@interpreted
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize(
+    ("first", "sizes", "rows"),
+    [(0, [64, 0, 128], 192), (0, [70, 0, 130], 200), (30, [40, 5, 105, 1], 203), (1, [1], 3)],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # rows of no group
+def test_rows_times_matrices(
+    blocks: Blocks, first: int, sizes: list[int], rows: int, transposed: bool
+) -> None:
+    """Rows of no group are zero, whatever they hold."""
+    starts, ends = bounds_of(sizes, first)
+    columns = 2 * blocks.block[1]
+    x, w = bf16(normal(0, rows, 128)), bf16(normal(1, len(sizes), 128, columns))
+    want = np.zeros((rows, columns))
+    for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        want[start:end] = wide(x[start:end]) @ wide(w[group])
+    x = x.at[:first].set(jnp.nan).at[int(ends[-1]) :].set(jnp.inf)
+    with interpreting(detect_races=all(size % 64 == 0 for size in sizes)):
+        w = w.swapaxes(1, 2) if transposed else w
+        have = hopper_kernels.rows_times_matrices(blocks, x, w, starts, ends, transposed)
+        assert same(have, want)
+
+
+@interpreted
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize(
+    ("first", "sizes", "rows"),
+    [(0, [64, 0, 128], 192), (0, [70, 0, 130], 200), (33, [37, 5, 105, 1], 203), (1, [1], 3)],
+)
+def test_sums_of_groups(blocks: Blocks, first: int, sizes: list[int], rows: int) -> None:
+    """Whatever the rows of other groups hold."""
+    starts, ends = bounds_of(sizes, first)
+    height, columns = blocks.block
+    x, g = bf16(normal(0, rows, 2 * height)), bf16(normal(1, rows, 2 * columns))
+    want = [wide(x[s:e]).T @ wide(g[s:e]) for s, e in zip(starts, ends, strict=True)]
+    x, g = x.at[:first].set(jnp.nan), g.at[int(ends[-1]) :].set(jnp.inf)
+    with interpreting(detect_races=True):
+        have = hopper_kernels.sums_of_groups(blocks, x, g, starts, ends)
+        assert same(have, np.stack(want))
+
+
+@interpreted
+def test_rows_that_are_not_cut_off_are_seen() -> None:
+    """The check of the sums: what another group's rows hold comes in where they are left as is."""
+    starts, ends = bounds_of([60, 70], 0)
+    x, g = bf16(normal(0, 130, 128)), bf16(normal(1, 130, 128))
+    want = np.stack([wide(x[:60]).T @ wide(g[:60]), wide(x[60:]).T @ wide(g[60:])])
+    with (
+        interpreting(detect_races=True),
+        mock.patch.object(hopper_kernels, "_cut"),
+    ):
+        have = hopper_kernels.sums_of_groups(Blocks(128), x, g, starts, ends)
+        assert not same(have, want)
+
+
+@interpreted
+def test_rows_that_are_not_held_back_are_seen() -> None:
+    """The check of the products: a group that begins inside a piece would overwrite its row's."""
+    starts, ends = bounds_of([60, 70], 0)
+    x, w = bf16(normal(0, 130, 128)), bf16(normal(1, 2, 128, 128))
+    want = np.concatenate([wide(x[:60]) @ wide(w[0]), wide(x[60:]) @ wide(w[1])])
+
+    def whole(smem: Any, out: Any, row: Any, column: Any, *_: Any) -> None:
+        at = pl.ds(row, hopper_kernels.ROWS), pl.ds(column, hopper_kernels.COLUMNS)
+        plgpu.copy_smem_to_gmem(smem, out.at[at], commit_group=False)
+
+    with interpreting(detect_races=False), mock.patch.object(hopper_kernels, "_out_rows", whole):
+        have = hopper_kernels.rows_times_matrices(Blocks(128), x, w, starts, ends, False)
+        assert not same(have, want)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "depth", "width"), [(0, 64, 64), (9, 64, 64), (9, 192, 128), (300, 128, 320)]
+)
+def test_any_size_that_fits(rows: int, depth: int, width: int) -> None:
+    """Where blocks are wider than the matrices, and where there is nothing to multiply."""
+    starts, ends = bounds_of([rows // 3, rows - rows // 3], 0)
+    x, w, g = normal(0, rows, depth), normal(1, 2, depth, width), normal(2, rows, width)
+    x, w, g = map(bf16, (x, w, g))
+    cut = rows // 3
+    want = np.concatenate([wide(x[:cut]) @ wide(w[0]), wide(x[cut:]) @ wide(w[1])])
+    sums = np.stack([wide(x[:cut]).T @ wide(g[:cut]), wide(x[cut:]).T @ wide(g[cut:])])
+    with interpreting(detect_races=False):
+        assert same(hopper_products.rows_times_matrices(x, w, starts, ends, False), want)
+        assert same(hopper_products.sums_of_groups(x, g, starts, ends), sums)
