@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +36,21 @@ class Told(NamedTuple):
 
 
 def gate_logits(params: Params, config: MoEConfig, x: jax.Array) -> jax.Array:
-    """Gate logits of x [..., D]: [..., E] f32, or f64 for x in f64, whatever the parameters are."""
-    wide = accumulator(x.dtype)
+    """Gate logits of x [..., D]: [..., E] f32, or f64 for x in f64, whatever the parameters are.
+
+    By default JAX rounds what it multiplies, on GPU to TF32 and on TPU to bf16, from which close
+    experts change places. x in f32 is multiplied unrounded, and so are its gradients, unless
+    `jax_default_matmul_precision` says how. With x in bf16 JAX does as it does by default, which
+    rounds nothing where the gate is in bf16 too.
+    """
+    wide, asked = accumulator(x.dtype), cast("Any", jax.config).jax_default_matmul_precision
+    unrounded = asked is None and x.dtype != jnp.bfloat16
     x = x.astype(wide)
     if config.gate_norm is not None:
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.gate_norm)
         x = x * (params["gate_scale"].astype(wide) * x.shape[-1] ** -0.5)
-    logits = x @ params["gate"].astype(wide)
+    precision = jax.lax.Precision.HIGHEST if unrounded else None
+    logits = jnp.matmul(x, params["gate"].astype(wide), precision=precision)
     return logits + params["gate_bias"].astype(wide) if "gate_bias" in params else logits
 
 

@@ -1,10 +1,11 @@
 """When `check` calls a fact worse: facts of the compiler exactly, timings by an interval.
 
 Facts are compared one by one; worse by more than `STATIC_LIMIT` fails, and so does a collective
-that was not there. Timings are ratios to a calibration workload that ran in turns with them. Those
-of one machine swing and neighbours swing alike, so rounds lie in blocks of about a second, and the
-interval of their median comes from resampling whole blocks. Only an interval that lies wholly above
-`TIMED_LIMIT` fails; one that holds it asks for more rounds.
+that was not there. Those of a model are sums of floats: the same within `NOISE`.
+Timings are ratios to a calibration workload that ran in turns with them. Those of one machine swing
+and neighbours swing alike, so rounds lie in blocks of about a second, and the interval of their
+median comes from resampling whole blocks. Only an interval that lies wholly above `TIMED_LIMIT`
+fails; one that holds it asks for more rounds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 STATIC_LIMIT, TIMED_LIMIT = 0.02, 0.08
+#: Share of a modelled fact, by how such facts end, that is no change: no digit of it is shown.
+NOISE, MODELLED = 0.0005, "(modelled)"
 #: Share of resampled medians that an interval holds.
 CONFIDENCE = 0.99
 RESAMPLES = 2000
@@ -84,7 +87,8 @@ def _judge(
         return Change(subject, fact, old, new, None, verdict)
     if old is None or new is None or isinstance(old, str):
         return Change(subject, fact, old, new, None, "new" if old is None else "gone")
-    if old == new:
+    noise = NOISE * abs(old) if fact.endswith(MODELLED) else 0
+    if old == new or abs(new - old) < noise:
         return Change(subject, fact, old, new, 0.0, "same")
     gain = old - new if fact in MORE_IS_BETTER else new - old
     worse = gain / abs(old) if old else math.copysign(math.inf, gain)

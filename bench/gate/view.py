@@ -55,7 +55,10 @@ def change_words(c: Change) -> str:
         return f"{c.interval.median:+.1%} ({c.interval.low:+.1%} to {c.interval.high:+.1%})"
     if isinstance(c.old, str) or isinstance(c.new, str) or c.old is None or c.new is None:
         return ""
-    return f"{c.new / c.old - 1:+.1%}" if c.old else f"{c.new - c.old:+,}"
+    share = f"{c.new / c.old - 1:+.1%}" if c.old else ""
+    # Of an exact fact a small change counts too, and its share would say that there is none.
+    small = c.verdict != "same" and share in ("", "+0.0%", "-0.0%")
+    return f"{c.new - c.old:+,.6g}" if small else share
 
 
 def last_line(changes: list[Change], failed: list[Change]) -> str:

@@ -8,13 +8,18 @@ from collections.abc import Iterable
 from taskmoe.cli.errors import InputError
 
 
-def chosen(what: str, given: str | None, known: Iterable[str], default: Iterable[str]) -> list[str]:
-    """The comma-separated names, if all are known; the default if none are given."""
+def chosen(
+    option: str, given: str | None, known: Iterable[str], default: Iterable[str]
+) -> list[str]:
+    """The comma-separated names, if all are known; the default if none are given.
+
+    Raises InputError that names the option, such as "--ops".
+    """
     names = list(default) if given is None else [name.strip() for name in given.split(",")]
     known = list(known)
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise InputError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
+        raise InputError(f"{option} must be of {', '.join(known)}, got {unknown[0]!r}")
     return list(dict.fromkeys(names))
 
 

@@ -31,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where an op or a shape is not known."""
-    names = chosen("op", a.ops, OPS, OPS)
+    names = chosen("--ops", a.ops, OPS, OPS)
     if a.shapes is None:
         cases = quick_cases() if a.quick else all_cases()
     else:
-        cases = shape_cases(chosen("shape", a.shapes, SHAPES, SHAPES))
+        cases = shape_cases(chosen("--shapes", a.shapes, SHAPES, SHAPES))
     words = ["ops", *(["--quick"] if a.quick else [])]
     for name, value in (("ops", a.ops), ("shapes", a.shapes)):
         words += [f"--{name} {value}"] if value is not None else []

@@ -77,8 +77,10 @@ def read(a: argparse.Namespace) -> KernelSpec | ModelSpec | PublishedSpec:
             raise InputError(
                 "--ops, --dtypes, --shapes and --work go with --kernels, not with --model"
             )
-        chosen("model", a.model, MODELS, MODELS)
-        return ModelSpec(chosen("chip", a.chips, SLICES, QUICK_MODEL_CHIPS if a.quick else SLICES))
+        chosen("--model", a.model, MODELS, MODELS)
+        return ModelSpec(
+            chosen("--chips", a.chips, SLICES, QUICK_MODEL_CHIPS if a.quick else SLICES)
+        )
     if a.published:
         if others or a.chips:
             raise InputError(
@@ -87,10 +89,10 @@ def read(a: argparse.Namespace) -> KernelSpec | ModelSpec | PublishedSpec:
         return PublishedSpec()
     if not a.kernels:
         raise InputError("say what to compile: --kernels, --model wmt or --published")
-    chips = chosen("chip", a.chips, CHIPS, QUICK_CHIPS if a.quick else CHIPS)
-    ops = chosen("op", a.ops, OPS, OPS)
-    dtypes = chosen("dtype", a.dtypes, DTYPES, QUICK_DTYPES if a.quick else DTYPES)
-    cases = kernel_cases.cases(chips, ops, dtypes, chosen("shape", a.shapes, SHAPES, ("wmt",)))
+    chips = chosen("--chips", a.chips, CHIPS, QUICK_CHIPS if a.quick else CHIPS)
+    ops = chosen("--ops", a.ops, OPS, OPS)
+    dtypes = chosen("--dtypes", a.dtypes, DTYPES, QUICK_DTYPES if a.quick else DTYPES)
+    cases = kernel_cases.cases(chips, ops, dtypes, chosen("--shapes", a.shapes, SHAPES, ("wmt",)))
     if not cases:
         raise InputError(
             "nothing to compile: v3 takes kernels in f32 only, and none that exchange rows"

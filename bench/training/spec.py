@@ -29,5 +29,5 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where a size is unknown."""
     need_at_least_one(a, "rounds")
-    sizes = chosen("size", a.sizes, SIZES, SIZES)
+    sizes = chosen("--sizes", a.sizes, SIZES, SIZES)
     return Spec(["demo"], 3) if a.quick else Spec(sizes, a.rounds)

@@ -34,7 +34,7 @@ def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where an option names what is not there."""
     known = {"chip": CHIPS, "op": TILED, "shape": SHAPES, "dtype": DTYPES}
     for what, names in known.items():
-        chosen(what, getattr(a, what), names, names)
+        chosen(f"--{what}", getattr(a, what), names, names)
     if (a.chip, a.dtype) == ("v3", "bf16"):
         raise InputError("v3 takes kernels in f32 only: give --dtype f32")
     need_at_least_one(a, "tries")

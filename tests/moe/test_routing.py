@@ -1,5 +1,6 @@
 """Each level of routing against a plain float64 transcription; padding counts nowhere."""
 
+import re
 from typing import Any
 
 import hypothesis
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from taskmoe import moe
+from taskmoe.moe import gates
 from taskmoe.tests.moe import support
 
 SHAPES = ((1, 1), (3, 4))
@@ -201,3 +203,32 @@ def test_gradients_are_those_of_every_expert_weighted_by_its_gate(routing: Any) 
     want[0]["gate"] = want[0]["gate"] * 1.001
     with pytest.raises(AssertionError, match="gate"):
         support.check(have, want)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize(
+    ("dtypes", "asked", "precision"),
+    [
+        (("float32", "float32"), None, "HIGHEST"),
+        (("float32", "bfloat16"), None, "HIGHEST"),
+        (("bfloat16", "bfloat16"), None, "DEFAULT"),
+        (("bfloat16", "float32"), None, "DEFAULT"),
+        (("float32", "float32"), "bfloat16", "DEFAULT"),
+    ],
+)
+def test_the_gates_product_is_not_rounded(
+    platform: str, dtypes: tuple[str, str], asked: str | None, precision: str
+) -> None:
+    config = moe.MoEConfig(d_model=24, d_ff=8, num_experts=48)
+
+    def loss(gate: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(gates.gate_logits({"gate": gate}, config, x)))
+
+    x, gate = (
+        jax.ShapeDtypeStruct(s, d) for s, d in zip(((40, 24), (24, 48)), dtypes, strict=True)
+    )
+    with jax.default_matmul_precision(asked):
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(gate, x)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    found = re.findall(r"stablehlo.dot_general .*precision = \[(.*?)\]", text)
+    assert found == 3 * [f"{precision}, {precision}"]  # logits, and the gradients of x and gate

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 
@@ -100,6 +101,57 @@ def test_a_damaged_set_is_prepared_anew(tmp_path: Path, written: list[Path]) -> 
         assert content(made.folder) == whole
     assert len(written) == 4
     assert notes[0] == f"{made.folder} is damaged; preparing it anew"
+
+
+@pytest.mark.parametrize(
+    ("owner", "reader"), [(Path, "read_text"), (Path, "read_bytes"), (np, "load")]
+)
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_set_that_cannot_be_opened_for_want_of_handles_is_not_damaged(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    written: list[Path],
+    owner: Any,
+    reader: str,
+    number: int,
+) -> None:
+    wanted = plan(folder_of_text(tmp_path / "text"))
+    made = kept_set(wanted, [tmp_path])
+    whole = content(made.folder)
+
+    def planted(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, reader, planted)
+        for find in (find_set, kept_set):
+            with pytest.raises(OSError, match=os.strerror(number)):
+                find(wanted, [tmp_path, tmp_path / "other"])
+        # It came to be after this run had looked for it.
+        patch.setattr(kept_sets, "_first_whole", lambda *_: None)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            kept_set(wanted, [tmp_path, tmp_path / "other"])
+    assert content(made.folder) == whole
+    kept_set(wanted, [tmp_path])
+    assert written == [made.folder]
+
+
+def test_no_handles_for_a_lock_are_no_reason_to_prepare_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: list[Path]
+) -> None:
+    wanted = plan(folder_of_text(tmp_path / "text"))
+    opened = Path.open
+
+    def planted(path: Path, *how: Any, **more: Any) -> Any:
+        if path.suffix == ".lock":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", planted)
+    with pytest.raises(OSError, match=r"Too many open files: .*cache/sets/.*\.lock"):
+        kept_set(wanted, [tmp_path / "cache", tmp_path / "work"])
+    assert not written
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_second_run_waits_and_finds_the_set(tmp_path: Path, written: list[Path]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from taskmoe.cli.errors import InputError
+from taskmoe.cli.errors import InputError, exhausted
 from taskmoe.kernels import __version__
 from taskmoe.wmt.text.preparing import Plan, Report, part_of, write_set
 from taskmoe.wmt.text.training_set import TrainingSet, is_training_set
@@ -28,7 +28,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def find_set(plan: Plan, folders: Sequence[Path]) -> TrainingSet | None:
-    """The set of a plan, whole, in the first of the folders that has it; None where none has."""
+    """The set of a plan, whole, in the first of the folders that has it; None where none has.
+
+    Raises OSError where no handles or memory are left to look into it.
+    """
     return _first_whole(_places(plan, folders), plan)
 
 
@@ -45,7 +48,7 @@ def kept_set(
       the set is from.
     Of several runs that want a set at once one prepares it and the others wait. One that is killed
     leaves its part, with which the next goes on. Raises InputError where the text is wrong, and
-    where no folder can be written.
+    where no folder can be written; OSError where no handles or memory are left, which harms no set.
     """
     places = _places(plan, folders)
     if (found := _first_whole(places, plan)) is not None:
@@ -70,6 +73,8 @@ def kept_set(
             note(_said(found, how))
             return found
         except OSError as error:
+            if exhausted(error):  # as it would be in any other folder
+                raise
             why = f"{error.filename or out}: {error.strerror or error}"
             if number + 1 == len(places):
                 raise InputError(
@@ -92,12 +97,15 @@ def _first_whole(places: Sequence[Path], plan: Plan) -> TrainingSet | None:
 
 def _whole(out: Path, plan: Plan) -> TrainingSet | None:
     """The set in a folder; None where there is none, or a damaged one."""
-    with contextlib.suppress(InputError, OSError):
+    try:
         if is_training_set(out):
             made = TrainingSet(out)
             for pair in plan.pairs:
                 made.rows(pair)
             return made
+    except (InputError, OSError) as error:
+        if exhausted(error):
+            raise
     return None
 
 

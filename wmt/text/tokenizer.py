@@ -11,7 +11,7 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from taskmoe.cli.errors import InputError
+from taskmoe.cli.errors import InputError, exhausted
 from taskmoe.wmt.text.normalization import rules
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
@@ -37,6 +37,8 @@ class Tokenizer:
         try:
             return cls(path.read_bytes())
         except (OSError, RuntimeError, ValueError) as error:
+            if exhausted(error):
+                raise
             raise InputError(f"{path} is no SentencePiece model: {error}") from None
 
     @property

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from taskmoe.cli.errors import InputError
+from taskmoe.cli.errors import InputError, exhausted
 from taskmoe.wmt.config import TrainConfig
 from taskmoe.wmt.text.cleaning import Account
 from taskmoe.wmt.text.data import TrainingData
@@ -114,6 +114,8 @@ class TrainingSet:
             text = (folder / MANIFEST).read_text(encoding="utf-8")
             self.manifest = Manifest.from_json(text)
         except OSError as error:
+            if exhausted(error):
+                raise
             raise InputError(f"{folder} is no training set: {error.strerror}") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{folder / MANIFEST} cannot be used: {error}") from None
@@ -152,6 +154,8 @@ class TrainingSet:
             tokens = int((2 * counts * np.arange(len(counts))).sum())
             return Rows(counts, np.load(file, mmap_mode="r")[:tokens], one.beyond)
         except (OSError, ValueError) as error:
+            if exhausted(error):
+                raise
             raise InputError(f"{file} is damaged: {error}; prepare the set anew") from None
 
 

@@ -104,6 +104,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where a change is unknown or a number does not fit."""
     need_at_least_one(a, "steps")
-    changes = chosen("change", a.changes, CHANGES, QUICK if a.quick else CHANGES)
+    changes = chosen("--changes", a.changes, CHANGES, QUICK if a.quick else CHANGES)
     steps = min(a.steps, 20) if a.quick else a.steps
     return Spec(tuple(dict.fromkeys([DENSE, TOKEN, *changes])), steps, a.data, a.work)

@@ -63,7 +63,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def read(a: argparse.Namespace) -> Spec:
     """The specification; InputError where a number does not fit."""
     need_at_least_one(a, "rounds", "high_resource")
-    systems = chosen("system", a.systems, SYSTEMS, SYSTEMS)
+    systems = chosen("--systems", a.systems, SYSTEMS, SYSTEMS)
     if "dense" not in systems:
         raise InputError(
             f"--systems must hold dense, which others are held against, got {a.systems}"

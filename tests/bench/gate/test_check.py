@@ -95,6 +95,21 @@ def test_the_limit_of_a_fact() -> None:
     assert view.last_line([broken], [broken]) == "regression: a does not compile: no"
 
 
+def test_a_small_change_is_noise_of_a_model_and_told_of_an_exact_fact() -> None:
+    def change(old: float, new: float, fact: str) -> tuple[str, str]:
+        (found,) = compare({"gmm": {fact: old}}, {"gmm": {fact: new}})
+        return found.verdict, view.change_words(found)
+
+    modelled = "us, all regions (modelled)"
+    assert change(46.811, 46.812, modelled)[0] == "same"
+    assert change(46.812, 46.811, modelled)[0] == "same"
+    assert change(100.0, 100.06, modelled) == ("worse", "+0.1%")
+    assert change(0.0, 0.1, modelled) == ("REGRESSION", "+0.1")
+    assert change(254_887, 254_888, "bundles run") == ("worse", "+1")
+    assert change(1_000_000_000, 1_000_400_000, "VMEM bytes") == ("worse", "+400,000")
+    assert change(0.2358, 0.2357, "MXU slots filled") == ("worse", "-0.0001")
+
+
 def synthetic(
     slowdown: float, *, blocks: int = 20, rounds: int = 30, common: float = 0.3, seed: int = 0
 ) -> list[np.ndarray]:

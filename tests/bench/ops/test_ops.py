@@ -91,4 +91,5 @@ def test_an_unknown_op_is_one_line(capsys: Any) -> None:
     assert main(["ops", "--ops", "gmm,fft"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "unknown op 'fft'; known: gmm" in error
+    assert "--ops must be of gmm, " in error
+    assert "got 'fft'" in error

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from taskmoe.bench.__main__ import main
 from taskmoe.bench.harness.results import from_json
 from taskmoe.bench.training import measure, pytorch, spec
 from taskmoe.bench.training.measure import TORCH, Trained
@@ -80,3 +81,9 @@ def test_another_loss_than_pytorchs_is_an_error(
     monkeypatch.setattr(measure, "make_objective", planted)
     with pytest.raises(InputError, match="demo: PyTorch's loss is "):
         measure.measure(spec.Spec(["demo"], 1))
+
+
+def test_an_unknown_size_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["training", "--sizes", "demo,x"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("error: --sizes must be of demo, tiny, small, base, got 'x'")

@@ -72,9 +72,9 @@ def test_the_estimate_wants_pieces_as_wide_as_the_mxu() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--chip v9 --op gmm --shape wmt", "unknown chip 'v9'"),
-        ("--chip v6e --op dispatch --shape wmt", "unknown op 'dispatch'"),
-        ("--chip v6e --op gmm --shape huge", "unknown shape 'huge'"),
+        ("--chip v9 --op gmm --shape wmt", "--chip must be of v3, v4"),
+        ("--chip v6e --op dispatch --shape wmt", "--op must be of gmm, "),
+        ("--chip v6e --op gmm --shape huge", "--shape must be of wmt, "),
         ("--chip v3 --op gmm --shape wmt", "v3 takes kernels in f32 only"),
         ("--chip v6e --op gmm --shape wmt --tries 0", "--tries must be at least 1, got 0"),
     ],

@@ -227,8 +227,8 @@ def test_tables_and_json(tmp_path: Path, capsys: Any, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "big"], "unknown model 'big'; known: wmt"),
-        (["--model", "wmt", "--chips", "v3,v9"], "unknown chip 'v9'; known: v3, v5e, v6e"),
+        (["--model", "big"], "--model must be of wmt, got 'big'"),
+        (["--model", "wmt", "--chips", "v3,v9"], "--chips must be of v3, v5e, v6e"),
         (["--model", "wmt", "--ops", "gmm"], "go with --kernels, not with --model"),
         (["--model", "wmt", "--kernels"], "not allowed with"),
     ],
