@@ -107,7 +107,7 @@ setup(
         "ctranslate2": [*WMT, *CTRANSLATE2],
         "tensorboard": [*WMT, *TENSORBOARD],
         "bench": BENCH,
-        "gpu": ["tokamax>=0.0.12,<0.1"],
+        "gpu": ["absl-py>=2.1,<3", "tokamax>=0.0.12,<0.1"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "parity": PARITY,
         "docs": DOCS,

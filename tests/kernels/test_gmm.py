@@ -1,7 +1,9 @@
 """gmm and tgmm: every implementation against float64, zeros where zeros are due, clear errors."""
 
 import functools
+import importlib
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -129,6 +131,22 @@ def test_what_hopper_kernels_do_not_take() -> None:
     lhs, rhs = jnp.ones((8, 60), jnp.bfloat16), jnp.ones((2, 60, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="multiples of 64, got 60 and 64"):
         gmm(lhs, rhs, [4, 4], implementation="mosaic_gpu")
+    with (
+        mock.patch.object(jax, "__version_info__", (0, 10, 1)),
+        pytest.raises(ValueError, match=r"wants JAX 0.10.2 or newer"),
+    ):
+        gmm(lhs[:, :4], rhs[:, :4], [4, 4], implementation="mosaic_gpu")
+
+
+def test_hopper_kernels_say_what_package_they_want() -> None:
+    lhs, rhs = jnp.ones((8, 64), jnp.bfloat16), jnp.ones((2, 64, 64), jnp.bfloat16)
+    run = jax.jit(lambda x, w: gmm(x, w, [4, 4], implementation="mosaic_gpu"))
+    missing = ModuleNotFoundError("No module named 'absl'", name="absl")
+    with (
+        mock.patch.object(importlib, "import_module", side_effect=missing),
+        pytest.raises(ModuleNotFoundError, match=r"absl-py: pip install 'taskmoe\[gpu\]'"),
+    ):
+        run.trace(lhs, rhs).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.parametrize("implementation", FAST)
