@@ -31,6 +31,8 @@ def check_groups(group_sizes: Any, group_offset: Any, num_groups: int, source: s
         )
     offset = as_integers("group_offset", 0 if group_offset is None else group_offset)
     check_shape("group_offset", offset, ())
+    if group_offset is not None:  # beyond these there is no group, and sums could pass 2^31
+        offset = jnp.clip(offset, -num_groups, sizes.shape[0])
     return Groups(sizes, offset)
 
 

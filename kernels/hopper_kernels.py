@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-#: Depth of the blocks that are loaded, in elements: 128 bytes, a swizzled line.
+#: What is summed over at a time: in bfloat16 128 bytes, a swizzled line.
 DEPTH = 64
 #: Rows of a swizzled tile: where the copy engine may begin.
 TILE_ROWS = 8
@@ -33,7 +33,7 @@ BY_ROWS = (plgpu.TilingTransform((1, COLUMNS)), plgpu.SwizzleTransform(128))
 
 
 class Blocks(NamedTuple):
-    """Two warpgroups' parts of the result, 64 rows of these columns each.
+    """The shape of a block of the result: two warpgroups' parts, 64 rows of these columns each.
 
     beside: the parts lie side by side, instead of one above the other.
     """
@@ -244,6 +244,7 @@ def bands(
 ) -> tuple[jax.Array, jax.Array]:
     """Bands of at most `height` rows that have one matrix, [4 * most] i32, and how many, [1] i32.
 
+    starts, ends: ascending, and each group begins where the one before it ends.
     Of each: the matrix, or E for rows of no group; its first row; the first and one past the last
     row of the group in it.
     """
@@ -329,7 +330,7 @@ def _work(
 
         steps = lax.fori_loop(0, turns, turn, jnp.int32(0))
 
-        # No warpgroup may arrive when this one has ended.
+        # No warpgroup may arrive after this one has ended.
         def rest(step: Any, _: None) -> None:
             plgpu.barrier_wait(ring.empty.at[lax.rem(step, blocks.stages)])
 
@@ -375,7 +376,7 @@ def _multiplied(
 
 
 def _pass(ring: Ring, count: Any, step: Any) -> None:
-    """Let as many pieces go as `_multiplied` would use."""
+    """Release as many pieces as `_multiplied` would use."""
 
     def piece(_: Any, step: Any) -> Any:
         slot = lax.rem(step, ring.full.shape[0])
@@ -429,7 +430,7 @@ def _out_rows(smem: Any, out: Any, row: Any, column: Any, first: Any, last: Any)
     count = jnp.clip(last - row, 0, ROWS) - low
 
     def some() -> None:
-        # The copy engine knows fixed sizes only: the powers of two that make up the count.
+        # The copy engine copies fixed sizes only: the powers of two that make up the count.
         at = low
         for size in (32, 16, 8, 4, 2, 1):
 

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from taskmoe.kernels.platforms import with_kernel_settings
+
 #: Older versions do not lower the kernels.
 OLDEST_JAX = (0, 10, 2)
 #: Widths are multiples of this.
@@ -36,12 +38,13 @@ def is_present() -> bool:
     return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
 
 
+@with_kernel_settings
 def rows_times_matrices(
     rows: jax.Array, matrices: jax.Array, starts: jax.Array, ends: jax.Array, transposed: bool
 ) -> jax.Array:
     """[M, K] and [E, K, N], or [E, N, K], to [M, N]; zeros in rows of no group.
 
-    starts, ends: [E] i32, ascending, at most M.
+    starts, ends: [E] i32, ascending, at most M; a group begins where the one before it ends.
     """
     num_groups, width = matrices.shape[0], matrices.shape[1 if transposed else 2]
     if 0 in (*rows.shape, width):
@@ -54,6 +57,7 @@ def rows_times_matrices(
     return kernels.rows_times_matrices(blocks, rows, matrices, starts, ends, transposed)
 
 
+@with_kernel_settings
 def sums_of_groups(
     lhs: jax.Array, grad: jax.Array, starts: jax.Array, ends: jax.Array
 ) -> jax.Array:

@@ -57,6 +57,8 @@ CHIPS = {
 
 #: Whether what is traced is a `jax.vmap` of kernels for the interpreter.
 interpreting_a_batch = contextvars.ContextVar("interpreting_a_batch", default=False)
+#: The platform that an op is traced for, as JAX's lowering names it.
+lowered_for: contextvars.ContextVar[str] = contextvars.ContextVar("lowered_for", default="")
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -221,6 +223,11 @@ class Call:
                 "jax.experimental.pallas.tpu.force_tpu_interpret_mode(); this is lowered for "
                 f"{platform!r}: use None, 'xla' or 'reference'"
             )
+        if name == "mosaic_gpu" and platform not in ("cuda", "gpu"):
+            raise ValueError(
+                f"implementation='mosaic_gpu' of {self.op.name} runs on NVIDIA GPUs; this is "
+                f"lowered for {platform!r}: use None or 'ragged_dot'"
+            )
         shapes = [shape for shape, _ in self.results]
         if name == "mosaic" and not all(isinstance(n, int) for shape in shapes for n in shape):
             raise ValueError(
@@ -246,6 +253,7 @@ class Call:
             platform == "tpu" and self.implementation in (None, "mosaic")
         )
         with contextlib.ExitStack() as stack:
+            stack.callback(lowered_for.reset, lowered_for.set(platform))
             stack.enter_context(plain_settings())
             stack.enter_context(jax.default_matmul_precision(self.precision))
             if kernels:

@@ -29,6 +29,7 @@ from taskmoe.kernels import hopper_products
 from taskmoe.kernels.checks import accumulator
 from taskmoe.kernels.groups import Groups, group_bounds, of_each_row, sum_of_each_group
 from taskmoe.kernels.options import Experts, FFNOptions, ProductOptions, hidden_units
+from taskmoe.kernels.platforms import lowered_for
 from taskmoe.kernels.quantized import both_dense
 from taskmoe.kernels.row_tiles import SYMBOLIC_ROWS, Tiles
 from taskmoe.kernels.tiled_products import tgmm_in_tiles
@@ -57,7 +58,8 @@ def _choose(options: ProductOptions, op: str, rows: jax.Array, *widths: Any) -> 
         return options.implementation
     unfit = hopper_products.unfit(rows, options.out_dtype, *widths)
     if options.implementation is None:
-        return "ragged_dot" if unfit or not hopper_products.is_present() else "mosaic_gpu"
+        fit = lowered_for.get() == "cuda" and hopper_products.is_present() and not unfit
+        return "mosaic_gpu" if fit else "ragged_dot"
     if unfit:
         raise ValueError(f"implementation='mosaic_gpu' of {op} {unfit}: use None or 'ragged_dot'")
     return "mosaic_gpu"

@@ -5,7 +5,7 @@
 #   runs/study-multi30k-large.sh FOLDER [WORKDIR]
 #
 # FOLDER as for study-multi30k.sh, which this calls. STEPS (default 1250, 1.2 times the text), WARMUP
-# (default an eighth of STEPS), SYSTEMS and PHASES are taken from the environment: several systems
+# (default STEPS / 8 + 1), SEEDS, SYSTEMS and PHASES are taken from the environment: several systems
 # train side by side on one GPU, each in a process of its own with
 # XLA_PYTHON_CLIENT_PREALLOCATE=false; on an H200 all six took 80 seconds to train.
 set -euo pipefail

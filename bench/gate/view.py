@@ -58,7 +58,8 @@ def change_words(c: Change) -> str:
     share = f"{c.new / c.old - 1:+.1%}" if c.old else ""
     # Of an exact fact a small change counts too, and its share would say that there is none.
     small = c.verdict != "same" and share in ("", "+0.0%", "-0.0%")
-    return f"{c.new - c.old:+,.6g}" if small else share
+    whole = isinstance(c.old, int) and isinstance(c.new, int)
+    return f"{c.new - c.old:+,{'' if whole else '.6g'}}" if small else share
 
 
 def last_line(changes: list[Change], failed: list[Change]) -> str:

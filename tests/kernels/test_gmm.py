@@ -18,10 +18,12 @@ from taskmoe.kernels import (
     for_chip,
     gmm,
     gmm_kernel,
+    hopper_products,
     tgmm,
     tgmm_kernel,
 )
 from taskmoe.kernels.group_visits import Visit
+from taskmoe.kernels.groups import check_groups, group_bounds
 from taskmoe.kernels.tiling import Tiling
 from taskmoe.tests.kernels import support
 
@@ -112,41 +114,76 @@ def test_group_sizes_may_be_a_list_and_not_a_number() -> None:
         tgmm(lhs, grad, 9)  # type: ignore[arg-type]
 
 
+def for_cuda(lhs: Any, rhs: Any, sizes: list[int], implementation: str | None) -> str:
+    """What is lowered of gmm and of its gradients, which tgmm is one of."""
+
+    def run(lhs: Any, rhs: Any) -> Any:
+        out, pull = jax.vjp(lambda *x: gmm(*x, sizes, implementation=implementation), lhs, rhs)
+        return out, pull(out)
+
+    module = jax.jit(run).trace(lhs, rhs).lower(lowering_platforms=("cuda",))
+    return str(module.as_text())
+
+
 @pytest.mark.parametrize("rows", [1, 50, 300, 1031])
 def test_hopper_kernels_take_any_number_of_rows(rows: int) -> None:
-    """They are lowered here, which is where JAX's kernels refuse what is no whole tile."""
     shapes = [(rows, 128), (3, 128, 192)]
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     run = jax.jit(lambda x, w: gmm(x, w, [rows, 0, 0], implementation="mosaic_gpu"))
-    kernel = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
-    module = jax.export.export(run, platforms=["cuda"], disabled_checks=[kernel])(*args)
+    module = jax.export.export(run, platforms=["cuda"])(*args)
     assert module.out_avals[0].shape == (rows, 192)
     assert "mosaic_gpu" in module.mlir_module()
 
 
+def test_hopper_kernels_in_64_bit_mode() -> None:
+    lhs, rhs = jnp.ones((9, 64), jnp.bfloat16), jnp.ones((2, 64, 128), jnp.bfloat16)
+    with jax.enable_x64(True):
+        assert for_cuda(lhs, rhs, [4, 5], "mosaic_gpu").count("mosaic_gpu_v2") == 3
+
+
+def test_the_platform_that_is_lowered_for_chooses_hopper_kernels() -> None:
+    lhs, rhs = jnp.ones((9, 64), jnp.bfloat16), jnp.ones((2, 64, 128), jnp.bfloat16)
+    run = jax.jit(lambda *x: gmm(*x, [4, 5]))
+    with mock.patch.object(hopper_products, "is_present", return_value=True):
+        assert "mosaic_gpu" in for_cuda(lhs, rhs, [4, 5], None)
+        lowered = run.trace(lhs, rhs).lower(lowering_platforms=("rocm",))
+        assert "mosaic_gpu" not in lowered.as_text()
+    with pytest.raises(ValueError, match=r"'mosaic_gpu' of gmm runs on NVIDIA GPUs.*'cpu'"):
+        gmm(lhs, rhs, [4, 5], implementation="mosaic_gpu")
+
+
 def test_what_hopper_kernels_do_not_take() -> None:
-    args = jnp.ones((64, 64)), jnp.ones((2, 64, 64)), [32, 32]
     with pytest.raises(ValueError, match=r"'mosaic_gpu' of gmm takes and gives bfloat16.*float32"):
-        gmm(*args, implementation="mosaic_gpu")
+        for_cuda(jnp.ones((64, 64)), jnp.ones((2, 64, 64)), [32, 32], "mosaic_gpu")
     lhs, rhs = jnp.ones((8, 60), jnp.bfloat16), jnp.ones((2, 60, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="multiples of 64, got 60 and 64"):
-        gmm(lhs, rhs, [4, 4], implementation="mosaic_gpu")
+        for_cuda(lhs, rhs, [4, 4], "mosaic_gpu")
     with (
         mock.patch.object(jax, "__version_info__", (0, 10, 1)),
         pytest.raises(ValueError, match=r"wants JAX 0.10.2 or newer"),
     ):
-        gmm(lhs[:, :4], rhs[:, :4], [4, 4], implementation="mosaic_gpu")
+        for_cuda(lhs[:, :4], rhs[:, :4], [4, 4], "mosaic_gpu")
 
 
 def test_hopper_kernels_say_what_package_they_want() -> None:
     lhs, rhs = jnp.ones((8, 64), jnp.bfloat16), jnp.ones((2, 64, 64), jnp.bfloat16)
-    run = jax.jit(lambda x, w: gmm(x, w, [4, 4], implementation="mosaic_gpu"))
     missing = ModuleNotFoundError("No module named 'absl'", name="absl")
     with (
         mock.patch.object(importlib, "import_module", side_effect=missing),
         pytest.raises(ModuleNotFoundError, match=r"absl-py: pip install 'taskmoe\[gpu\]'"),
     ):
-        run.trace(lhs, rhs).lower(lowering_platforms=("cuda",))
+        for_cuda(lhs, rhs, [4, 4], "mosaic_gpu")
+
+
+@pytest.mark.parametrize("offset", [2**31 - 1, 2**31 - 2, -(2**31)])
+def test_an_offset_beyond_all_groups_gives_zeros(offset: int) -> None:
+    lhs, rhs = support.normal(0, (10, 4)), support.normal(1, (2, 4, 3))
+    for implementation in ("reference", "xla", "ragged_dot"):
+        out = gmm(lhs, rhs, [4, 6], group_offset=offset, implementation=implementation)
+        np.testing.assert_array_equal(out, 0)
+    starts, ends = group_bounds(check_groups([4, 6], offset, 2, "E"), 2, 10)
+    assert list(starts) == sorted(starts)
+    assert list(ends) == sorted(ends)
 
 
 @pytest.mark.parametrize("implementation", FAST)

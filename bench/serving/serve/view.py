@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
@@ -22,32 +24,71 @@ COLUMNS: Columns[Row] = {
 }
 
 
-def view(result: Served) -> View:
-    """A row a beam, batch and engine."""
-    title = f"{result.source}, {result.parameters:,} parameters (measured)"
-    table = Table.of(title, result.rows, COLUMNS)
-    said = []
-    engine = result.machine.get("ctranslate2")
-    answer = (
-        "CTranslate2 is not installed, so nothing was compared with it: "
-        "pip install 'taskmoe[ctranslate2]'."
-    )
-    if engine is not None:
-        times = {ours: _times(result.rows, ours, n) for ours, n in zip(OURS, THEIRS, strict=True)}
-        answer = " ".join(
-            f"In {OURS[ours]} taskmoe makes {min(of.values()):.2f} to {max(of.values()):.2f} times "
-            "the tokens of CTranslate2."
-            for ours, of in times.items()
+def view(*results: Served) -> View:
+    """A row a beam, batch and engine; a table a result, the first one's in short."""
+    tables, charts, said, about, answers = [], [], [], [], []
+    for result in results:
+        title = f"{result.source}, {result.parameters:,} parameters (measured)"
+        tables.append(Table.of(title, result.rows, COLUMNS))
+        draw = functools.partial(_chart, result)
+        charts.append(Chart(_name(result), f"Tokens a second, {result.source}", draw))
+        answers.append(_answer(result))
+        said += _findings(result)
+        about.append(_about(result))
+    first = results[0]
+    ours = [r for r in first.rows if r.beam == first.rows[-1].beam and r.system in OURS]
+    short = Table.of(tables[0].title, ours, COLUMNS).only(tuple(COLUMNS)[1:6])
+    return View(" ".join(answers), " ".join(about), tables, charts, said, short)
+
+
+def _name(result: Served) -> str:
+    """Of its chart: random weights, fewer words of them, or a text."""
+    if not result.source.startswith("random weights"):
+        return "serve-text"
+    return "serve-words" if result.source.endswith("words") else "serve"
+
+
+def _answer(result: Served) -> str:
+    if "ctranslate2" not in result.machine:
+        return (
+            "CTranslate2 is not installed, so nothing was compared with it: "
+            "pip install 'taskmoe[ctranslate2]'."
         )
-        said += [_beside(ours, n, times[ours]) for ours, n in zip(OURS, THEIRS, strict=True)]
-        different = [r for r in result.rows if r.system in list(THEIRS)[:1] and r.identical < 1]
-        if different:
-            said.append(
-                f"CTranslate2 in float32 translates at least "
-                f"{min(r.identical for r in different):.1%} of the sentences as we do in every "
-                "case: it looks at fewer ended hypotheses, and ties may fall otherwise."
-            )
-    about = (
+    said = [
+        f"in {kind} {min(of):.2f} to {max(of):.2f}"
+        for ours, kind in OURS.items()
+        for of in [_beside(result.rows, ours).values()]
+    ]
+    return (
+        f"With {result.source}, taskmoe makes {' and '.join(said)} times the tokens of CTranslate2."
+    )
+
+
+def _findings(result: Served) -> list[str]:
+    """How each of ours stands at each case, and where translations differ."""
+    if "ctranslate2" not in result.machine:
+        return []
+    said = []
+    for ours, name in zip(OURS, THEIRS, strict=True):
+        times = _beside(result.rows, ours)
+        parts = []
+        for beam in dict.fromkeys(beam for beam, _ in times):
+            of = ", ".join(f"{time:.2f} at {n}" for (b, n), time in times.items() if b == beam)
+            parts.append(f"{of} with beam {beam}")
+        said.append(f"{ours}, over {name}, by sentences at once: {'; '.join(parts)}.")
+    different = [r for r in result.rows if r.system in list(THEIRS)[:1] and r.identical < 1]
+    if different:
+        said.append(
+            f"CTranslate2 in float32 translates at least "
+            f"{min(r.identical for r in different):.1%} of the sentences as we do in every "
+            "case: it looks at fewer ended hypotheses, and ties may fall otherwise."
+        )
+    return said
+
+
+def _about(result: Served) -> str:
+    engine = result.machine.get("ctranslate2")
+    return (
         f"{result.source}; {result.parameters:,} parameters, all cores, no length penalty, "
         f"{result.rounds} rounds in turns"
         + (f", CTranslate2 {engine}" if engine else "")
@@ -55,26 +96,14 @@ def view(result: Served) -> View:
         "holds at most beyond its libraries; the speed over CTranslate2's is in the same numbers, "
         "float32 or int8."
     )
-    ours = [r for r in result.rows if r.beam == result.rows[-1].beam and r.system in OURS]
-    short = Table.of(title, ours, COLUMNS).only(tuple(COLUMNS)[1:6])
-    chart = Chart("serve", "Tokens a second by engine and batch", lambda: _chart(result))
-    return View(answer, about, [table], [chart], said, short)
 
 
-def _times(rows: list[Row], ours: str, name: str) -> dict[tuple[int, int], float]:
-    """(beam, sentences) -> our speed over an engine's."""
+def _beside(rows: list[Row], ours: str) -> dict[tuple[int, int], float]:
+    """(beam, sentences) -> our speed over CTranslate2's in the same numbers."""
+    name = dict(zip(OURS, THEIRS, strict=True))[ours]
     speed = {(r.system, r.beam, r.batch): r.tokens_per_s.median for r in rows}
     cases = [(r.beam, r.batch) for r in rows if r.system == ours]
     return {case: speed[ours, *case] / speed[name, *case] for case in cases}
-
-
-def _beside(ours: str, name: str, times: dict[tuple[int, int], float]) -> str:
-    """Our speed over an engine's at each beam and batch, in a sentence."""
-    parts = []
-    for beam in dict.fromkeys(beam for beam, _ in times):
-        of = ", ".join(f"{time:.2f} at {n}" for (b, n), time in times.items() if b == beam)
-        parts.append(f"{of} with beam {beam}")
-    return f"{ours}, over {name}, by sentences at once: {'; '.join(parts)}."
 
 
 def _chart(result: Served) -> Figure:

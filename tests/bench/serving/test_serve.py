@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from taskmoe.bench.__main__ import main
-from taskmoe.bench.harness.results import from_json
+from taskmoe.bench.harness.results import Spread, from_json
 from taskmoe.bench.serving.serve import engines, measure, spec, worker
 from taskmoe.bench.serving.serve.engines import OURS, THEIRS, Batch
 from taskmoe.bench.serving.serve.measure import Served
@@ -66,7 +66,8 @@ def check(result: Served, cases: list[tuple[int, int]]) -> None:
     assert from_json(Served, json.loads(json.dumps(result.to_json()))) == result
     told = view(result)
     assert ("CTranslate2 is not installed" in told.answer) != HERE
-    assert ("In int8 taskmoe makes" in told.answer) == HERE
+    assert (f"With {result.source}, taskmoe makes in float32 " in told.answer) == HERE
+    assert (" and in int8 " in told.answer) == HERE
     assert any("taskmoe, int8, over CTranslate2, int8" in line for line in told.findings) == HERE
 
 
@@ -108,6 +109,20 @@ def test_a_model_and_its_text(served: spec.Spec) -> None:
     result = measure.measure(served)
     check(result, [(2, 2)])
     assert result.source == "small, en-de, 9 sentences of text.en"
+
+
+def test_several_results_have_a_table_and_a_chart_each() -> None:
+    sources = (
+        "random weights of the tiny model's sub-network, 32 random tokens",
+        "random weights of the tiny model's sub-network, 32 random tokens, 20 of 64 words",
+        "small, en-de, 9 sentences of text.en",
+    )
+    row = measure.Row("taskmoe, float32", 1, 2, Spread(2, 1, 3), Spread(20, 10, 30), 1.0)
+    told = view(*(Served({}, source, 10, 3, [row]) for source in sources))
+    assert [chart.name for chart in told.charts] == ["serve", "serve-words", "serve-text"]
+    assert [table.title.split(", 10 param")[0] for table in told.tables] == [*sources]
+    assert told.short is not None
+    assert len(told.short.rows) == 1
 
 
 def test_without_ctranslate2_ours_alone_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
