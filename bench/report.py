@@ -60,7 +60,13 @@ BENCHMARKS = {
     ),
     "decode": Benchmark("serving.decode", {"decode": "decode"}),
     "beam": Benchmark("serving.beam", {"beam": "beam --batches 1,4,16,64 --rounds 5"}),
-    "serve": Benchmark("serving.serve", {"serve": "serve"}),
+    "serve": Benchmark(
+        "serving.serve",
+        {
+            "serve": "serve",
+            "serve-text": "serve --model work/sub-de --text demo-report/work/corpus/test.en-de.en",
+        },
+    ),
     "exchange": Benchmark(
         "exchange",
         {
