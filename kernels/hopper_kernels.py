@@ -1,9 +1,7 @@
 """Pallas kernels for products of groups of rows on NVIDIA Hopper.
 
-Each thread block takes blocks of the result in turns. It has three warpgroups: one loads blocks of
-both operands into a ring of buffers, by the copy engine; two multiply them, each into a part of the
-block of its own, which stays in registers until it is written. The loads run ahead, into the next
-block of the result too.
+Each thread block takes blocks of the result in turns. How it loads, multiplies and writes them is
+in `hopper_ring`.
 
 Rows of a group begin anywhere, and the copy engine begins at multiples of 8. So the first block of
 a group may begin with rows of the group before it.
@@ -12,7 +10,7 @@ a group may begin with rows of the group before it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,54 +18,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-#: What is summed over at a time: in bfloat16 128 bytes, a swizzled line.
-DEPTH = 64
-#: Rows of a swizzled tile: where the copy engine may begin.
-TILE_ROWS = 8
-#: Rows of a warpgroup's part, those of a matrix instruction; columns that it writes at a time.
-ROWS = COLUMNS = 64
-#: Registers of a thread: the warpgroup that loads needs few, and the others get what it spares.
-LOADING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
-TILED = (plgpu.TilingTransform((TILE_ROWS, DEPTH)), plgpu.SwizzleTransform(128))
-BY_ROWS = (plgpu.TilingTransform((1, COLUMNS)), plgpu.SwizzleTransform(128))
-
-
-class Blocks(NamedTuple):
-    """The shape of a block of the result: two warpgroups' parts, 64 rows of these columns each.
-
-    beside: the parts lie side by side, instead of one above the other.
-    """
-
-    columns: int
-    beside: bool = False
-
-    @property
-    def block(self) -> tuple[int, int]:
-        """Rows and columns of both."""
-        return ROWS * (2 - self.beside), self.columns * (1 + self.beside)
-
-    @property
-    def stages(self) -> int:
-        """Buffers of the ring: 192 KiB of both operands in bfloat16."""
-        return min(8, 192 * 1024 // (2 * DEPTH * sum(self.block)))
-
-
-class Ring(NamedTuple):
-    """Buffers [stages, ...] of both operands, and barriers [stages].
-
-    full: both operands are there. empty: both warpgroups have read them.
-    """
-
-    left: Any
-    right: Any
-    full: Any
-    empty: Any
-
-
-def num_multiprocessors() -> int:
-    """Of the default device; of an H100 or H200 where that is no GPU."""
-    device: Any = jax.devices()[0]
-    return device.core_count if device.platform == "gpu" else 132
+from taskmoe.kernels.hopper_ring import (
+    BY_ROWS,
+    COLUMNS,
+    DEPTH,
+    ROWS,
+    TILE_ROWS,
+    TILED,
+    Blocks,
+    kernel,
+    multiplied,
+    parts,
+    ring_of,
+    skip,
+    work,
+    write,
+)
 
 
 def rows_times_matrices(
@@ -117,7 +83,7 @@ def rows_times_matrices(
 
         def multiply(turn: Any, step: Any) -> Any:
             matrix, row, first, last, column = block(turn)
-            above, beside = _parts(blocks)
+            above, beside = parts(blocks)
             row, column = row + above, column + beside
             own_rows, own_columns = pl.ds(above, ROWS), pl.ds(beside, blocks.columns)
 
@@ -132,28 +98,28 @@ def rows_times_matrices(
             # canonicalisation does not come to an end (JAX 0.11). So rows of no group are a sum of
             # no pieces.
             def some() -> None:
-                acc = _multiplied(ring, blocks, pieces, step, product).astype(out.dtype)
+                acc = multiplied(ring, blocks, pieces, step, product).astype(out.dtype)
 
                 def copy(piece: Any, c: int) -> None:
                     _out_rows(piece, out, row, column + c, first, last)
 
-                _write(smem, blocks, acc, copy)
+                write(smem, blocks, acc, copy)
 
             pieces = jnp.where(matrix < num_groups, num_pieces, 0)
             any_row = (row < last) & (row + ROWS > first)
-            lax.cond(any_row, some, lambda: _pass(ring, pieces, step))
+            lax.cond(any_row, some, lambda: skip(ring, pieces, step))
             return step + pieces
 
-        _work(ring, blocks, total, operands, multiply)
+        work(ring, blocks, total, operands, multiply)
 
     in_rows = _padded(rows, height)
     right = (columns, DEPTH) if transposed else (DEPTH, columns)
     result = jax.ShapeDtypeStruct((num_rows, width), rows.dtype)
     scratch = {
-        "ring": _ring(blocks, (height, DEPTH), right, rows.dtype),
+        "ring": ring_of(blocks, (height, DEPTH), right, rows.dtype),
         "smem": plgpu.SMEM((2, 2, ROWS, COLUMNS), rows.dtype, transforms=BY_ROWS),
     }
-    return _kernel(body, "gmm", result, scratch)(table, num_bands, in_rows, matrices)
+    return kernel(body, "gmm", result, scratch)(table, num_bands, in_rows, matrices)
 
 
 def sums_of_groups(
@@ -202,7 +168,7 @@ def sums_of_groups(
 
         def multiply(turn: Any, step: Any) -> Any:
             group, first, last, row, column, begin, pieces = block(turn)
-            above, beside = _parts(blocks)
+            above, beside = parts(blocks)
 
             def product(acc: Any, slot: Any, piece: Any) -> None:
                 low, high = (bound - (begin + piece * DEPTH) for bound in (first, last))
@@ -218,25 +184,25 @@ def sums_of_groups(
                 a = ring.left.at[slot, :, pl.ds(above, ROWS)].transpose((1, 0))
                 plgpu.wgmma(acc, a, ring.right.at[slot, :, pl.ds(beside, blocks.columns)])
 
-            acc = _multiplied(ring, blocks, pieces, step, product).astype(out.dtype)
+            acc = multiplied(ring, blocks, pieces, step, product).astype(out.dtype)
 
             def copy(piece: Any, c: int) -> None:
                 columns = pl.ds(column + beside + c, COLUMNS)
                 _out(piece, out.at[group, pl.ds(row + above, ROWS), columns])
 
-            _write(smem, blocks, acc, copy)
+            write(smem, blocks, acc, copy)
             return step + pieces
 
-        _work(ring, blocks, num_groups * down * across, operands, multiply)
+        work(ring, blocks, num_groups * down * across, operands, multiply)
 
     in_rows = (_padded(x, DEPTH) for x in (lhs, grad))
     result = jax.ShapeDtypeStruct((num_groups, depth, width), lhs.dtype)
     scratch = {
-        "ring": _ring(blocks, (DEPTH, height), (DEPTH, columns), lhs.dtype),
+        "ring": ring_of(blocks, (DEPTH, height), (DEPTH, columns), lhs.dtype),
         "smem": plgpu.SMEM((2, 2, ROWS, COLUMNS), lhs.dtype, transforms=TILED),
         "cut": plgpu.Barrier(num_arrivals=2),
     }
-    return _kernel(body, "tgmm", result, scratch)(starts, ends, *in_rows)
+    return kernel(body, "tgmm", result, scratch)(starts, ends, *in_rows)
 
 
 def bands(
@@ -270,123 +236,6 @@ def _padded(rows: jax.Array, least: int) -> jax.Array:
     return jnp.pad(rows, ((0, more), (0, 0)))
 
 
-def _ring(blocks: Blocks, left: tuple[int, int], right: tuple[int, int], dtype: Any) -> Ring:
-    barriers = [plgpu.Barrier(num_arrivals=2, num_barriers=blocks.stages) for _ in range(2)]
-    buffers = (
-        plgpu.SMEM((blocks.stages, *shape), dtype, transforms=TILED) for shape in (left, right)
-    )
-    return Ring(*buffers, *barriers)
-
-
-def _kernel(
-    body: Callable[..., None], name: str, result: Any, scratch: dict[str, Any]
-) -> Callable[..., jax.Array]:
-    return plgpu.kernel(
-        body,
-        out_type=result,
-        scratch_types=scratch,
-        grid=(num_multiprocessors(),),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="warpgroup",
-        kernel_name=f"taskmoe_{name}",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )
-
-
-def _work(
-    ring: Ring,
-    blocks: Blocks,
-    total: Any,
-    operands: Callable[[Any], tuple[Any, Any, Any]],
-    multiply: Callable[[Any, Any], Any],
-) -> None:
-    """What a warpgroup does.
-
-    operands(turn): how many pieces the block of that turn has, and each operand's, by its index.
-    multiply(turn, step): the step after, of steps that count pieces.
-    """
-    turns = pl.cdiv(total - lax.axis_index("block"), lax.axis_size("block"))
-
-    def load() -> None:
-        plgpu.set_max_registers(LOADING_REGISTERS, action="decrease")
-
-        def turn(index: Any, step: Any) -> Any:
-            count, left, right = operands(index)
-
-            def piece(index: Any, step: Any) -> Any:
-                slot = lax.rem(step, blocks.stages)
-
-                @pl.when(step >= blocks.stages)
-                def _() -> None:
-                    plgpu.barrier_wait(ring.empty.at[slot])
-
-                full = ring.full.at[slot]
-                plgpu.copy_gmem_to_smem(left(index), ring.left.at[slot], full)
-                plgpu.copy_gmem_to_smem(right(index), ring.right.at[slot], full)
-                return step + 1
-
-            return lax.fori_loop(0, count, piece, step)
-
-        steps = lax.fori_loop(0, turns, turn, jnp.int32(0))
-
-        # No warpgroup may arrive after this one has ended.
-        def rest(step: Any, _: None) -> None:
-            plgpu.barrier_wait(ring.empty.at[lax.rem(step, blocks.stages)])
-
-        lax.fori_loop(jnp.maximum(steps - blocks.stages, 0), steps, rest, None)
-
-    def multiplying() -> None:
-        plgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
-        lax.fori_loop(0, turns, multiply, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
-
-    lax.cond(lax.axis_index("warpgroup") == 2, load, multiplying)
-
-
-def _parts(blocks: Blocks) -> tuple[Any, Any]:
-    """Rows above and columns beside this warpgroup's part of the block."""
-    warpgroup = lax.axis_index("warpgroup")
-    return (0, warpgroup * blocks.columns) if blocks.beside else (warpgroup * ROWS, 0)
-
-
-def _multiplied(
-    ring: Ring, blocks: Blocks, count: Any, step: Any, product: Callable[[Any, Any, Any], None]
-) -> jax.Array:
-    """[64, columns] f32: the sum of `count` products from the ring, beginning at this step."""
-
-    def release(step: Any) -> None:
-        plgpu.barrier_arrive(ring.empty.at[lax.rem(step, blocks.stages)])
-
-    def scope(acc: Any) -> jax.Array:
-        def piece(index: Any, step: Any) -> Any:
-            slot = lax.rem(step, blocks.stages)
-            plgpu.barrier_wait(ring.full.at[slot])
-            product(acc, slot, index)
-            plgpu.wgmma_wait(1)  # the product before this one has been made
-            pl.when(index > 0)(lambda: release(step + blocks.stages - 1))
-            return step + 1
-
-        end = lax.fori_loop(0, count, piece, step)
-        plgpu.wgmma_wait(0)
-        pl.when(end > step)(lambda: release(end - 1))
-        return acc[...]
-
-    return pl.run_scoped(scope, plgpu.ACC((ROWS, blocks.columns), jnp.float32))
-
-
-def _pass(ring: Ring, count: Any, step: Any) -> None:
-    """Release as many pieces as `_multiplied` would use."""
-
-    def piece(_: Any, step: Any) -> Any:
-        slot = lax.rem(step, ring.full.shape[0])
-        plgpu.barrier_wait(ring.full.at[slot])
-        plgpu.barrier_arrive(ring.empty.at[slot])
-        return step + 1
-
-    lax.fori_loop(0, count, piece, step)
-
-
 def _cut(buffer: Any, slot: Any, low: Any, high: Any) -> None:
     """Zeros in rows of a buffer outside low to high, whatever they hold; each warpgroup a half."""
     warpgroup, num_pieces = lax.axis_index("warpgroup"), buffer.shape[2] // COLUMNS
@@ -399,24 +248,6 @@ def _cut(buffer: Any, slot: Any, low: Any, high: Any) -> None:
             values = buffer[slot, :, at]
             inside = (row >= low) & (row < high)
             buffer[slot, :, at] = jnp.where(inside, values, jnp.zeros_like(values))
-
-
-def _write(smem: Any, blocks: Blocks, values: jax.Array, copy: Callable[[Any, int], None]) -> None:
-    """Write values [64, columns] by way of the two buffers that the warpgroup has.
-
-    copy(buffer, column): begin to copy the piece that begins there.
-    """
-    pieces = range(0, blocks.columns, COLUMNS)
-    for i, column in enumerate(pieces):
-        at = smem.at[lax.axis_index("warpgroup"), i % 2]
-        # The copy before the last has left this buffer. Where the number of pieces is odd, the
-        # last one of the block before is the last one from this buffer too.
-        under_way = 0 if i == 0 and len(pieces) % 2 else 1
-        plgpu.wait_smem_to_gmem(under_way, wait_read_only=True)
-        at[...] = values[:, column : column + COLUMNS]
-        plgpu.commit_smem()
-        copy(at, column)
-        plgpu.commit_smem_to_gmem_group()
 
 
 def _out(smem: Any, gmem: Any) -> None:

@@ -1,9 +1,7 @@
 """gmm and tgmm: every implementation against float64, zeros where zeros are due, clear errors."""
 
 import functools
-import importlib
 from typing import Any
-from unittest import mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -18,7 +16,6 @@ from taskmoe.kernels import (
     for_chip,
     gmm,
     gmm_kernel,
-    hopper_products,
     tgmm,
     tgmm_kernel,
 )
@@ -112,67 +109,6 @@ def test_group_sizes_may_be_a_list_and_not_a_number() -> None:
         np.testing.assert_array_equal(tgmm(lhs, grad, sizes), tgmm(lhs, grad, jnp.array([5, 4])))
     with pytest.raises(ValueError, match="group_sizes must have shape"):
         tgmm(lhs, grad, 9)  # type: ignore[arg-type]
-
-
-def for_cuda(lhs: Any, rhs: Any, sizes: list[int], implementation: str | None) -> str:
-    """What is lowered of gmm and of its gradients, which tgmm is one of."""
-
-    def run(lhs: Any, rhs: Any) -> Any:
-        out, pull = jax.vjp(lambda *x: gmm(*x, sizes, implementation=implementation), lhs, rhs)
-        return out, pull(out)
-
-    module = jax.jit(run).trace(lhs, rhs).lower(lowering_platforms=("cuda",))
-    return str(module.as_text())
-
-
-@pytest.mark.parametrize("rows", [1, 50, 300, 1031])
-def test_hopper_kernels_take_any_number_of_rows(rows: int) -> None:
-    shapes = [(rows, 128), (3, 128, 192)]
-    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    run = jax.jit(lambda x, w: gmm(x, w, [rows, 0, 0], implementation="mosaic_gpu"))
-    module = jax.export.export(run, platforms=["cuda"])(*args)
-    assert module.out_avals[0].shape == (rows, 192)
-    assert "mosaic_gpu" in module.mlir_module()
-
-
-def test_hopper_kernels_in_64_bit_mode() -> None:
-    lhs, rhs = jnp.ones((9, 64), jnp.bfloat16), jnp.ones((2, 64, 128), jnp.bfloat16)
-    with jax.enable_x64(True):
-        assert for_cuda(lhs, rhs, [4, 5], "mosaic_gpu").count("mosaic_gpu_v2") == 3
-
-
-def test_the_platform_that_is_lowered_for_chooses_hopper_kernels() -> None:
-    lhs, rhs = jnp.ones((9, 64), jnp.bfloat16), jnp.ones((2, 64, 128), jnp.bfloat16)
-    run = jax.jit(lambda *x: gmm(*x, [4, 5]))
-    with mock.patch.object(hopper_products, "is_present", return_value=True):
-        assert "mosaic_gpu" in for_cuda(lhs, rhs, [4, 5], None)
-        lowered = run.trace(lhs, rhs).lower(lowering_platforms=("rocm",))
-        assert "mosaic_gpu" not in lowered.as_text()
-    with pytest.raises(ValueError, match=r"'mosaic_gpu' of gmm runs on NVIDIA GPUs.*'cpu'"):
-        gmm(lhs, rhs, [4, 5], implementation="mosaic_gpu")
-
-
-def test_what_hopper_kernels_do_not_take() -> None:
-    with pytest.raises(ValueError, match=r"'mosaic_gpu' of gmm takes and gives bfloat16.*float32"):
-        for_cuda(jnp.ones((64, 64)), jnp.ones((2, 64, 64)), [32, 32], "mosaic_gpu")
-    lhs, rhs = jnp.ones((8, 60), jnp.bfloat16), jnp.ones((2, 60, 64), jnp.bfloat16)
-    with pytest.raises(ValueError, match="multiples of 64, got 60 and 64"):
-        for_cuda(lhs, rhs, [4, 4], "mosaic_gpu")
-    with (
-        mock.patch.object(jax, "__version_info__", (0, 10, 1)),
-        pytest.raises(ValueError, match=r"wants JAX 0.10.2 or newer"),
-    ):
-        for_cuda(lhs[:, :4], rhs[:, :4], [4, 4], "mosaic_gpu")
-
-
-def test_hopper_kernels_say_what_package_they_want() -> None:
-    lhs, rhs = jnp.ones((8, 64), jnp.bfloat16), jnp.ones((2, 64, 64), jnp.bfloat16)
-    missing = ModuleNotFoundError("No module named 'absl'", name="absl")
-    with (
-        mock.patch.object(importlib, "import_module", side_effect=missing),
-        pytest.raises(ModuleNotFoundError, match=r"absl-py: pip install 'taskmoe\[gpu\]'"),
-    ):
-        for_cuda(lhs, rhs, [4, 4], "mosaic_gpu")
 
 
 @pytest.mark.parametrize("offset", [2**31 - 1, 2**31 - 2, -(2**31)])

@@ -1,6 +1,7 @@
 """The kernels for Hopper: in which bands rows go, what is lowered, what comes out interpreted."""
 
 import contextlib
+import importlib
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +16,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from taskmoe.kernels import hopper_kernels, hopper_products
-from taskmoe.kernels.hopper_kernels import Blocks
+from taskmoe.kernels import gmm, hopper_kernels, hopper_products, hopper_ring
+from taskmoe.kernels.hopper_ring import Blocks
 from taskmoe.tests.kernels import support
 
 interpreted = pytest.mark.skipif(
@@ -38,7 +39,7 @@ def interpreting(detect_races: bool) -> Iterator[None]:
     )
     printed = io.StringIO()
     with (
-        mock.patch.object(hopper_kernels, "num_multiprocessors", return_value=4),
+        mock.patch.object(hopper_ring, "num_multiprocessors", return_value=4),
         plgpu.force_gpu_interpret_mode(params),
         contextlib.redirect_stdout(printed),
     ):
@@ -86,7 +87,7 @@ def test_bands_hold_every_row_once_with_its_matrix(
     assert 4 * int(count[0]) <= table.size
     seen = np.zeros(num_rows, int)
     for matrix, row, first, last in np.asarray(table).reshape(-1, 4)[: int(count[0])]:
-        assert row % hopper_kernels.TILE_ROWS == 0
+        assert row % hopper_ring.TILE_ROWS == 0
         assert row <= first < last <= row + height
         assert (of_row[first:last] == matrix).all()
         seen[first:last] += 1
@@ -103,17 +104,17 @@ def test_kernels_are_lowered_here(blocks: Blocks, transposed: bool) -> None:
     w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     g = jax.ShapeDtypeStruct((300, 2 * columns), jnp.bfloat16)
 
-    def gmm(x: Any, w: Any) -> Any:
+    def products(x: Any, w: Any) -> Any:
         return hopper_kernels.rows_times_matrices(blocks, x, w, starts, ends, transposed)
 
-    def tgmm(x: Any, g: Any) -> Any:
+    def sums(x: Any, g: Any) -> Any:
         return hopper_kernels.sums_of_groups(blocks, x, g, starts, ends)
 
-    for f, args in ((gmm, (x, w)), (tgmm, (x, g))):
+    for f, args in ((products, (x, w)), (sums, (x, g))):
         lowered = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
         assert "mosaic_gpu_v2" in lowered.as_text()
-    buffers = blocks.stages * hopper_kernels.DEPTH * (height + columns)
-    written = 2 * 2 * hopper_kernels.ROWS * hopper_kernels.COLUMNS
+    buffers = blocks.stages * hopper_ring.DEPTH * (height + columns)
+    written = 2 * 2 * hopper_ring.ROWS * hopper_ring.COLUMNS
     assert 2 * (buffers + written) < 227 * 1024  # what a thread block may have
 
 
@@ -201,7 +202,7 @@ def test_rows_that_are_not_held_back_are_seen() -> None:
     want = np.concatenate([wide(x[:60]) @ wide(w[0]), wide(x[60:]) @ wide(w[1])])
 
     def whole(smem: Any, out: Any, row: Any, column: Any, *_: Any) -> None:
-        at = pl.ds(row, hopper_kernels.ROWS), pl.ds(column, hopper_kernels.COLUMNS)
+        at = pl.ds(row, hopper_ring.ROWS), pl.ds(column, hopper_ring.COLUMNS)
         plgpu.copy_smem_to_gmem(smem, out.at[at], commit_group=False)
 
     with interpreting(detect_races=False), mock.patch.object(hopper_kernels, "_out_rows", whole):
@@ -224,3 +225,64 @@ def test_any_size_that_fits(rows: int, depth: int, width: int) -> None:
     with interpreting(detect_races=False):
         assert same(hopper_products.rows_times_matrices(x, w, starts, ends, False), want)
         assert same(hopper_products.sums_of_groups(x, g, starts, ends), sums)
+
+
+def for_cuda(lhs: Any, rhs: Any, sizes: list[int], implementation: str | None) -> str:
+    """What is lowered of gmm and of its gradients, which tgmm is one of."""
+
+    def run(lhs: Any, rhs: Any) -> Any:
+        out, pull = jax.vjp(lambda *x: gmm(*x, sizes, implementation=implementation), lhs, rhs)
+        return out, pull(out)
+
+    module = jax.jit(run).trace(lhs, rhs).lower(lowering_platforms=("cuda",))
+    return str(module.as_text())
+
+
+@pytest.mark.parametrize("rows", [1, 50, 300, 1031])
+def test_hopper_kernels_take_any_number_of_rows(rows: int) -> None:
+    shapes = [(rows, 128), (3, 128, 192)]
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    run = jax.jit(lambda x, w: gmm(x, w, [rows, 0, 0], implementation="mosaic_gpu"))
+    module = jax.export.export(run, platforms=["cuda"])(*args)
+    assert module.out_avals[0].shape == (rows, 192)
+    assert "mosaic_gpu" in module.mlir_module()
+
+
+def test_hopper_kernels_in_64_bit_mode() -> None:
+    lhs, rhs = jnp.ones((9, 64), jnp.bfloat16), jnp.ones((2, 64, 128), jnp.bfloat16)
+    with jax.enable_x64(True):
+        assert for_cuda(lhs, rhs, [4, 5], "mosaic_gpu").count("mosaic_gpu_v2") == 3
+
+
+def test_the_platform_that_is_lowered_for_chooses_hopper_kernels() -> None:
+    lhs, rhs = jnp.ones((9, 64), jnp.bfloat16), jnp.ones((2, 64, 128), jnp.bfloat16)
+    run = jax.jit(lambda *x: gmm(*x, [4, 5]))
+    with mock.patch.object(hopper_products, "is_present", return_value=True):
+        assert "mosaic_gpu" in for_cuda(lhs, rhs, [4, 5], None)
+        lowered = run.trace(lhs, rhs).lower(lowering_platforms=("rocm",))
+        assert "mosaic_gpu" not in lowered.as_text()
+    with pytest.raises(ValueError, match=r"'mosaic_gpu' of gmm runs on NVIDIA GPUs.*'cpu'"):
+        gmm(lhs, rhs, [4, 5], implementation="mosaic_gpu")
+
+
+def test_what_hopper_kernels_do_not_take() -> None:
+    with pytest.raises(ValueError, match=r"'mosaic_gpu' of gmm takes and gives bfloat16.*float32"):
+        for_cuda(jnp.ones((64, 64)), jnp.ones((2, 64, 64)), [32, 32], "mosaic_gpu")
+    lhs, rhs = jnp.ones((8, 60), jnp.bfloat16), jnp.ones((2, 60, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="multiples of 64, got 60 and 64"):
+        for_cuda(lhs, rhs, [4, 4], "mosaic_gpu")
+    with (
+        mock.patch.object(jax, "__version_info__", (0, 10, 1)),
+        pytest.raises(ValueError, match=r"wants JAX 0.10.2 or newer"),
+    ):
+        for_cuda(lhs[:, :4], rhs[:, :4], [4, 4], "mosaic_gpu")
+
+
+def test_hopper_kernels_say_what_package_they_want() -> None:
+    lhs, rhs = jnp.ones((8, 64), jnp.bfloat16), jnp.ones((2, 64, 64), jnp.bfloat16)
+    missing = ModuleNotFoundError("No module named 'absl'", name="absl")
+    with (
+        mock.patch.object(importlib, "import_module", side_effect=missing),
+        pytest.raises(ModuleNotFoundError, match=r"absl-py: pip install 'taskmoe\[gpu\]'"),
+    ):
+        for_cuda(lhs, rhs, [4, 4], "mosaic_gpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ COLUMNS: Columns[Row] = {
 
 def view(*results: Served) -> View:
     """A row a beam, batch and engine; a table a result, the first one's in short."""
-    tables, charts, said, about, answers = [], [], [], [], []
+    tables, charts, said, answers = [], [], [], []
     for result in results:
         title = f"{result.source}, {result.parameters:,} parameters (measured)"
         tables.append(Table.of(title, result.rows, COLUMNS))
@@ -34,11 +35,10 @@ def view(*results: Served) -> View:
         charts.append(Chart(_name(result), f"Tokens a second, {result.source}", draw))
         answers.append(_answer(result))
         said += _findings(result)
-        about.append(_about(result))
     first = results[0]
     ours = [r for r in first.rows if r.beam == first.rows[-1].beam and r.system in OURS]
     short = Table.of(tables[0].title, ours, COLUMNS).only(tuple(COLUMNS)[1:6])
-    return View(" ".join(answers), " ".join(about), tables, charts, said, short)
+    return View(" ".join(answers), _about(results), tables, charts, said, short)
 
 
 def _name(result: Served) -> str:
@@ -86,15 +86,16 @@ def _findings(result: Served) -> list[str]:
     return said
 
 
-def _about(result: Served) -> str:
-    engine = result.machine.get("ctranslate2")
+def _about(results: Sequence[Served]) -> str:
+    sources = "; ".join(
+        f"{r.source}: {r.parameters:,} parameters, {r.rounds} rounds in turns"
+        + (f", CTranslate2 {r.machine['ctranslate2']}" if "ctranslate2" in r.machine else "")
+        for r in results
+    )
     return (
-        f"{result.source}; {result.parameters:,} parameters, all cores, no length penalty, "
-        f"{result.rounds} rounds in turns"
-        + (f", CTranslate2 {engine}" if engine else "")
-        + ", each engine in a process of its own. Tokenization is not timed. MB are what a process "
-        "holds at most beyond its libraries; the speed over CTranslate2's is in the same numbers, "
-        "float32 or int8."
+        f"{sources}. All cores, no length penalty, each engine in a process of its own. "
+        "Tokenization is not timed. MB are what a process holds at most beyond its libraries; the "
+        "speed over CTranslate2's is in the same numbers, float32 or int8."
     )
 
 

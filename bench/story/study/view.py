@@ -42,8 +42,8 @@ def view(*results: Studied) -> View:
         tables.append(Table(title, HEADINGS, cells(result.rows)))
         tables += _apart(result)
         draw = functools.partial(_chart, result)
-        title = f"Scores and sizes, {name}, d_model {size}"
-        charts.append(Chart(f"study-{name}-{size}", title, draw))
+        shown = f"Scores and sizes, {name}, d_model {size}"
+        charts.append(Chart(f"study-{name}-{size}", shown, draw))
         said += findings(result.rows, result.bootstrap)
         about.append(_about(result))
         if result.left_out:
