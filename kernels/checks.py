@@ -70,13 +70,13 @@ def as_size(name: str, value: Any) -> Any:
     return operator.index(value)
 
 
-def match_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The same arrays, all varying over the union of their manual mesh axes.
+def match_varying(*arrays: Any) -> tuple[Any, ...]:
+    """The same arrays, all varying over the union of their manual mesh axes; None stays None.
 
     The transpose is a psum, so that an array shared by all devices gets its whole gradient.
     """
-    axes = frozenset().union(*map(varying_axes, arrays))
-    return tuple(vary_over(x, axes) for x in arrays)
+    axes = frozenset().union(*(varying_axes(x) for x in arrays if x is not None))
+    return tuple(None if x is None else vary_over(x, axes) for x in arrays)
 
 
 def vary_over(x: jax.Array, axes: Iterable[Any]) -> jax.Array:

@@ -29,9 +29,11 @@ from taskmoe.kernels.gating_kernel import gating_backward_mosaic, gating_mosaic
 from taskmoe.kernels.platforms import (
     Op,
     check_implementation,
+    chip,
     plain_settings,
     with_plain_settings,
 )
+from taskmoe.kernels.queue_kernel import LOOKS_UP
 from taskmoe.kernels.queues import queue_places
 from taskmoe.kernels.router import (
     TINY,
@@ -72,12 +74,17 @@ class Gating(NamedTuple):
     z_loss: jax.Array
 
 
+def all_valid(logits: jax.Array) -> jax.Array:
+    """What None stands for where valid tokens are told: [T] of True."""
+    return jnp.ones(logits.shape[:1], jnp.bool_)
+
+
 @with_plain_settings
 def top_k_gating_reference(
-    logits: jax.Array, top_k: int, valid: jax.Array, router: Router, bias: jax.Array | None
+    logits: jax.Array, top_k: int, valid: jax.Array | None, router: Router, bias: jax.Array | None
 ) -> Gating:
     """The definition of `top_k_gating`."""
-    num_experts = logits.shape[1]
+    num_experts, valid = logits.shape[1], all_valid(logits) if valid is None else valid
     logits = jnp.where(valid[:, None], logits.astype(accumulator(logits.dtype)), 0)
     lowest = jnp.finfo(logits.dtype).min
     known = jnp.where(logits >= lowest, logits, lowest)  # NaN comes last
@@ -130,18 +137,17 @@ class GatingOptions:
 
 
 def _gating_mosaic(
-    options: GatingOptions, logits: jax.Array, valid: jax.Array, bias: jax.Array | None
+    options: GatingOptions, logits: jax.Array, valid: jax.Array | None, bias: jax.Array | None
 ) -> Gating:
-    found = gating_mosaic(logits, options.top_k, valid, options.router, bias)
-    experts, weights, slots, counts, probs, squares = found
-    num_valid = jnp.maximum(jnp.sum(valid), 1)
-    return Gating(experts, weights, slots, counts, probs / num_valid, squares / num_valid)
+    if chip().generation < LOOKS_UP:
+        return _gating_xla(options, logits, valid, bias)
+    return Gating(*gating_mosaic(logits, options.top_k, valid, options.router, bias))
 
 
 def _gating_xla(
-    options: GatingOptions, logits: jax.Array, valid: jax.Array, bias: jax.Array | None
+    options: GatingOptions, logits: jax.Array, valid: jax.Array | None, bias: jax.Array | None
 ) -> Gating:
-    router = options.router
+    router, valid = options.router, all_valid(logits) if valid is None else valid
     x = jnp.where(valid[:, None], logits.astype(accumulator(logits.dtype)), 0)
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     largest = jnp.max(x, axis=1, keepdims=True)
@@ -185,7 +191,7 @@ def _gating_xla(
 def gating_gradient(
     router: Router,
     logits: jax.Array,
-    valid: jax.Array,
+    valid: jax.Array | None,
     experts: jax.Array,
     weights: jax.Array,
     d_weights: jax.Array,
@@ -200,6 +206,7 @@ def gating_gradient(
                    scatter(r * w * dw) - softmax * <w, dw>          the latter for softmax alone
                  + (r * p * (dm - <p, dm>) + 2 * lse * softmax * dz) / valid tokens
     """
+    valid = all_valid(logits) if valid is None else valid
     x = jnp.where(valid[:, None], logits.astype(weights.dtype), 0)
     softmax = jax.nn.softmax(x, axis=1)
     lse = jax.nn.logsumexp(x, axis=1, keepdims=True)
@@ -224,10 +231,7 @@ def _gradient_xla(options: GatingOptions, *operands: Any) -> jax.Array:
 
 
 def _gradient_mosaic(options: GatingOptions, *operands: Any) -> jax.Array:
-    logits, valid, experts, weights, d_weights, d_probs, d_z = operands
-    num_valid = jnp.maximum(jnp.sum(valid), 1)
-    sums = d_weights, d_probs / num_valid, d_z / num_valid
-    return gating_backward_mosaic(options.router, logits, valid, experts, weights, *sums)
+    return gating_backward_mosaic(options.router, *operands)
 
 
 GATING = Op("top_k_gating", xla=_gating_xla, mosaic=_gating_mosaic)
@@ -236,7 +240,7 @@ GATING_BACKWARD = Op("top_k_gating_backward", xla=_gradient_xla, mosaic=_gradien
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _gating(
-    logits: jax.Array, valid: jax.Array, bias: jax.Array | None, options: GatingOptions
+    logits: jax.Array, valid: jax.Array | None, bias: jax.Array | None, options: GatingOptions
 ) -> Gating:
     (tokens, num_experts), k = logits.shape, options.top_k
     real, whole = accumulator(logits.dtype), jnp.int32
@@ -253,7 +257,7 @@ def _gating(
 
 
 def _gating_forward(
-    logits: jax.Array, valid: jax.Array, bias: jax.Array | None, options: GatingOptions
+    logits: jax.Array, valid: jax.Array | None, bias: jax.Array | None, options: GatingOptions
 ) -> tuple[Gating, tuple[Any, ...]]:
     gating = checkpoint_name(_gating(logits, valid, bias, options), GATED)
     return gating, (logits, valid, gating.experts, gating.weights, bias)
@@ -365,15 +369,13 @@ def top_k_gating(
     if bias is not None:
         bias = as_floats("bias", bias).astype(accumulator(logits.dtype))
         check_shape("bias", bias, (num_experts,))
-    valid = jnp.ones((num_tokens,), jnp.bool_) if valid is None else jnp.asarray(valid)
-    check_shape("valid", valid, (num_tokens,))
-    if valid.dtype != jnp.bool_:
-        raise TypeError(f"valid must be bool, got {valid.dtype}")
+    if valid is not None:
+        valid = jnp.asarray(valid)
+        check_shape("valid", valid, (num_tokens,))
+        if valid.dtype != jnp.bool_:
+            raise TypeError(f"valid must be bool, got {valid.dtype}")
     check_implementation(implementation)
-    if bias is None:
-        logits, valid = match_varying(logits, valid)
-    else:
-        logits, valid, bias = match_varying(logits, valid, bias)
+    logits, valid, bias = match_varying(logits, valid, bias)
     if implementation == "reference" or num_tokens == 0:
         fixed = None if bias is None else jax.lax.stop_gradient(bias)
         return top_k_gating_reference(logits, top_k, valid, router, fixed)

@@ -32,6 +32,8 @@ from taskmoe.kernels.tiling import sublanes
 #: Kernels that start a copy a row, and those whose tokens stay in VMEM.
 GATHERS = ("taskmoe_gather_rows", "taskmoe_row_dots")
 RESIDENT = ("taskmoe_take_rows", "taskmoe_add_rows")
+#: The kernel whose last step writes sums over all.
+GATING = "taskmoe_top_k_gating"
 #: Kernels that zero a block of results where it has rows that are nobody's.
 ZEROING = ("taskmoe_gmm", "taskmoe_expert_ffn")
 
@@ -175,7 +177,7 @@ def _loops(name: str, grid: list[int], blocks: list[Any], arrays: list[Any]) -> 
     """How often the inner loops of a kernel that moves rows run: the longest one, and others.
 
     Each run is a register's height of rows. Loops over tokens are the others; those that gather one
-    by one start the first block's copies so.
+    by one start the first block's copies so. Gating has no loops, but a last step.
     """
     height = sublanes(min(array.dtype.itemsize for array in arrays if array is not None))
     if name in GATHERS:
@@ -184,7 +186,7 @@ def _loops(name: str, grid: list[int], blocks: list[Any], arrays: list[Any]) -> 
     if name in RESIDENT:
         rows, block = arrays[0].shape[0], blocks[0].block_shape[-1]
         return grid[0] * rows * block // height, grid[0] * (grid[1] - rows) * block // height
-    return 0, 0
+    return 0, 1 if name == GATING else 0
 
 
 def _record_walk(found: Visits) -> KernelCall:

@@ -149,13 +149,19 @@ def of_loop(schedule: Sequence[Bundle], main: range) -> Bundles:
 
 
 def of_steps(schedule: Sequence[Bundle]) -> Bundles | None:
-    """The regions of a kernel that multiplies nothing: all that lies in the loop over the grid.
+    """The regions of a kernel that works on no parts: all that lies in the loop over the grid.
 
-    parts: one run of its longest inner loop. result: one of each other one.
+    parts: one run of its longest inner loop. result: one of each other one. Of a kernel that has
+    products, result is what branches skip: all steps but the first or the last.
     None where a kernel has inner loops of inner loops, of which nothing says how often they run.
     """
     depths = [bundle.depth for bundle in schedule]
-    if max(depths, default=0) > 2 or any(bundle.mxu for bundle in schedule):
+    deepest = max(depths, default=0)
+    if any(bundle.mxu for bundle in schedule):
+        rare = {i for region in skips_of(schedule) if len(region) >= SHORT for i in region}
+        every = sum(depth > 0 for depth in depths) - len(rare)
+        return Bundles(every, len(rare), [0], [0]) if deepest == 1 else None
+    if deepest > 2:
         return None
     runs = [len([*run]) for deep, run in itertools.groupby(depths, lambda d: d > 1) if deep]
     longest = max(runs, default=0)
