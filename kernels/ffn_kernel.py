@@ -30,6 +30,7 @@ from taskmoe.kernels.options import Activation, Experts, FFNOptions
 from taskmoe.kernels.platforms import chip
 from taskmoe.kernels.quantized import Quantized, nbytes, with_scales
 from taskmoe.kernels.quantized import itemsize as itemsize_of
+from taskmoe.kernels.visit_pipeline import Blocks, visits_call
 
 
 def cost(
@@ -176,21 +177,21 @@ def expert_ffn_mosaic(
     weight = itemsize_of(experts.w_in)
     t = options.tiling or tilings.ffn_tiling(m, d, f, e, matrices, itemsize, chip(), weight)
     walk = visit_blocks(groups, e, m, t.m)
-    grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
-        grid=(walk.num[0], pl.cdiv(f, t.n)),
+    blocks = Blocks(
+        grid=lambda walk: (walk.num[0], pl.cdiv(f, t.n)),
         in_specs=[pl.BlockSpec((t.m, d), rows_block), expert_blocks(experts, d, t.n)],
         out_specs=pl.BlockSpec((t.m, d), rows_block),
-        scratch_shapes=[pltpu.VMEM((t.m, d), jnp.float32)],
     )
-    call = pl.pallas_call(
+    return visits_call(
         functools.partial(kernel, activation=options.activation, hidden_size=f),
-        grid_spec=grid_spec,
+        blocks,
+        walk,
+        x,
+        with_rows(experts),
         out_shape=result_like(x, (m, d), x.dtype),
-        compiler_params=tilings.compiler_params(
-            ("arbitrary", "arbitrary"), tilings.ffn_vmem_bytes(t, matrices, itemsize, weight)
-        ),
+        scratch_shapes=[pltpu.VMEM((t.m, d), jnp.float32)],
+        semantics=("arbitrary", "arbitrary"),
+        vmem_bytes=tilings.ffn_vmem_bytes(t, matrices, itemsize, weight),
         cost_estimate=cost(m, d, f, e, matrices, itemsize, nbytes(experts[:3])),
         name="taskmoe_expert_ffn",
     )
-    return call(walk, x, with_rows(experts))

@@ -51,6 +51,7 @@ from taskmoe.kernels.options import ProductOptions
 from taskmoe.kernels.platforms import chip
 from taskmoe.kernels.quantized import Quantized, QuantizedRows, nbytes, with_scales
 from taskmoe.kernels.quantized import itemsize as itemsize_of
+from taskmoe.kernels.visit_pipeline import Blocks, visits_call
 
 #: Columns of one piece of a product.
 PIECE_COLUMNS = 256
@@ -211,35 +212,32 @@ def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> j
         dtype = jnp.dtype(jnp.bfloat16 if chip().generation > 3 else jnp.float32)
     t = options.tiling or tilings.gmm_tiling(m, k, n, e, itemsize, out_itemsize, chip(), held)
     walk = visit_blocks(groups, e, m, t.m)
-    blocks = rhs.blocks if isinstance(rhs, Quantized) else 0
-    mxu, scaled = chip().mxu_column_size, rhs.shape[1] // max(blocks, 1)
+    scale_blocks = rhs.blocks if isinstance(rhs, Quantized) else 0
+    mxu, scaled = chip().mxu_column_size, rhs.shape[1] // max(scale_blocks, 1)
     written = WRITTEN * 2 // max(dtype.itemsize, 2) * mxu
     if options.transpose_rhs:
         depth_pieces = pieces(t.k, mxu)
         column_pieces = within_scales(rhs, t.n, scaled, PIECE_COLUMNS)
         matrix = pl.BlockSpec((None, t.n, t.k), rhs_block_transposed)
-        scales = pl.BlockSpec((None, blocks, 1, t.k), scales_block_transposed)
+        scales = pl.BlockSpec((None, scale_blocks, 1, t.k), scales_block_transposed)
     else:
         depth_pieces = within_scales(rhs, t.k, scaled, mxu)
         column_pieces = pieces(t.n, PIECE_COLUMNS)
         matrix = pl.BlockSpec((None, t.k, t.n), rhs_block)
-        scales = pl.BlockSpec((None, blocks, 1, t.n), scales_block)
-    grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
-        grid=(pl.cdiv(n, t.n), walk.num[0], pl.cdiv(k, t.k)),
+        scales = pl.BlockSpec((None, scale_blocks, 1, t.n), scales_block)
+    blocks = Blocks(
+        grid=lambda walk: (pl.cdiv(n, t.n), walk.num[0], pl.cdiv(k, t.k)),
         in_specs=[
             with_scales(
                 lhs,
                 pl.BlockSpec((t.m, t.k), lhs_block),
-                pl.BlockSpec((t.m, blocks), lhs_scales_block),
+                pl.BlockSpec((t.m, scale_blocks), lhs_scales_block),
             ),
             with_scales(rhs, matrix, scales),
         ],
         out_specs=pl.BlockSpec((t.m, t.n), out_block),
-        scratch_shapes=[pltpu.VMEM((t.m, t.n), jnp.float32)] if t.k < k else [],
     )
-    vmem = tilings.gmm_vmem_bytes(t, k, itemsize, out_itemsize, held)
-    call = pl.pallas_call(
+    return visits_call(
         functools.partial(
             kernel,
             depth_size=k,
@@ -255,10 +253,14 @@ def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> j
             scaled_size=rhs.shape[1],
             dtype=dtype,
         ),
-        grid_spec=grid_spec,
+        blocks,
+        walk,
+        lhs,
+        rhs,
         out_shape=result_like(groups.sizes, (m, n), options.out_dtype),
-        compiler_params=tilings.compiler_params(("parallel", "arbitrary", "arbitrary"), vmem),
+        scratch_shapes=[pltpu.VMEM((t.m, t.n), jnp.float32)] if t.k < k else [],
+        semantics=("parallel", "arbitrary", "arbitrary"),
+        vmem_bytes=tilings.gmm_vmem_bytes(t, k, itemsize, out_itemsize, held),
         cost_estimate=cost(m, k, n, e, itemsize, out_itemsize, nbytes(rhs)),
         name="taskmoe_gmm",
     )
-    return call(walk, lhs, rhs)

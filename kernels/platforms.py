@@ -55,7 +55,8 @@ CHIPS = {
 }
 
 
-#: Whether what is traced is a `jax.vmap` of kernels for the interpreter.
+#: Whether what is traced is a `jax.vmap` of kernels, and whether it is one for the interpreter.
+lowering_a_batch = contextvars.ContextVar("lowering_a_batch", default=False)
 interpreting_a_batch = contextvars.ContextVar("interpreting_a_batch", default=False)
 #: The platform that an op is traced for, as JAX's lowering names it.
 lowered_for: contextvars.ContextVar[str] = contextvars.ContextVar("lowered_for", default="")
@@ -254,6 +255,7 @@ class Call:
         )
         with contextlib.ExitStack() as stack:
             stack.callback(lowered_for.reset, lowered_for.set(platform))
+            stack.callback(lowering_a_batch.reset, lowering_a_batch.set(bool(self.batches)))
             stack.enter_context(plain_settings())
             stack.enter_context(jax.default_matmul_precision(self.precision))
             if kernels:

@@ -26,6 +26,7 @@ from taskmoe.kernels.group_visits import Visit, Visits, part_sizes, visit_groups
 from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import ProductOptions
 from taskmoe.kernels.platforms import chip
+from taskmoe.kernels.visit_pipeline import Blocks, visits_call
 
 #: Rows of one piece of the result.
 PIECE_ROWS = 256
@@ -108,18 +109,15 @@ def tgmm_mosaic(
     itemsize, out_itemsize = lhs.dtype.itemsize, jnp.dtype(options.out_dtype).itemsize
     t = options.tiling or tilings.tgmm_tiling(m, k, n, e, itemsize, out_itemsize, chip())
     walk = visit_groups(groups, e, m, t.m)
-    grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
-        grid=(pl.cdiv(n, t.n), pl.cdiv(k, t.k), walk.num[0]),
+    blocks = Blocks(
+        grid=lambda walk: (pl.cdiv(n, t.n), pl.cdiv(k, t.k), walk.num[0]),
         in_specs=[pl.BlockSpec((t.m, t.k), lhs_block), pl.BlockSpec((t.m, t.n), grad_block)],
         out_specs=pl.BlockSpec((None, t.k, t.n), out_block),
-        scratch_shapes=[pltpu.VMEM((t.k, t.n), jnp.float32)],
     )
     depth_pieces = pieces(t.k, PIECE_ROWS)
     mxu = chip().mxu_column_size
     written = WRITTEN * 2 // max(itemsize, 2) * mxu**3 // (PIECE_ROWS * t.n)
-    vmem = tilings.tgmm_vmem_bytes(t, itemsize, out_itemsize)
-    call = pl.pallas_call(
+    return visits_call(
         functools.partial(
             kernel,
             depth_pieces=depth_pieces,
@@ -127,10 +125,14 @@ def tgmm_mosaic(
                 size: passes(depth_pieces, written // max(size, mxu)) for size in part_sizes(t.m)
             },
         ),
-        grid_spec=grid_spec,
+        blocks,
+        walk,
+        lhs,
+        grad,
         out_shape=result_like(lhs, (e, k, n), options.out_dtype),
-        compiler_params=tilings.compiler_params(("parallel", "arbitrary", "arbitrary"), vmem),
+        scratch_shapes=[pltpu.VMEM((t.k, t.n), jnp.float32)],
+        semantics=("parallel", "arbitrary", "arbitrary"),
+        vmem_bytes=tilings.tgmm_vmem_bytes(t, itemsize, out_itemsize),
         cost_estimate=cost(m, k, n, e, itemsize, out_itemsize),
         name="taskmoe_tgmm",
     )
-    return call(walk, lhs, grad)

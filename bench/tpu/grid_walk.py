@@ -28,6 +28,7 @@ from taskmoe.bench.tpu.schedule import VISITS
 from taskmoe.kernels import for_chip
 from taskmoe.kernels.group_visits import FFN_PART, TALLEST_PART, Visits, part_sizes
 from taskmoe.kernels.tiling import sublanes
+from taskmoe.kernels.visit_pipeline import pipeline
 
 #: Kernels that start a copy a row, and those whose tokens stay in VMEM.
 GATHERS = ("taskmoe_gather_rows", "taskmoe_row_dots")
@@ -114,13 +115,18 @@ def _record(
     kernel: Callable[..., None], out_shape: Any, options: dict[str, Any], operands: Any
 ) -> KernelCall:
     spec = options.get("grid_spec") or types.SimpleNamespace(**options)
-    grid = [int(size) for size in spec.grid]
     prefetched = getattr(spec, "num_scalar_prefetch", 0)
     scalars = jax.tree.map(np.asarray, operands[:prefetched])
+    keywords = getattr(kernel, "keywords", {})
+    if getattr(kernel, "func", None) is pipeline:
+        blocks = keywords["blocks"]
+        spec = types.SimpleNamespace(**vars(blocks) | {"grid": blocks.grid(scalars[0])})
+        keywords = getattr(keywords["kernel"], "keywords", {})
+    grid = [int(size) for size in spec.grid]
     is_spec: Any = lambda x: isinstance(x, pl.BlockSpec) or x is None  # noqa: E731
-    blocks = jax.tree.leaves([*spec.in_specs, spec.out_specs], is_leaf=is_spec)
+    specs = jax.tree.leaves([*spec.in_specs, spec.out_specs], is_leaf=is_spec)
     arrays = jax.tree.leaves([*operands[prefetched:], out_shape], is_leaf=lambda x: x is None)
-    pairs = [pair for pair in zip(blocks, arrays, strict=True) if pair[1] is not None]
+    pairs = [pair for pair in zip(specs, arrays, strict=True) if pair[1] is not None]
     by_hand = [block.memory_space in (pltpu.HBM, pl.ANY) for block, _ in pairs]
     walked = [
         walk_bytes(block, array, grid, scalars)
@@ -130,7 +136,7 @@ def _record(
     # The compiler names a kernel without a name after the function that it was called in.
     name = options.get("name") or getattr(kernel, "__qualname__", "kernel").split(".")[0]
     steps = math.prod(grid)
-    longest, others = _loops(name, grid, blocks, arrays)
+    longest, others = _loops(name, grid, specs, arrays)
     trips = Trips(steps, others, [longest or steps], [1])
     call = KernelCall(name, options.get("cost_estimate"), steps, sum(walked), any(by_hand), trips)
     if not scalars or not isinstance(scalars[0], Visits):
@@ -141,7 +147,7 @@ def _record(
     sizes = part_sizes(rows, FFN_PART if ffn else TALLEST_PART)
     parts = own_parts(scalars[0], rows, sizes, sublanes(array.dtype.itemsize))
     sweeps = steps // max(int(scalars[0].num[0]), 1)
-    passes = getattr(kernel, "keywords", {}).get("passes", {})
+    passes = keywords.get("passes", {})
     trips = Trips(
         steps,
         _results(name, last, grid, scalars, rows),
