@@ -54,7 +54,8 @@ BENCHMARKS = {
         {
             "ablation": "ablation",
             "ablation-multi30k": (
-                "ablation --changes dense,token --steps 5000 --data work/study-multi30k/set"
+                "ablation --changes dense,token,dense-seed,token-seed,dense-warm-up,warm-up"
+                " --steps 5000 --data work/study-multi30k/set"
             ),
         },
     ),
