@@ -39,7 +39,6 @@ from taskmoe.kernels.block_products import (
 )
 from taskmoe.kernels.checks import result_like
 from taskmoe.kernels.group_visits import (
-    TALLEST_PART,
     Visit,
     Visits,
     mixed_rows,
@@ -111,7 +110,6 @@ def kernel(
     *acc_ref: Any,
     depth_size: int,
     transpose_rhs: bool,
-    piece_rows: int,
     depth_pieces: Sequence[pl.Slice],
     column_pieces: Sequence[pl.Slice],
     passes: Mapping[int, int],
@@ -120,7 +118,7 @@ def kernel(
 ) -> None:
     """One visit at one depth. acc_ref is there when depth is cut.
 
-    piece_rows: of a product. depth_pieces, column_pieces: of a block of the matrix.
+    depth_pieces, column_pieces: of a block of the matrix; a product has all rows of a part.
     passes: over the columns, for each size of a part, see `each`.
     scaled_size: rows of `Quantized` matrices, which their blocks of scales divide. dtype: what is
     multiplied.
@@ -160,25 +158,22 @@ def kernel(
         return total
 
     def work(start: Any, size: int) -> None:
-        def each_piece(act: Callable[[Any, Any, Any], None]) -> None:
-            def of_columns(columns: Any) -> None:
-                for inside in pieces(size, piece_rows):
-                    part = pl.ds(start + inside.start, inside.size)
-                    act(part, columns, inside.start)
+        part = pl.ds(start, size)
 
-            each(column_pieces, passes[size], of_columns)
-
-        def store(part: Any, columns: Any, begin: Any) -> None:
+        def store(columns: Any) -> None:
             value = product(part, columns)
             if acc_ref:
                 value += acc_ref[0][part, columns]
-            visit.write(out_ref, value, part, columns, mixed - begin)
+            visit.write(out_ref, value, part, columns, mixed)
 
-        def init(part: Any, columns: Any, begin: Any) -> None:
+        def init(columns: Any) -> None:
             acc_ref[0][part, columns] = product(part, columns)
 
-        def accumulate(part: Any, columns: Any, begin: Any) -> None:
+        def accumulate(columns: Any) -> None:
             acc_ref[0][part, columns] += product(part, columns)
+
+        def each_piece(act: Callable[[Any], None]) -> None:
+            each(column_pieces, passes[size], act)
 
         if not acc_ref:
             each_piece(store)
@@ -242,8 +237,6 @@ def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> j
             kernel,
             depth_size=k,
             transpose_rhs=options.transpose_rhs,
-            # From generation 7 on sums lie in memory of the MXU: no product is too tall.
-            piece_rows=mxu if chip().generation < 7 else TALLEST_PART,
             depth_pieces=depth_pieces,
             column_pieces=column_pieces,
             passes={
