@@ -45,6 +45,11 @@ _LARGE = (
     "study work/study-large --data work/study-large/data"
     " --systems narrow,dense,token,target,token-target,static --quick"
 )
+_MODELS = (
+    "tpu --kernels --chips v5e,v6e,tpu7x --dtypes bf16"
+    " --ops top_k_gating,dispatch,combine,gmm,tgmm,expert_ffn_gated"
+    " --shapes mixtral,qwen3,deepseek-v3,gpt-oss,olmoe,nllb"
+)
 BENCHMARKS = {
     "demo": Benchmark("story.demo", {"demo": "demo"}),
     "study": Benchmark("story.study", {"study-multi30k": _STUDY}),
@@ -83,7 +88,9 @@ BENCHMARKS = {
     "ops-gpu": Benchmark(
         "ops", {"ops-gpu": "ops --quick --ops gmm,expert_ffn,moe_layer --shapes decode,qwen3,wmt"}
     ),
-    "kernels": Benchmark("tpu.kernels", {"kernels": "tpu --kernels --quick"}),
+    "kernels": Benchmark(
+        "tpu.kernels", {"kernels": "tpu --kernels --quick", "kernels-models": _MODELS}
+    ),
     "published": Benchmark("tpu.published", {"published": "tpu --published"}),
     "model": Benchmark("tpu.model", {"tpu-model": "tpu --model wmt"}),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,16 +15,73 @@ from taskmoe.bench.tpu.kernels import expert_bytes
 from taskmoe.bench.tpu.kernels.measure import Kernels, Row
 
 
-def view(result: Kernels) -> View:
+def view(*results: Kernels) -> View:
     """Every case; the exit code is 1 where one of our kernels did not compile."""
-    rows = sorted(result.kernels, key=_beside)
+    tables, charts, answers, findings, shares = [], [], [], [], []
+    failed = False
+    for result in results:
+        rows = sorted(result.kernels, key=_beside)
+        of, stem = _sizes(rows)
+        tables.append(_compiled(rows, of if len(results) > 1 else ""))
+        if result.expert_bytes:
+            tables.append(_bytes_table(result))
+            findings.append(
+                "A whole expert in one kernel moves hardly a byte beyond its floor, which at "
+                "decoding's sizes is the weights themselves."
+            )
+        reached: dict[str, list[float]] = {}
+        for r in rows:
+            if r.by == "taskmoe" and r.modelled_us:
+                reached.setdefault(f"{r.op} {r.direction}", []).append(_reached(r))
+        answers.append(_answer(reached, of))
+        findings += _beside_tokamax(rows)
+        charts.append(
+            Chart(stem, f"Kernels against the roofline, {of}", functools.partial(_chart, result))
+        )
+        shares += [
+            (of, name, f"{min(s):.0%}", f"{np.median(s):.0%}", f"{max(s):.0%}")
+            for name, s in reached.items()
+        ]
+        failed |= any(r.error for r in rows if r.by == "taskmoe" and not r.is_too_large)
+    about = (
+        "Compiled for TPUs that were not there. Schedules are the compiler's; bytes and times are "
+        "modelled."
+    )
+    short = Table(
+        "Share of the roofline (modelled)", ("sizes", "kernel", "least", "median", "most"), shares
+    )
+    return View(" ".join(answers), about, tables, charts, findings, short, int(failed))
+
+
+def _sizes(rows: list[Row]) -> tuple[str, str]:
+    """Whose sizes these are, and the stem of their chart."""
+    shapes = list(dict.fromkeys(r.shape for r in rows))
+    if len(shapes) > 1:
+        return f"{len(shapes)} models' sizes", "kernels-models"
+    return "the WMT model's size", "kernels"
+
+
+def _answer(reached: dict[str, list[float]], of: str) -> str:
+    """reached: shares of the roofline by kernel."""
+    if not reached:
+        return "No kernel of ours was modelled."
+    every = [share for shares in reached.values() for share in shares]
+    least = min(reached, key=lambda name: min(reached[name]))
+    return (
+        f"By the model our kernels reach {min(every):.0%} to {max(every):.0%} of the roofline at "
+        f"{of}, half of them {np.median(every):.0%} or more; {least} reaches the least."
+    )
+
+
+def _compiled(rows: list[Row], of: str) -> Table:
+    """A row a case. of: what else the title says."""
     headings = (
         *("op", "direction", "by", "chip", "dtype", "shape", "compiled", "VMEM MiB", "bundles"),
         *("MXU filled", "spills", "run", "modelled MB", "over floor", "outside", "modelled µs"),
         *("roofline µs",),
     )
-    compiled = Table(
-        "Kernels compiled ahead of time (modelled)",
+    return Table(
+        f"Kernels compiled ahead of time{of and ', ' + of} (modelled)",
         headings,
         [
             (r.op, r.direction, r.by, r.chip, r.dtype, r.shape, *_figures(r), *[""] * 10)[:17]
@@ -32,9 +90,8 @@ def view(result: Kernels) -> View:
         "Bundles, MXU slots and spills (vector spills and fills) are of the main loops of the "
         "case's kernels, added up; VMEM is the largest. Run: bundles of all regions, times how "
         "often each runs, without the kernel that finds the visits. Bytes and times are modelled: "
-        "bytes "
-        "by walking the grid (copies made by hand as declared), time as the larger of bytes at "
-        "the HBM's rate and work, plus the cycles outside the kernels: XLA's, and those of the "
+        "bytes by walking the grid (copies made by hand as declared), time as the larger of bytes "
+        "at the HBM's rate and work, plus the cycles outside the kernels: XLA's, and those of the "
         "kernel that finds the visits. Work: the bundles of each region times how often it "
         "runs, partial blocks and copies of single rows included, or the FLOPs executed at the "
         "bf16 peak times the share of MXU slots filled, if that is more. Floor: arguments and "
@@ -42,44 +99,6 @@ def view(result: Kernels) -> View:
         "compiled with the tiling that it takes untuned; its bundles are counted by the same "
         "group sizes, its bytes are not.",
     )
-    tables = [compiled]
-    if result.expert_bytes:
-        tables.append(_bytes_table(result))
-    reached: dict[str, list[float]] = {}
-    for r in rows:
-        if r.by == "taskmoe" and r.modelled_us:
-            reached.setdefault(r.op, []).append(_reached(r))
-    shapes = list(dict.fromkeys(r.shape for r in rows))
-    of = f"{len(shapes)} models' sizes" if len(shapes) > 1 else "the WMT model's size"
-    answer = "No kernel of ours was modelled."
-    if reached:
-        whole = [share for shares in reached.values() for share in shares]
-        least = min(reached, key=lambda name: min(reached[name]))
-        answer = (
-            f"By the model our kernels reach {min(whole):.0%} to {max(whole):.0%} of the roofline "
-            f"at {of}, half of them {np.median(whole):.0%} or more; {least} reaches the least."
-        )
-    short = Table(
-        "Share of the roofline",
-        ("kernel", "least", "median", "most"),
-        [
-            (name, f"{min(s):.0%}", f"{np.median(s):.0%}", f"{max(s):.0%}")
-            for name, s in reached.items()
-        ],
-    )
-    findings = [
-        "A whole expert in one kernel moves hardly a byte beyond its floor, which at decoding's "
-        "sizes is the weights themselves."
-    ] * bool(result.expert_bytes)
-    findings += _beside_tokamax(rows)
-    about = (
-        "Compiled for TPUs that were not there. Schedules are the compiler's; bytes and times are "
-        "modelled."
-    )
-    name = "kernels-models" if len(shapes) > 1 else "kernels"
-    chart = Chart(name, "Kernels against the roofline", lambda: _chart(result))
-    failed = any(r.error for r in rows if r.by == "taskmoe" and not r.is_too_large)
-    return View(answer, about, tables, [chart], findings, short, int(failed))
 
 
 def _reached(r: Row) -> float:
