@@ -9,7 +9,7 @@ import pytest
 from taskmoe.bench.tpu import grid_walk, regions, schedule
 from taskmoe.bench.tpu.grid_walk import own_parts
 from taskmoe.bench.tpu.regions import Bundle, Bundles, Trips
-from taskmoe.kernels import dispatch, gmm, tgmm
+from taskmoe.kernels import dispatch, gmm, tgmm, top_k_gating
 from taskmoe.kernels.group_visits import Visits
 from taskmoe.kernels.tiling import Tiling
 
@@ -102,6 +102,21 @@ def test_steps_that_start_copies_by_hand() -> None:
     assert found == Bundles(step=45, result=32, parts=[91], inner=[0])
     assert regions.of_steps([*schedule, *plain(1, mxu=1)]) is None
     assert regions.of_steps([*schedule, *plain(1, depth=3)]) is None
+
+
+def test_what_branches_skip_in_gating_is_rare_by_hand() -> None:
+    schedule = [*plain(9, mxu=1), *skip(1), *plain(40), *label(1), *plain(5), *skip(2), *plain(7)]
+    found = regions.of_steps([*plain(3, depth=0), *schedule, *label(2)])
+    # The 7 are too few to count apart: they are part of every step.
+    assert found == Bundles(step=9 + 1 + 1 + 5 + 1 + 7 + 1, result=40, parts=[0], inner=[0])
+    with grid_walk.recording("v5e") as calls:
+        top_k_gating(jnp.zeros((1300, 16)), 2, implementation="mosaic")
+    gating, slots = calls
+    assert (gating.trips.step, gating.trips.result) == (3, 1)
+    assert found.run(gating.trips) == 3 * found.step + 40
+    assert slots.steps == 1
+    loops = [*plain(9, mxu=1), *plain(4, depth=2)]
+    assert regions.of_steps(loops) is None  # nothing says how often they run
 
 
 def test_trips_of_dispatch_by_hand() -> None:

@@ -15,8 +15,10 @@ from taskmoe.bench.__main__ import main
 from taskmoe.bench.harness.worker import Died
 from taskmoe.bench.tpu import across, grid_walk
 from taskmoe.bench.tpu import cases as kernel_cases
-from taskmoe.bench.tpu.compiler import Compiled, death_note
+from taskmoe.bench.tpu.compiler import Compiled, Kernel, death_note
 from taskmoe.bench.tpu.kernels import expert_bytes, worker
+from taskmoe.bench.tpu.kernels.measure import Kernels, Row
+from taskmoe.bench.tpu.kernels.view import view
 from taskmoe.cli.errors import InputError
 from taskmoe.kernels import expert_ffn, gmm, quantize, quantized
 from taskmoe.kernels.tiling import Tiling
@@ -107,6 +109,37 @@ def test_expert_ffn_moves_hardly_more_than_the_floor_and_a_fault_shows() -> None
     least = quantized.nbytes(w_in, w_out) + 2 * x.nbytes
     assert moved(16, 512) <= 1.05 * least
     assert moved(16, 128) > 1.05 * least
+
+
+def test_a_pipeline_inside_moves_what_its_blocks_do() -> None:
+    x, w = jnp.zeros((64, 128), jnp.bfloat16), jnp.zeros((4, 128, 256), jnp.bfloat16)
+    sizes, tiling = jnp.asarray([24, 0, 40, 0], jnp.int32), Tiling(16, 128, 128)
+    moved = {}
+    for chip in ("v4", "v6e"):  # a grid, and a pipeline
+        with grid_walk.recording(chip) as calls:
+            gmm(x, w, sizes, tiling=tiling, implementation="mosaic")
+        moved[chip] = (calls[1].moved_bytes, calls[1].steps, calls[1].trips)
+    assert moved["v4"] == moved["v6e"]
+
+
+def test_two_results_are_told_apart() -> None:
+    def result(*shapes: str) -> Kernels:
+        case: Any = {"op": "gmm", "by": "taskmoe", "direction": "forward", "chip": V5E}
+        kernel = Kernel("taskmoe_gmm", 90, 80, {"MXU": 0.5}, 0)
+        rows = [
+            Row(**case, dtype="bf16", shape=shape, compile_s=1.0, kernels=[kernel], modelled_us=4.0,
+                roofline_us=share)
+            for shape, share in zip(shapes, (1.0, 2.0), strict=False)
+        ]  # fmt: skip
+        return Kernels({}, rows, [])
+
+    both = view(result("wmt"), result("mixtral", "qwen3"))
+    assert both.short is not None
+    assert [row[0] for row in both.short.rows] == ["the WMT model's size", "2 models' sizes"]
+    assert [row[2:] for row in both.short.rows] == [("25%", "25%", "25%"), ("25%", "38%", "50%")]
+    assert [chart.name for chart in both.charts] == ["kernels", "kernels-models"]
+    assert "25% to 50% of the roofline at 2 models' sizes" in both.answer
+    assert both.code == 0
 
 
 def test_recording_leaves_nothing_behind() -> None:
