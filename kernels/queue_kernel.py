@@ -46,6 +46,9 @@ def only(valid: jax.Array | None, x: Any, other: Any) -> Any:
 
 def look_up(table: Sequence[jax.Array], index: jax.Array) -> jax.Array:
     """table[j, index[j, t]] of a table [k, E], in parts of 128 columns, and indices [k, 128]."""
+    if len(index) == 1:  # Mosaic refuses to gather from a single row
+        both = [jnp.concatenate([x, x]) for x in (index, *table)]
+        return look_up(both[1:], both[0])[:1]
     lane = index & (tilings.LANES - 1)
     value: Any = None
     for i, part in enumerate(table):

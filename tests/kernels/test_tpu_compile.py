@@ -8,6 +8,7 @@ it does not compile, each op is compiled by itself, so that the error names the 
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -137,7 +138,16 @@ def test_compiles_forward_and_backward(chip: str, dtype: Any, size: tuple[int, .
     movers = ("gather_rows", "row_dots") if chip == "v3" else ("take_rows", "add_rows")
     for kernel in ("top_k_gating_backward", *movers, "visits", "gmm", "tgmm"):
         assert f"taskmoe_{kernel}" in text
-    assert ("taskmoe_queue_slots" in text) == (chip != "v3")  # v3 cannot look up lanes
+
+
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(4096, 32, 2), (300, 300, 11), (9, 5, 1)])
+@pytest.mark.parametrize("chip", sorted({chip for chip, _ in CHIPS}))
+def test_queues_are_found_in_kernels(chip: str, tokens: int, experts: int, k: int) -> None:
+    logits = jax.ShapeDtypeStruct((tokens, experts), jnp.float32)
+    text = compiled(chip, lambda x: top_k_gating(x, k), logits)
+    looks_up = chip != "v3"  # which has XLA's gating
+    assert bool(re.search(r"taskmoe_top_k_gating\b", text)) == looks_up
+    assert ("taskmoe_queue_slots" in text) == (looks_up and k > 1)
 
 
 @pytest.mark.parametrize("chip", ["v4", "v5e"])
