@@ -94,7 +94,7 @@ def top_k_gating_reference(
         "sqrt_softplus": lambda z: jnp.sqrt(softplus(z)),
     }[router.scores]
     choice = known if by_logit(router, bias) else scores(known)
-    choice = choice if bias is None else choice + bias
+    choice = choice if bias is None else jnp.maximum(choice + bias, lowest)
     grouped = choice.reshape(-1, router.groups, num_experts // router.groups)
     best = jnp.sort(grouped, axis=2)[:, :, ::-1]
     judged = best[:, :, 0] if router.group_score == "max" else best[:, :, :2].sum(2)
@@ -337,7 +337,7 @@ def top_k_gating(
 
     or by another `Router`.
 
-    logits: [T, E] bf16|f32, gate logits; scores are taken in f32.
+    logits: [T, E] bf16|f32, gate logits; scores are taken in f32. On TPU T is below 2**24.
     top_k: experts a token, 1 <= top_k <= E. Ties go to the lower expert index.
     valid: [T] bool, False at padding, which gets weight 0, joins no queue and counts nowhere;
       what its logits hold, NaN included, is never looked at. None means all valid.
@@ -346,7 +346,7 @@ def top_k_gating(
       logits. With top_k=1 its weight is always 1, and has no gradient: a `Router` that does not
       normalise, such as `ROUTERS["switch"]`, gives it one.
     bias: [E] f32, added to the scores where experts are chosen, and nowhere else: for balancing
-      without a loss. It gets no gradient.
+      without a loss. It gets no gradient. -inf: chosen last, the lower index first.
     implementation: "mosaic" (Pallas TPU), "xla", "reference" or None (by the platform that is
       lowered for).
 

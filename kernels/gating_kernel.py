@@ -5,12 +5,13 @@
 Tokens lie along lanes and experts along sublanes ([E, T]), so that few experts waste no lanes and
 maxima over experts are plain vector operations. The grid walks blocks of tokens in order. The k
 largest are found one after the other, each by a tournament of registers that carries the index
-along. Places inside a block are prefix sums, a product with a triangular matrix on the MXU, exact
-because counts below 2^24 are whole numbers in f32. Counts so far stay in VMEM with experts along
-lanes, where a register's lanes are looked up by index; all first choices come before any second, so
-a second kernel adds the counts of earlier choices once all are known.
+along. Places are counted in windows of 32 tokens, see `queue_kernel`; what each window has of each
+expert is a product on the MXU, exact because counts below 2^24 are whole numbers in f32. Counts so
+far stay in VMEM with experts along lanes. All first choices come before any second, so a second
+kernel adds the counts of earlier choices once all are known.
 
-VMEM: two buffers of logits [E, block] and of a few [k, block] rows; the triangle [block, block].
+VMEM: two buffers of logits [E, block] and of a few [k, block] rows, and what does not stay in
+registers of a dozen [E, block] values; the counts of a block's windows [k * block / 32, E].
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ from taskmoe.kernels.router import (
 BLOCK = 512
 
 
-def cost(tokens: int, num_experts: int, top_k: int, itemsize: int) -> pl.CostEstimate:
-    """FLOPs and bytes of either direction; the product that counts windows has most."""
+def cost(tokens: int, num_experts: int, top_k: int, itemsize: int, flops: int) -> pl.CostEstimate:
+    """Bytes of either direction, beside its FLOPs for a token and an expert."""
     return pl.CostEstimate(
-        flops=2 * top_k * tokens * num_experts * (BLOCK // WINDOW),
+        flops=flops * tokens * num_experts,
         bytes_accessed=tokens * (num_experts * itemsize + (3 * top_k + 1) * 4),
         transcendentals=2 * tokens * num_experts,
     )
@@ -123,9 +124,14 @@ def _winner(x: jax.Array, first: int, end: int) -> tuple[jax.Array, Any]:
 
 def turned(x: jax.Array) -> jax.Array:
     """A row [1, E] as a column [E, 1], or a column as a row."""
-    size = max(x.shape)
-    up, along = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-    return jnp.sum(jnp.where(up == along, x, 0), axis=int(x.shape[0] == 1), keepdims=True)
+    is_row = x.shape[0] == 1
+    parts = []
+    for part in lane_parts(max(x.shape)):
+        piece = x[:, part] if is_row else x[part]
+        shape = (part.stop - part.start,) * 2
+        up, along = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        parts.append(jnp.sum(jnp.where(up == along, piece, 0), axis=int(is_row), keepdims=True))
+    return jnp.concatenate(parts, axis=int(not is_row))
 
 
 def kernel(
@@ -270,7 +276,7 @@ def backward_kernel(
 
 
 def block_tokens(tokens: int, num_experts: int) -> int:
-    """Tokens a block: as many as fit with a dozen [E, block] values, or fewer where tokens are."""
+    """Tokens a block: as many as fit with a dozen [E, block] values, and no more than there are."""
     block, budget = BLOCK, tilings.vmem_budget_bytes(chip())
     while block > tilings.LANES and num_experts * block * 4 * 12 > budget:
         block //= 2
@@ -318,7 +324,10 @@ def gating_mosaic(
             pltpu.VMEM((2, block), jnp.float32),
         ],
         compiler_params=tilings.compiler_params(("arbitrary",), num_experts * block * 48),
-        cost_estimate=cost(tokens, num_experts, top_k, logits.dtype.itemsize),
+        # The product that counts windows has most.
+        cost_estimate=cost(
+            tokens, num_experts, top_k, logits.dtype.itemsize, 2 * top_k * block // WINDOW
+        ),
         name="taskmoe_top_k_gating",
     )
     chosen, weights, slots, counts, probs, z = call(
@@ -368,7 +377,7 @@ def gating_backward_mosaic(
         out_specs=values,
         out_shape=result_like(logits, (num_experts, tokens), logits.dtype),
         compiler_params=tilings.compiler_params(("parallel",), num_experts * block * 48),
-        cost_estimate=cost(tokens, num_experts, top_k, logits.dtype.itemsize),
+        cost_estimate=cost(tokens, num_experts, top_k, logits.dtype.itemsize, 2 * top_k + 10),
         name="taskmoe_top_k_gating_backward",
     )
     return call(

@@ -25,7 +25,7 @@ ROWS = 8
 WINDOW = 32
 #: The first TPU whose registers' lanes can be looked up by index. On TPU v3 gating is XLA's.
 LOOKS_UP = 4
-#: Most tokens a block of the kernel that adds the counts of earlier choices.
+#: Most tokens in a block of the kernel that adds the counts of earlier choices.
 BLOCK = 2048
 
 
@@ -40,7 +40,7 @@ def whole_block(step: Any) -> tuple[Any, ...]:
 
 
 def only(valid: jax.Array | None, x: Any, other: Any) -> Any:
-    """What valid tokens have, and the other value elsewhere."""
+    """x of valid tokens, which None says all are, and the other value elsewhere."""
     return x if valid is None else jnp.where(valid, x, other)
 
 

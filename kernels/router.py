@@ -171,9 +171,12 @@ def by_logit(router: Router, bias: Any) -> bool:
 
 
 def choice_scores(router: Router, z: jax.Array, softmax: Denominator, bias: Any) -> jax.Array:
-    """What experts are chosen by, groups apart; logits have NaN replaced by the lowest number."""
+    """What experts are chosen by, groups apart; logits have NaN replaced by the lowest number.
+
+    A bias of -inf counts as the lowest number, which lies above the mark of those already chosen.
+    """
     choice = z if by_logit(router, bias) else score(router, z, softmax)
-    return choice if bias is None else choice + bias
+    return choice if bias is None else jnp.maximum(choice + bias, jnp.finfo(choice.dtype).min)
 
 
 def weigh(router: Router, chosen: list[jax.Array], softmax: Denominator) -> list[jax.Array]:

@@ -152,7 +152,7 @@ def of_steps(schedule: Sequence[Bundle]) -> Bundles | None:
     """The regions of a kernel that works on no parts: all that lies in the loop over the grid.
 
     parts: one run of its longest inner loop. result: one of each other one. Of a kernel that has
-    products, result is what branches skip: all steps but the first or the last.
+    products, result is what branches skip at all steps but the first or the last.
     None where a kernel has inner loops of inner loops, of which nothing says how often they run.
     """
     depths = [bundle.depth for bundle in schedule]

@@ -250,6 +250,15 @@ def test_a_bias_chooses_and_does_not_weigh(implementation: str) -> None:
     assert not slope.any()
 
 
+@pytest.mark.parametrize("implementation", ALL)
+def test_a_bias_of_minus_infinity_chooses_last(implementation: str) -> None:
+    bias = jnp.asarray([-jnp.inf, 0.5, -jnp.inf, -jnp.inf, 0.0, -jnp.inf, -jnp.inf, -jnp.inf])
+    router = Router("sigmoid")
+    f = lambda x: top_k_gating(x, 4, router=router, bias=bias, implementation=implementation)  # noqa: E731
+    gating = support.call(implementation, f, jnp.zeros((5, 8)))
+    np.testing.assert_array_equal(gating.experts, [[1, 4, 0, 2]] * 5)
+
+
 def test_what_a_router_must_be() -> None:
     for field, value in (("scores", "tanh"), ("group_score", "mean"), ("scale", 0.0)):
         with pytest.raises(ValueError, match=field):
