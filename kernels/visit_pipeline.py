@@ -105,7 +105,8 @@ def pipeline(walk: Visits, *refs: Any, kernel: Callable[..., None], blocks: Bloc
         in_specs=bound(list(blocks.in_specs)),
         out_specs=bound(blocks.out_specs),
     )
-    pipelined(*leaves)
+    with jax.disable_jit(False):  # its loop carries buffers, as a traced one alone can
+        pipelined(*leaves)
 
 
 def _stay_in_hbm(x: jax.Array) -> jax.Array:

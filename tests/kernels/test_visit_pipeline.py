@@ -130,6 +130,18 @@ def test_cores_share_a_grid(pipelines: list[str], monkeypatch: pytest.MonkeyPatc
     assert not pipelines
 
 
+def test_without_jit(pipelines: list[str]) -> None:
+    lhs, rhs = support.normal(0, (64, 128)), support.normal(1, (2, 128, 128))
+    sizes = jnp.asarray([20, 40], jnp.int32)
+    f = lambda: np.asarray(gmm(lhs, rhs, sizes, implementation="mosaic"))  # noqa: E731
+    with for_chip("tpu7x"), support.running("mosaic"):
+        want = f()
+        pipelines.clear()
+        with jax.disable_jit():
+            np.testing.assert_array_equal(f(), want)
+    assert pipelines
+
+
 def test_batches_have_a_grid(pipelines: list[str]) -> None:
     lhs, rhs = support.normal(0, (2, 64, 128)), support.normal(1, (2, 128, 128))
     sizes = jnp.asarray([[20, 44], [64, 0]], jnp.int32)
