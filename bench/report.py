@@ -70,6 +70,7 @@ BENCHMARKS = {
         "serving.serve",
         {
             "serve": "serve",
+            "serve-words": "serve --words 2000",
             "serve-text": "serve --model work/sub-de --text demo-report/work/corpus/test.en-de.en",
         },
     ),

@@ -30,6 +30,7 @@ from taskmoe.moe.exchange import STRATEGIES
 from taskmoe.moe.travel import all_to_all
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model import transformer
+from taskmoe.wmt.model.ranking import most_likely
 from taskmoe.wmt.model.transformer import Params
 from taskmoe.wmt.text.tokenizer import BOS, PAD
 
@@ -157,7 +158,7 @@ def decode(
         logits, cache = transformer.decode_step(
             params, config, cache, valid, token, position, task, mesh=mesh, strategy=strategy
         )
-        chosen = transformer.most_likely(logits)
+        chosen, _ = most_likely(logits)
         return (chosen, cache), (chosen, logits if keep_logits else None)
 
     start = (token if given is None else given[0], cache)

@@ -106,6 +106,7 @@ def both(
     """What one program finds, and what is found where sentences come and leave."""
     options = how._asdict()
     options |= options.pop("on")._asdict()
+    del options["scored"]  # which this program always is
     whole = jax.jit(functools.partial(search_n_best, config=config, **options))
     want = whole(params, source=source, tasks=tasks)
     sentences = Sentences(ids_of(source), [how.max_length] * len(source), tasks)
@@ -142,6 +143,20 @@ def test_what_is_found_is_what_one_program_finds(
     assert sizes == sorted(sizes, reverse=True)
     assert all(n == rows or n & (n - 1) == 0 for n in sizes)
     assert rows == 1 or sizes[-1] < rows
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_greedy_search_without_scores_finds_the_same(beam: int) -> None:
+    how = Search(max_length=40, beam=beam)
+    (ids, scores), _ = both(ending(CONFIG), CONFIG, how, sources(7))
+    sentences = Sentences(ids_of(sources(7)), [40] * 7, NO_TASKS)
+    unscored = how._replace(scored=False)
+    got_ids, got_scores = together(ending(CONFIG), CONFIG, unscored, sentences, Keep(7))
+    np.testing.assert_array_equal(got_ids, ids)
+    if beam == 1:
+        assert (got_scores == 0).all()
+    else:  # which has to know them
+        np.testing.assert_allclose(got_scores, scores, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("beam", "n_best"), [(1, 1), (4, 2)])

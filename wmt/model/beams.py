@@ -16,15 +16,8 @@ from jax.typing import ArrayLike
 
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model.cache import Cache
-from taskmoe.wmt.model.ranking import best_continuations
-from taskmoe.wmt.model.transformer import (
-    Params,
-    Tasks,
-    decode_step,
-    encode,
-    most_likely,
-    start_cache,
-)
+from taskmoe.wmt.model.ranking import best_continuations, most_likely
+from taskmoe.wmt.model.transformer import Params, Tasks, decode_step, encode, start_cache
 from taskmoe.wmt.text.tokenizer import BOS, EOS, PAD
 
 _NEVER = -1e9  # log probability of what must not be chosen; finite, so that sums stay numbers
@@ -42,13 +35,17 @@ HERE = Spread()
 
 
 class Search(NamedTuple):
-    """How to search, all of it static: as the arguments of `decoding.search_n_best`."""
+    """How to search, all of it static: as the arguments of `decoding.search_n_best`.
+
+    scored: whether greedy search gives scores; else they are 0, and no word's exponential is taken.
+    """
 
     max_length: int
     beam: int = 1
     alpha: float = 0.6
     n_best: int = 1
     on: Spread = HERE
+    scored: bool = True
 
     def penalty(self, length: Any) -> Any:
         """What log probabilities of hypotheses of so many tokens are divided by."""
@@ -221,8 +218,7 @@ def _with_next(ids: jax.Array, b: Batch, words: jax.Array) -> jax.Array:
 
 def _greedy_step(params: Params, config: ModelConfig, how: Search, b: Batch) -> Batch:
     logits, cache = _logits(params, config, how, b, ~b.ended)
-    chosen = most_likely(logits)
-    gain = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    chosen, gain = most_likely(logits)
     chosen = jnp.where(b.ended, PAD, chosen)
     ended = b.ended | (chosen == EOS)
     if b.limit is not None:
@@ -232,7 +228,7 @@ def _greedy_step(params: Params, config: ModelConfig, how: Search, b: Batch) -> 
         ended=ended,
         cache=cache,
         live=_with_next(b.live, b, chosen[:, None]),
-        score=b.score + jnp.where(b.ended, 0, gain)[:, None],
+        score=b.score + jnp.where(b.ended, 0, gain)[:, None] if how.scored else b.score,
     )
 
 

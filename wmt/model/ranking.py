@@ -1,11 +1,29 @@
-"""The best continuations of a sentence's hypotheses, without sorting the vocabulary."""
+"""The best words of hypotheses, without sorting the vocabulary.
+
+All that is asked of the logits is first asked of blocks of words, so that XLA reads them once; one
+or a few blocks are then looked at word by word.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-BLOCK = 64  # words whose maximum is ranked in their stead
+BLOCK = 64  # words of a block at most
+
+
+def most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Index of the largest of logits [R, V], the first of equals, and its log probability.
+
+    [R] i32 and [R] f32. As maxima and searches for them, which XLA's CPU code vectorises; its
+    argmax it does not. Both must see the same numbers: XLA may compute the softmax's product twice,
+    rounded otherwise.
+    """
+    blocks = _blocks(jax.lax.optimization_barrier(logits))
+    most = _maxima(blocks)
+    block = _first_largest(most)
+    words = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * blocks.shape[2] + _first_largest(words), -_log_sum(blocks, most)
 
 
 def best_continuations(
@@ -22,40 +40,59 @@ def best_continuations(
     keeps their order, so that maxima can be taken before it.
     """
     batch, beam = scores.shape
-    vocab = logits.shape[1]
-    most = _block_maxima(logits)
-    top = jnp.max(most, axis=1)
-    total = jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=1))
+    split = _blocks(logits)
+    blocks, width = split.shape[1:]
+    most = _maxima(split)
+    top, total = jnp.max(most, axis=1), _log_sum(split, most)
+    first = jnp.arange(batch)[:, None] * beam
 
     def ranked(values: jax.Array, rows: jax.Array) -> jax.Array:
-        """Log probabilities of continuations from their logits [B, N] and rows [B, N]."""
+        """Log probabilities of continuations from their logits and rows, [B, N] or [B, N, 1]."""
         return scores.reshape(-1)[rows] + (values - top[rows] - total[rows])
 
-    first = jnp.arange(batch)[:, None] * beam
-    blocks = most.shape[1]
+    chosen = jnp.broadcast_to(jnp.arange(beam * blocks), (batch, beam * blocks))
     if beam * blocks > count:
-        rows = first + jnp.arange(beam * blocks) // blocks
-        _, chosen = jax.lax.top_k(ranked(most.reshape(batch, -1), rows), count)
-        chosen = jnp.sort(chosen, axis=1)  # equals keep their order
-        word = (chosen % blocks * BLOCK)[:, :, None] + jnp.arange(BLOCK)
-        rows = jnp.broadcast_to((first + chosen // blocks)[:, :, None], word.shape)
-        word, rows = word.reshape(batch, -1), rows.reshape(batch, -1)
-    else:
-        every = jnp.arange(beam * vocab)
-        word = jnp.broadcast_to(every % vocab, (batch, beam * vocab))
-        rows = first + every // vocab
-    values = logits[rows, jnp.minimum(word, vocab - 1)]
-    found = jnp.where(word < vocab, ranked(values, rows), -jnp.inf)
-    score, at = jax.lax.top_k(found, count)
-    origin = jnp.take_along_axis(rows - first, at, axis=1)
-    return score, origin.astype(jnp.int32), jnp.take_along_axis(word, at, axis=1).astype(jnp.int32)
+        maxima = ranked(most.reshape(batch, -1), first + chosen // blocks)
+        chosen = jnp.sort(jax.lax.top_k(maxima, count)[1], axis=1)  # equals keep their order
+    origin, block = chosen // blocks, chosen % blocks
+    # Out of the blocks, not the logits: XLA would compute these twice, for each shape.
+    values = split[first + origin, block]
+    found = ranked(values, (first + origin)[:, :, None])
+    score, at = jax.lax.top_k(found.reshape(batch, -1), count)
+    origin, block = (jnp.take_along_axis(x, at // width, axis=1) for x in (origin, block))
+    return score, origin.astype(jnp.int32), (block * width + at % width).astype(jnp.int32)
 
 
-def _block_maxima(logits: jax.Array) -> jax.Array:
-    """Maximum of each block of words, the last of which may be shorter: [B*K, ceil(V/BLOCK)]."""
+def _blocks(logits: jax.Array) -> jax.Array:
+    """Logits [R, V] by blocks of words, -inf behind the last word: [R, blocks, words]."""
     rows, vocab = logits.shape
-    whole = vocab // BLOCK * BLOCK
-    parts = [jnp.max(logits[:, :whole].reshape(rows, -1, BLOCK), axis=2)]
-    if whole < vocab:
-        parts.append(jnp.max(logits[:, whole:], axis=1, keepdims=True))
-    return jnp.concatenate(parts, axis=1)
+    # Padding copies all logits.
+    width = next((w for w in range(BLOCK, BLOCK // 2, -1) if vocab % w == 0), BLOCK)
+    padded = jnp.pad(logits, ((0, 0), (0, -vocab % width)), constant_values=-jnp.inf)
+    return padded.reshape(rows, -1, width)
+
+
+def _maxima(blocks: jax.Array) -> jax.Array:
+    """Of logits by blocks: [R, blocks].
+
+    Behind a barrier: XLA would take a row's maximum from all its logits once more, not from these.
+    """
+    return jax.lax.optimization_barrier(jnp.max(blocks, axis=2))
+
+
+def _first_largest(x: jax.Array) -> jax.Array:
+    """Index of the largest of x [R, N], the first of equals: [R] i32."""
+    index = jnp.arange(x.shape[1], dtype=jnp.int32)
+    largest = jnp.max(x, axis=1, keepdims=True)
+    return jnp.min(jnp.where(x == largest, index, x.shape[1] - 1), axis=1)
+
+
+def _log_sum(blocks: jax.Array, most: jax.Array) -> jax.Array:
+    """Log of the sum of exponentials relative to a row's maximum, of logits by blocks: [R].
+
+    most: [R, blocks], maxima. A block's exponentials are taken relative to its own maximum first:
+    XLA then sums them while it has the block at hand, in half the time with 64,000 words on CPU.
+    """
+    sums = jnp.sum(jnp.exp(blocks - most[:, :, None]), axis=2)
+    top = jnp.max(most, axis=1, keepdims=True)
+    return jnp.log(jnp.sum(sums * jnp.exp(most - top), axis=1))

@@ -339,18 +339,6 @@ def with_softmax(params: Params) -> Params:
     return params if "softmax" in params else params | {"softmax": transposed(params["embedding"])}
 
 
-def most_likely(logits: jax.Array) -> jax.Array:
-    """Index of the largest of logits [..., V], the first of equals: [...] i32.
-
-    As a maximum and a search for it, which XLA's CPU code vectorises; its argmax it does not. Both
-    must see the same numbers: XLA may compute the softmax's product twice, rounded otherwise.
-    """
-    logits = jax.lax.optimization_barrier(logits)
-    best = jnp.max(logits, axis=-1, keepdims=True)
-    index = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    return jnp.min(jnp.where(logits == best, index, logits.shape[-1] - 1), axis=-1)
-
-
 def _target_embedding(params: Params) -> Any:
     return params["target_embedding" if "target_embedding" in params else "embedding"]
 

@@ -84,7 +84,9 @@ def translate(
     spread: a mesh over which the model's experts lie, see `parallel.spread_model`.
     Raises InputError for a direction that the model cannot translate.
     """
-    found = translate_n_best(model, requests, decoding, 1, progress, note, before, spread)
+    found = translate_n_best(
+        model, requests, decoding, 1, progress, note, before, spread, scored=False
+    )
     return [best[0].text if best else "" for best in found]
 
 
@@ -97,9 +99,11 @@ def translate_n_best(
     note: Callable[[str], None] = lambda _: None,
     before: int = 0,
     spread: Spread = HERE,
+    scored: bool = True,
 ) -> list[list[Hypothesis]]:
     """As `translate`, with up to n_best hypotheses a request, best first; none for an empty one.
 
+    scored: whether greedy hypotheses get their scores; else they are 0, and time is saved.
     Raises ValueError unless n_best is in [1, decoding.beam].
     """
     if not 1 <= n_best <= decoding.beam:
@@ -154,7 +158,8 @@ def translate_n_best(
                 directions = [requests[i][0] for i in chunk]
                 words = decoding.shortlist.words(directions, sentences.part(0, len(chunk))[0])
             used = params if words is None else narrowed(params, words)
-            how = Search(max(sentences.limits), decoding.beam, decoding.alpha, n_best, spread)
+            longest = max(sentences.limits)
+            how = Search(longest, decoding.beam, decoding.alpha, n_best, spread, scored)
             for names, found, scores in search_many(used, config, how, sentences, keep):
                 found = found if words is None else words[found]
                 for name, best in zip(names, _hypotheses(model, found, scores), strict=True):

@@ -54,12 +54,14 @@ def ours(params: Params, config: ModelConfig, words: np.ndarray | None = None) -
     params = prepared(params, config, alone)
 
     def translate(batch: Batch, beam: int) -> Ids:
-        how = Search(batch.max_length, beam, alpha=0.0)
+        how = Search(batch.max_length, beam, alpha=0.0, scored=False)
         used = params if words is None else narrowed(params, words)  # each batch has its own
         limits = [batch.max_length] * len(batch.sentences)
         sentences = Sentences(batch.sentences, limits, alone)
         translations: Ids = [[] for _ in limits]
-        for names, found, _ in search_many(used, config, how, sentences, Keep(batch.rows)):
+        # As `translate` does: a text's last batch may hold few.
+        rows = min(batch.rows, 1 << (len(limits) - 1).bit_length())
+        for names, found, _ in search_many(used, config, how, sentences, Keep(rows)):
             found = found if words is None else words[found]
             for name, row in zip(names, found[:, 0], strict=True):
                 translations[name] = _until_end(row.tolist())
