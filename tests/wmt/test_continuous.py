@@ -18,7 +18,7 @@ from taskmoe.wmt.model.continuous import Keep, Sentences, prepared, search_many
 from taskmoe.wmt.model.decoding import search_n_best
 from taskmoe.wmt.model.quantization import quantized
 from taskmoe.wmt.model.transformer import Tasks
-from taskmoe.wmt.model.translation import Decoding, translate
+from taskmoe.wmt.model.translation import Decoding, translate, translate_n_best
 from taskmoe.wmt.text.tokenizer import EOS
 from taskmoe.wmt.training.parallel import make_mesh, spread_model
 
@@ -281,6 +281,19 @@ def test_what_does_not_fit_is_named() -> None:
         next(search_many({}, CONFIG, Search(8, 2, n_best=3), sentences, Keep(2)))
     with pytest.raises(ValueError, match=r"limits must be in \[1, 8\], got 9"):
         next(search_many({}, CONFIG, Search(8), sentences, Keep(2)))
+
+
+def test_scores_are_left_out_where_nobody_sees_them() -> None:
+    model = support.model()
+    lines = [(p, line) for p, (sources, _) in support.text(3).items() for line in sources]
+    greedy = Decoding(beam=1)
+    scored = translate_n_best(model, lines, greedy)
+    plain = translate_n_best(model, lines, greedy, scored=False)
+    texts = [[h.text for h in best] for best in scored]
+    assert texts == [[h.text for h in best] for best in plain]
+    assert translate(model, lines, greedy) == [best[0] for best in texts]
+    assert all(best[0].score < 0 for best in scored)
+    assert all(best[0].score == 0 for best in plain)
 
 
 @pytest.mark.parametrize("mixed_tasks", [False, True])

@@ -51,8 +51,9 @@ def run(a: argparse.Namespace) -> None:
             for at in range(0, len(lines), at_once):
                 requests = [(pair, line) for line in lines[at : at + at_once]]
                 found = translate_n_best(
-                    model, requests, how, a.n_best or 1, None, note, done, where
-                )
+                    model, requests, how, a.n_best or 1, None, note, done, where,
+                    scored=a.n_best is not None,
+                )  # fmt: skip
                 _write(_texts(found) if a.n_best is None else _n_best(found, done))
                 done += len(requests)
                 progress(done, done + len(lines) - at - len(requests))

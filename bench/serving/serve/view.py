@@ -69,17 +69,20 @@ def _findings(result: Served) -> list[str]:
     if "ctranslate2" not in result.machine:
         return []
     said = []
-    for ours, name in zip(OURS, THEIRS, strict=True):
+    for ours, kind in OURS.items():
         times = _beside(result.rows, ours)
         parts = []
         for beam in dict.fromkeys(beam for beam, _ in times):
             of = ", ".join(f"{time:.2f} at {n}" for (b, n), time in times.items() if b == beam)
             parts.append(f"{of} with beam {beam}")
-        said.append(f"{ours}, over {name}, by sentences at once: {'; '.join(parts)}.")
+        said.append(
+            f"With {result.source}, in {kind}, times CTranslate2's tokens, by sentences at once: "
+            f"{'; '.join(parts)}."
+        )
     different = [r for r in result.rows if r.system in list(THEIRS)[:1] and r.identical < 1]
     if different:
         said.append(
-            f"CTranslate2 in float32 translates at least "
+            f"With {result.source} CTranslate2 in float32 translates at least "
             f"{min(r.identical for r in different):.1%} of the sentences as we do in every "
             "case: it looks at fewer ended hypotheses, and ties may fall otherwise."
         )

@@ -1,6 +1,7 @@
 """`bench serve`: engines agree before they are timed, numbers add up, and bad input is told."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,28 @@ def check(result: Served, cases: list[tuple[int, int]]) -> None:
     assert ("CTranslate2 is not installed" in told.answer) != HERE
     assert (f"With {result.source}, taskmoe makes in float32 " in told.answer) == HERE
     assert (" and in int8 " in told.answer) == HERE
-    assert any("taskmoe, int8, over CTranslate2, int8" in line for line in told.findings) == HERE
+    assert any("in int8, times CTranslate2's tokens" in line for line in told.findings) == HERE
+
+
+def test_a_small_network_is_timed_for_a_while_without_its_first_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[float] = []
+
+    def translate(batch: Batch, beam: int) -> list[list[int]]:
+        calls.append(0.001 if calls else 0.1)
+        time.sleep(calls[-1])
+        return []
+
+    monkeypatch.setattr(worker, "LEAST_S", 0.12)
+    (seconds,) = worker.seconds(translate, [Batch([], 1, 1)], 1)
+    assert len(calls) > 2
+    assert seconds < 0.1
+    calls.clear()
+    monkeypatch.setattr(worker, "LEAST_S", 0.05)
+    (seconds,) = worker.seconds(translate, [Batch([], 1, 1)], 1)
+    assert len(calls) == 1
+    assert seconds >= 0.1  # one turn is long enough
 
 
 def test_random_weights_by_the_command(tmp_path: Path, capsys: Any) -> None:
