@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-BLOCK = 64  # words of a block at most
+BLOCK = 128  # words of a block at most: the lanes of a TPU
 
 
 def most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
