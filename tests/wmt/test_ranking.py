@@ -12,6 +12,7 @@ from taskmoe.wmt.model import ranking
 from taskmoe.wmt.model.ranking import BLOCK, best_continuations, most_likely
 
 BATCH = 3
+ULP = 2.0**-20  # of terms from 8 to 16, as log probabilities here are: sums may be near zero
 
 
 def sorted_all(logits: Any, scores: Any, count: int) -> Any:
@@ -46,9 +47,9 @@ def differs(logits: Any, scores: Any, count: int, *, jit: bool, ties: bool = Fal
         batch = np.arange(len(scores))[:, None]
         found = scores[batch, got[1]] + log_probs[batch, got[1], got[2]]
         picked = np.stack(got[1:], axis=-1)
-        same = np.allclose(found, expected[0], rtol=1e-6, atol=1e-6)
+        same = np.allclose(found, expected[0], rtol=1e-6, atol=ULP)
         same &= all(len(np.unique(row, axis=0)) == count for row in picked)
-    return not (same and np.allclose(got[0], expected[0], rtol=1e-6, atol=1e-6))
+    return not (same and np.allclose(got[0], expected[0], rtol=1e-6, atol=ULP))
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -97,3 +98,19 @@ def test_large_logits_have_log_probabilities() -> None:
     word, score = most_likely(jnp.asarray(logits))
     assert word.tolist() == [7, 7]
     np.testing.assert_allclose(score, [0, -np.log(2)], atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [5, 10 * BLOCK + 7])
+def test_words_exist_where_logits_are_not_numbers(vocab: int) -> None:
+    logits = jnp.full((4, vocab), jnp.nan)
+    assert (most_likely(logits)[0] < vocab).all()
+    assert (best_continuations(logits, jnp.zeros((2, 2)), 4)[2] < vocab).all()
+
+
+def test_words_may_be_ruled_out_by_the_block() -> None:
+    logits, scores = inputs(4 * BLOCK, 2, False)
+    logits[:, BLOCK : 3 * BLOCK] = -np.inf
+    assert not differs(logits, scores, 4, jit=True)
+    word, score = most_likely(jnp.asarray(logits))
+    np.testing.assert_array_equal(word, np.argmax(logits, axis=1))
+    np.testing.assert_allclose(score, np.max(jax.nn.log_softmax(logits), axis=1), rtol=1e-5)

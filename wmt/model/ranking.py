@@ -23,7 +23,9 @@ def most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     most = _maxima(blocks)
     block = _first_largest(most)
     words = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * blocks.shape[2] + _first_largest(words), -_log_sum(blocks, most)
+    index = block * blocks.shape[2] + _first_largest(words)
+    # Where logits are not numbers it is the last word, not one behind it.
+    return jnp.minimum(index, logits.shape[1] - 1), -_log_sum(blocks, most)
 
 
 def best_continuations(
@@ -60,7 +62,8 @@ def best_continuations(
     found = ranked(values, (first + origin)[:, :, None])
     score, at = jax.lax.top_k(found.reshape(batch, -1), count)
     origin, block = (jnp.take_along_axis(x, at // width, axis=1) for x in (origin, block))
-    return score, origin.astype(jnp.int32), (block * width + at % width).astype(jnp.int32)
+    word = jnp.minimum(block * width + at % width, logits.shape[1] - 1)
+    return score, origin.astype(jnp.int32), word.astype(jnp.int32)
 
 
 def _blocks(logits: jax.Array) -> jax.Array:
@@ -93,6 +96,7 @@ def _log_sum(blocks: jax.Array, most: jax.Array) -> jax.Array:
     most: [R, blocks], maxima. A block's exponentials are taken relative to its own maximum first:
     XLA then sums them while it has the block at hand, in half the time with 64,000 words on CPU.
     """
+    most = jnp.maximum(most, jnp.finfo(most.dtype).min)  # a block may be all -inf
     sums = jnp.sum(jnp.exp(blocks - most[:, :, None]), axis=2)
     top = jnp.max(most, axis=1, keepdims=True)
     return jnp.log(jnp.sum(sums * jnp.exp(most - top), axis=1))

@@ -126,5 +126,6 @@ def _chart(result: Served) -> Figure:
         axes.set_xlabel(f"sentences at once, beam {beam}")
         axes.set_ylabel("tokens/s")
         axes.set_ylim(bottom=0)
-    panels[0][0].legend(fontsize=8)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
     return figure
