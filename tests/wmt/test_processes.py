@@ -161,7 +161,16 @@ def test_two_processes_stop_together_whichever_was_told_and_go_on_bit_for_bit(
     assert trained(workdir) == trained(tmp_path / "whole")
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+def runs(script: str) -> tuple[int, str]:
+    """The exit code and stderr of a Python that runs these lines."""
+    env = os.environ | {"PYTHONPATH": str(support.ROOT / ".types"), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=50
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_second_signal_ends_at_once() -> None:
     script = (
         "import signal, sys, time\n"
         "from taskmoe.wmt.training.stopping import stopping\n"
@@ -171,11 +180,31 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         "    signal.raise_signal(signal.SIGTERM)\n"
         "    time.sleep(60)\n"
     )
-    env = os.environ | {"PYTHONPATH": str(support.ROOT / ".types"), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=50
+    assert runs(script) == (143, "told twice: ended at once\n")
+
+
+@pytest.mark.parametrize("waits", ["time.sleep(60)", "pass", "gc.collect(); time.sleep(60)"])
+def test_a_signal_in_a_finaliser_ends_a_run_that_takes_no_steps(waits: str) -> None:
+    # A garbage collector's callback, as JAX has one, is where a stopped run met a signal.
+    script = (
+        "import gc, signal, sys, time\n"
+        "from taskmoe.wmt.training.stopping import Stopped, ending_at_once\n"
+        "class Told:\n"
+        "    def __del__(self):\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "hook = sys.unraisablehook\n"
+        "try:\n"
+        "    with ending_at_once('all is kept'):\n"
+        "        Told()\n"
+        f"        {waits}\n"
+        "except Stopped as stopped:\n"
+        "    assert sys.unraisablehook is hook\n"
+        "    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL\n"
+        "    time.sleep(0.1)  # no alarm rings behind the block\n"
+        "    print(stopped, file=sys.stderr)\n"
+        "    sys.exit(stopped.code)\n"
     )
-    assert (done.returncode, done.stderr) == (143, "told twice: ended at once\n")
+    assert runs(script) == (143, "SIGTERM: all is kept\n")
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,34 @@ def stopping() -> Iterator[Stop]:
 @contextlib.contextmanager
 def ending_at_once(goes_on: str) -> Iterator[None]:
     """For a block that takes no steps: a signal raises Stopped in it. goes_on: what is safe."""
+    told = 0
+    others, alarm = sys.unraisablehook, signal.getsignal(signal.SIGALRM) or signal.SIG_DFL
 
     def end(number: int, _: FrameType | None) -> None:
+        nonlocal told
+        told = number
         raise Stopped(number, goes_on)
 
-    with _handled(end):
-        yield
+    def end_soon(lost: Any) -> None:
+        if lost.exc_type is not Stopped:
+            others(lost)
+            return
+        signal.signal(signal.SIGALRM, lambda _, frame: end(told, frame))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+    # What a handler raises is lost where the signal came in a finaliser or a garbage collector's
+    # callback, as JAX has one: Python hands it to this hook, and nobody would be told.
+    sys.unraisablehook = end_soon
+    try:
+        with _handled(end):
+            yield
+            if told:  # it was lost, and the alarm has not rung yet
+                end(told, None)
+    finally:
+        if told:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, alarm)
+        sys.unraisablehook = others
 
 
 def _agreed(here: Stop) -> Stop:
