@@ -6,13 +6,14 @@
 
 Grid: (blocks of hidden units, visits), see `group_visits`. All visits of an expert are consecutive:
 its matrices are read once a hidden block, their gradients sum up in f32 in VMEM and are written
-once. With one hidden block dx is final. With more, every one adds to dx in HBM, in f32: its blocks
-come back as operands, aliased to the result. A block must have been written before it is fetched
+once. With one hidden block dx is final. With more, every one but the last adds to a sum in HBM, in
+f32, whose blocks come back as operands, aliased to the result; the last one writes dx. The sum's
+memory is not set to anything before. A block of it must have been written before it is fetched
 again, in the next sweep over the rows; where fewer than `BLOCKS_APART` blocks lie between, or cores
 share the hidden blocks, each hidden block writes a part of its own, [F/f, M, D], summed outside.
 
-VMEM: two buffers each of x, dy, dx [m, D] (of dx twice), the matrices [D, f] and their gradients;
-the gradients' f32 sums; hidden activations and their gradients [m, f] in f32.
+VMEM: two buffers each of x, dy, dx [m, D] (and of its sum, before and after), the matrices [D, f]
+and their gradients; the gradients' f32 sums; hidden activations and their gradients [m, f] in f32.
 """
 
 from __future__ import annotations
@@ -59,9 +60,27 @@ def part_block(hidden: Any, visit: Any, walk: Visits) -> tuple[Any, ...]:
     return hidden, walk.block[visit], 0
 
 
-def sum_block(hidden: Any, visit: Any, walk: Visits) -> tuple[Any, ...]:
-    """Rows of the visit's block in dx so far, and in dx."""
-    return 0, walk.block[visit], 0
+def dx_block(hidden: Any, visit: Any, walk: Visits, last: int) -> tuple[Any, ...]:
+    """Rows of the visit's block of dx, which the last hidden block writes."""
+    return jnp.where(hidden == last, walk.block[visit], walk.block[0]), 0
+
+
+def before_block(hidden: Any, visit: Any, walk: Visits) -> tuple[Any, ...]:
+    """Rows of the visit's block in the sum so far.
+
+    The first hidden block has none. It stays at the last rows: the next one begins elsewhere, and
+    so fetches what it begins with.
+    """
+    visit = jnp.where(hidden == 0, walk.num[0] - 1, visit)
+    return walk.block[visit], 0
+
+
+def sum_block(hidden: Any, visit: Any, walk: Visits, last: int) -> tuple[Any, ...]:
+    """Rows of the visit's block in the sum.
+
+    The last hidden block stays at the first rows, so that it writes back no others.
+    """
+    return jnp.where(hidden == last, walk.block[0], walk.block[visit]), 0
 
 
 def in_block(hidden: Any, visit: Any, walk: Visits) -> tuple[Any, ...]:
@@ -84,8 +103,9 @@ def kernel(
     x_ref: Any,
     dy_ref: Any,
     experts: Experts,
-    dx_before_ref: Any,
+    before_ref: Any,
     dx_ref: Any,
+    sum_ref: Any,
     grads: Experts,
     sums: Any,
     *,
@@ -94,9 +114,10 @@ def kernel(
 ) -> None:
     """One visit at one block of hidden units.
 
-    dx_before_ref: dx as earlier blocks of hidden units left it, or None. sums: `Experts`, of their
-    gradients, in f32.
+    before_ref, sum_ref: the sum of dx in f32, as earlier blocks of hidden units left it and with
+    this one, or None where dx_ref takes all. sums: `Experts`, of their gradients, in f32.
     """
+    total_ref = dx_ref if sum_ref is None else sum_ref
     visit = Visit(walk, pl.program_id(1), x_ref.shape[0])
     w_in_ref, w_out_ref, w_gate_ref = experts[:3]
     block_hidden, act = w_in_ref.shape[1], functools.partial(hidden_units, activation)
@@ -114,6 +135,10 @@ def kernel(
     def add_rows(sum_ref: Any, rows: jax.Array) -> None:
         if sum_ref is not None:
             sum_ref[...] += jnp.sum(rows.astype(jnp.float32), axis=0, keepdims=True)
+
+    def before(part: Any) -> Any:
+        """What earlier blocks of hidden units found; before the first there may be NaN."""
+        return jnp.where(pl.program_id(0) == 0, 0.0, before_ref[part, :])
 
     def work(start: Any, size: int) -> None:
         part = pl.ds(start, size)
@@ -140,15 +165,14 @@ def kernel(
         add_rows(sums.b_in, d_up)
         add_rows(sums.b_out, dy)
         dx += dot(d_up, w_in, 1, 1)
-        if dx_before_ref is not None:
-            dx += dx_before_ref[part, :]
-        dx = jnp.where(owned, dx, dx_ref[part, :].astype(jnp.float32))
-        dx_ref[part, :] = dx.astype(dx_ref.dtype)
+        if before_ref is not None:
+            dx += before(part)
+        dx = jnp.where(owned, dx, total_ref[part, :].astype(jnp.float32))
+        total_ref[part, :] = dx.astype(total_ref.dtype)
 
     @pl.when(visit.block_arrives() & ~visit.owns_all)
     def _zero() -> None:
-        before = jnp.zeros_like(dx_ref) if dx_before_ref is None else dx_before_ref[...]
-        dx_ref[...] = before
+        total_ref[...] = jnp.zeros_like(total_ref) if before_ref is None else before(slice(None))
 
     @pl.when(visit.group_arrives())
     def _init() -> None:
@@ -161,6 +185,12 @@ def kernel(
     def _store() -> None:
         for sum_ref, grad_ref in zip(jax.tree.leaves(sums), jax.tree.leaves(grads), strict=True):
             grad_ref[...] = sum_ref[...].astype(grad_ref.dtype)
+
+    if sum_ref is not None:
+
+        @pl.when(visit.block_leaves() & (pl.program_id(0) == pl.num_programs(0) - 1))
+        def _finish() -> None:
+            dx_ref[...] = sum_ref[...].astype(dx_ref.dtype)
 
 
 def expert_ffn_backward_mosaic(
@@ -182,12 +212,24 @@ def expert_ffn_backward_mosaic(
     walk = visit_blocks(groups, e, m, t.m, every_group=True)
     cuts = pl.cdiv(f, t.n)
     adds = cuts > 1 and chip().num_cores == 1 and pl.cdiv(m, t.m) >= BLOCKS_APART
-    # The interpreter wants whole blocks of what is aliased.
-    dx_shape = (1, tilings.round_up(m, t.m), d) if adds else (cuts, m, d)
-    zeros = vary_over(jnp.zeros(dx_shape, jnp.float32), varying_axes(x)) if adds else None
-    sum_rows = pl.BlockSpec((None, t.m, d), sum_block)
+    in_parts = cuts > 1 and not adds
 
-    rows = pl.BlockSpec((t.m, d), rows_block)
+    def rows_at(index_map: Any) -> pl.BlockSpec:
+        return pl.BlockSpec((t.m, d), index_map)
+
+    rows, dx_rows = rows_at(rows_block), rows_at(functools.partial(dx_block, last=cuts - 1))
+    dx, before, total, sum_rows = result_like(x, x.shape, x.dtype), None, None, None
+    if in_parts:
+        dx_rows = pl.BlockSpec((None, t.m, d), part_block)
+        dx = result_like(x, (cuts, m, d), jnp.float32)
+    if adds:
+        before, sum_rows = (
+            rows_at(before_block),
+            rows_at(functools.partial(sum_block, last=cuts - 1)),
+        )
+        # The interpreter wants whole blocks of what is aliased.
+        total = jax.lax.empty((tilings.round_up(m, t.m), d), jnp.float32)
+        total = vary_over(total, varying_axes(x))
     blocks = where_held(
         experts,
         pl.BlockSpec((None, d, t.n), in_block),
@@ -200,15 +242,16 @@ def expert_ffn_backward_mosaic(
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(cuts, walk.num[0]),
-        in_specs=[rows, rows, blocks, sum_rows if adds else None],
-        out_specs=(sum_rows if adds else pl.BlockSpec((None, t.m, d), part_block), blocks),
+        in_specs=[rows, rows, blocks, before],
+        out_specs=(dx_rows, sum_rows, blocks),
         scratch_shapes=[where_held(experts, *(pltpu.VMEM(s, jnp.float32) for s in shapes))],
     )
     call = pl.pallas_call(
         functools.partial(kernel, activation=options.activation, hidden_size=f),
         grid_spec=grid_spec,
         out_shape=(
-            result_like(x, dx_shape, x.dtype if cuts == 1 else jnp.float32),
+            dx,
+            None if total is None else result_like(x, total.shape, total.dtype),
             jax.tree.map(lambda w: result_like(x, w.shape, w.dtype), cut),
         ),
         compiler_params=tilings.compiler_params(
@@ -217,9 +260,8 @@ def expert_ffn_backward_mosaic(
         ),
         cost_estimate=cost(m, d, f, e, matrices, itemsize),
         name="taskmoe_expert_ffn_backward",
-        input_output_aliases={len(jax.tree.leaves((walk, x, dy, cut))): 0} if adds else {},
+        input_output_aliases={len(jax.tree.leaves((walk, x, dy, cut))): 1} if adds else {},
     )
-    dx, grads = call(walk, x, dy, cut, zeros)
+    dx, _, grads = call(walk, x, dy, cut, total)
     grads = jax.tree.map(lambda grad, w: grad.reshape(w.shape), grads, experts)
-    dx = dx[0] if len(dx) == 1 else jnp.sum(dx, axis=0)
-    return dx[:m].astype(x.dtype), grads
+    return jnp.sum(dx, axis=0).astype(x.dtype) if in_parts else dx, grads

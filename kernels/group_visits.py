@@ -52,11 +52,16 @@ class Visits(NamedTuple):
     num: jax.Array
 
 
-def part_sizes(rows: int, tallest: int = TALLEST_PART) -> list[int]:
-    """Rows of the parts in which a visit works on a block of so many, tallest first."""
+def part_sizes(rows: int, tallest: int = TALLEST_PART, often: int | None = None) -> list[int]:
+    """Rows of the parts in which a visit works on a block of so many.
+
+    The first is that of the loop, `often` or the tallest; the others follow, tallest first.
+    """
     if rows % SHORTEST_PART:
         return [rows]
-    return list(range(min(rows, tallest), 0, -SHORTEST_PART))
+    first = min(rows, often or tallest)
+    sizes = range(min(rows, tallest), 0, -SHORTEST_PART)
+    return [first, *(size for size in sizes if size != first)]
 
 
 class Visit:
@@ -113,13 +118,20 @@ class Visit:
         held = jnp.where(even, 0xFFFF, 0) | jnp.where(odd, -0x10000, 0)
         return pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & held, x.dtype)
 
-    def work(self, act: Callable[[Any, int], None], unit: int, tallest: int = TALLEST_PART) -> None:
+    def work(
+        self,
+        act: Callable[[Any, int], None],
+        unit: int,
+        tallest: int = TALLEST_PART,
+        often: int | None = None,
+    ) -> None:
         """act(start, size) on parts of the block that lie side by side and hold the visit's rows.
 
-        The tallest come first, in a loop, then one of what is left. unit: of what starts are
-        multiples, a register's height of rows.
+        Those of `often` rows come first, in a loop, then one of what is left, as tall as may be.
+        unit: of what starts are multiples, a register's height of rows. often: the tallest, if not
+        given.
         """
-        sizes = part_sizes(self.rows, tallest)
+        sizes = part_sizes(self.rows, tallest, often)
         least = sizes[-1]
         first = self.low & -unit
         units = (self.high > self.low).astype(jnp.int32)
@@ -130,10 +142,14 @@ class Visit:
         def one(i: jax.Array, carry: None) -> None:
             act(pl.multiple_of(begin + i * sizes[0], unit), sizes[0])
 
-        count = _quotient(units, sizes[0] // least)
+        step = sizes[0] // least
+        count = _quotient(units, step)
+        rest = max(sizes) - sizes[0]
+        if rest:  # a taller one takes the place of the last and of so much more
+            count -= ((count > 0) & (units - count * step == rest // least)).astype(jnp.int32)
         jax.lax.fori_loop(0, count, one, None)
         begin += count * sizes[0]
-        left = units - count * (sizes[0] // least)
+        left = units - count * step
         for size in sizes[1:]:
             pl.when(left == size // least)(
                 functools.partial(act, pl.multiple_of(begin, unit), size)

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.block_products import dot, each, passes, pieces
 from taskmoe.kernels.checks import result_like
-from taskmoe.kernels.group_visits import Visit, Visits, part_sizes, visit_groups
+from taskmoe.kernels.group_visits import TALLEST_PART, Visit, Visits, part_sizes, visit_groups
 from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import ProductOptions
 from taskmoe.kernels.platforms import chip
@@ -67,7 +67,7 @@ def kernel(
 ) -> None:
     """One visit. Parts of a block fill the depth of the MXU, which sums over their rows.
 
-    depth_pieces: of a block of the result. passes: over them, for each size of a part, see `each`.
+    depth_pieces: of a block of the result. passes: over them, for each of `part_sizes`, see `each`.
     """
     visit = Visit(walk, pl.program_id(2), lhs_ref.shape[0])
     arrives, leaves = visit.group_arrives(), visit.group_leaves()
@@ -94,7 +94,8 @@ def kernel(
         pl.when(ends)(lambda: each(depth_pieces, passes[size], store))
         pl.when(~ends)(lambda: each(depth_pieces, passes[size], keep))
 
-    visit.work(work, tilings.sublanes(lhs_ref.dtype.itemsize))
+    often = next(iter(passes))
+    visit.work(work, tilings.sublanes(lhs_ref.dtype.itemsize), often=often)
 
     @pl.when(visit.high <= visit.low)
     def _zero() -> None:
@@ -116,13 +117,15 @@ def tgmm_mosaic(
     )
     depth_pieces = pieces(t.k, PIECE_ROWS)
     mxu = chip().mxu_column_size
+    often = TALLEST_PART // mxu * mxu  # parts that are repeated leave no depth of the MXU empty
     written = WRITTEN * 2 // max(itemsize, 2) * mxu**3 // (PIECE_ROWS * t.n)
     return visits_call(
         functools.partial(
             kernel,
             depth_pieces=depth_pieces,
             passes={
-                size: passes(depth_pieces, written // max(size, mxu)) for size in part_sizes(t.m)
+                size: passes(depth_pieces, written // max(size, mxu))
+                for size in part_sizes(t.m, often=often)
             },
         ),
         blocks,

@@ -30,7 +30,8 @@ STEP_SECONDS = 2e-7
 ROUNDED_START = 8
 #: Share of what the longer of copies and products hides that is seen all the same.
 SEEN = 0.1
-#: Most cycles of products in a block, which are written out: compiling more takes a minute.
+#: Most cycles of products in a block, which are written out: compiling more takes a minute. In
+#: expert_ffn's backward twice as many: a sweep over the rows that is saved is worth the wait.
 LONGEST = 9 << 12
 
 
@@ -64,7 +65,7 @@ def round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
-def splits(size: int, parts: Iterable[int] = (1, 2, 3, 4, 6, 8, 16, 32, 64)) -> list[int]:
+def splits(size: int, parts: Iterable[int] = (1, 2, 3, 4, 6, 7, 8, 14, 16, 32, 64)) -> list[int]:
     """Block sizes that cut `size` into equal multiples of 128 where it is one, largest first.
 
     Other sizes are cut into about equal multiples, the last block overhanging.
@@ -139,11 +140,12 @@ def best(
     info: pltpu.TpuInfo,
     otherwise: Tiling,
     products: int = 0,
+    longest: int = LONGEST,
 ) -> Tiling:
     """The candidate that fits in VMEM and costs least; `otherwise` where none fits.
 
     products: of blocks [m, k] and [k, n] that one step has written out, if it does not loop. Of
-    steps that are longer than `LONGEST` only the shortest is a candidate.
+    steps that are longer than `longest` only the shortest is a candidate.
     """
     budget = vmem_budget_bytes(info)
     fits = [t for t in candidates if vmem_bytes(t) <= budget]
@@ -151,7 +153,7 @@ def best(
         products * sum(part_sizes(t.m, FFN_PART)) * t.k * t.n / (4 * info.mxu_column_size**2)
         for t in fits
     ]
-    limit = max(LONGEST, min(lengths, default=0))
+    limit = max(longest, min(lengths, default=0))
     fits = [t for t, length in zip(fits, lengths, strict=True) if length <= limit]
     return min(fits, key=cost, default=otherwise)
 
@@ -256,10 +258,11 @@ def tgmm_tiling(
 def ffn_vmem_bytes(
     t: Tiling, matrices: int, itemsize: int, weight_itemsize: int | None = None
 ) -> int:
-    """VMEM of expert_ffn: rows, matrices and result twice, sum and product, a chunk's values."""
+    """VMEM of expert_ffn: rows, matrices and result twice, sum, a part's product and a chunk's."""
     weights = matrices * t.k * t.n * (weight_itemsize or itemsize)
     streams = 2 * t.m * t.k * itemsize + weights
-    return 2 * streams + t.m * t.k * 8 + t.m * min(t.n, HIDDEN_CHUNK) * (4 * (matrices - 1) + 4)
+    part = min(t.m, FFN_PART)
+    return 2 * streams + 4 * (t.m * t.k + part * (t.k + matrices * min(t.n, HIDDEN_CHUNK)))
 
 
 def ffn_bytes(
@@ -306,19 +309,22 @@ def ffn_tiling(
 
 
 def ffn_backward_vmem_bytes(t: Tiling, matrices: int, itemsize: int) -> int:
-    """VMEM of the backward: rows, dy, dx before and after, matrices and theirs twice, f32 sums."""
-    streams = 2 * t.m * t.k * itemsize + t.m * t.k * 8 + 2 * matrices * t.k * t.n * itemsize
-    return 2 * streams + matrices * t.k * t.n * 4 + t.m * t.n * 4 * 2 * matrices
+    """VMEM of the backward: rows, dy, dx and its sums, matrices and theirs twice, f32 sums.
+
+    Hidden units are of one part of the rows, and come out of what the compiler has for itself.
+    """
+    streams = t.m * t.k * (3 * itemsize + 8) + 2 * matrices * t.k * t.n * itemsize
+    return 2 * streams + matrices * t.k * t.n * 4
 
 
 def ffn_backward_bytes(t: Tiling, m: int, f: int, e: int, matrices: int, itemsize: int) -> int:
     """HBM bytes of the backward: rows once a hidden block, matrices read and written once.
 
-    With more than one hidden block dx is read and written in f32 at each.
+    Each hidden block but the last writes dx in f32, and the next reads it.
     """
     cuts = -(-f // t.n)
-    d_rows = m * t.k * (itemsize if cuts == 1 else 8)
-    return cuts * (2 * m * t.k * itemsize + d_rows) + 2 * e * matrices * t.k * f * itemsize
+    d_rows = m * t.k * (itemsize + 8 * (cuts - 1))
+    return cuts * 2 * m * t.k * itemsize + d_rows + 2 * e * matrices * t.k * f * itemsize
 
 
 @functools.cache
@@ -330,11 +336,14 @@ def ffn_backward_tiling(
 
     def cost(t: Tiling) -> tuple[Any, ...]:
         moved = ffn_backward_bytes(t, m, f, e, matrices, itemsize)
-        steps = (-(-m // t.m) + e - 1) * -(-f // t.n)
+        sweeps = -(-f // t.n)
+        steps = (-(-m // t.m) + e - 1) * sweeps
         rows = executed_rows(t.m, m, e, info)
         summed = executed_rows(t.m, m, e, info, contracted=True)
-        tiles = tiles_of(d, d, mxu) * tiles_of(f, t.n, mxu)
-        work = matrices * summed + (2 * matrices - 1) * rows
+        # A sweep masks its rows and adds to dx, which takes as long as some more hidden units.
+        tiles = tiles_of(d, d, mxu) * (tiles_of(f, t.n, mxu) + sweeps * mxu / 512)
+        # A matrix enters a wide MXU in the time of more rows than the shortest part has.
+        work = matrices * summed + (2 * matrices - 1) * (rows + summed) / 2
         time = seconds(info, moved, work, tiles, steps)
         return time, moved, t.m
 
@@ -349,6 +358,7 @@ def ffn_backward_tiling(
         info,
         Tiling(sublanes(itemsize), d, min(f, LANES)),
         3 * matrices - 1,
+        2 * LONGEST,
     )
 
 

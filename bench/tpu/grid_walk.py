@@ -144,10 +144,10 @@ def _record(
     (first, array), (last, _) = pairs[0], pairs[-1]
     rows = first.block_shape[-2]
     ffn = name.startswith("taskmoe_expert_ffn")
-    sizes = part_sizes(rows, FFN_PART if ffn else TALLEST_PART)
+    passes = keywords.get("passes", {})
+    sizes = list(passes) or part_sizes(rows, FFN_PART if ffn else TALLEST_PART)
     parts = own_parts(scalars[0], rows, sizes, sublanes(array.dtype.itemsize))
     sweeps = steps // max(int(scalars[0].num[0]), 1)
-    passes = keywords.get("passes", {})
     trips = Trips(
         steps,
         _results(name, last, grid, scalars, rows),
@@ -204,16 +204,19 @@ def _record_walk(found: Visits) -> KernelCall:
 
 
 def own_parts(walk: Visits, rows: int, sizes: Sequence[int], unit: int) -> list[int]:
-    """Parts of each of these sizes in which visits work on blocks of so many rows."""
+    """Parts of each of these sizes in which visits work on blocks of so many rows.
+
+    sizes: as `part_sizes` has them.
+    """
     low, high = _own_rows(walk, rows)
     least = sizes[-1]
     left = -(-(high - low // unit * unit) // least) * least if least < rows else rows
     left = np.where(high > low, left, 0)
-    found = []
-    for size in sizes:
-        found.append(int((left // size).sum()))
-        left = left % size
-    return found
+    repeated = left // sizes[0]
+    taller = max(sizes) > sizes[0]
+    repeated -= taller & (repeated > 0) & (left - repeated * sizes[0] == max(sizes) - sizes[0])
+    left -= repeated * sizes[0]
+    return [int(repeated.sum()), *(int((left == size).sum()) for size in sizes[1:])]
 
 
 def _own_rows(walk: Visits, rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -238,6 +238,23 @@ def test_blocks_are_worked_on_in_parts(gated: bool, dtype: Any) -> None:
         support.assert_as_good(faulty, plain, truth)
 
 
+@pytest.mark.parametrize("dtype", support.DTYPES)
+@pytest.mark.parametrize(("hidden", "sizes"), [(256, [20, 0, 40]), (384, [0, 0, 0]), (300, [64])])
+def test_the_sum_of_dx_begins_in_memory_that_nothing_was_written_to(
+    hidden: int, sizes: list[int], dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The interpreter's is zero; a TPU's holds anything.
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
+    args = operands(64, 24, hidden, sizes, dtype)
+    truth = support.in_float64(run("reference", "silu", True), *args)
+    plain = support.call("reference", run("reference", "silu", True), *args)
+    x, *weights, group_sizes, grad = args
+    x, grad = support.poison_tail(x, sum(sizes)), support.poison_tail(grad, sum(sizes))
+    ours = support.call("mosaic", cut(True, 16), x, *weights, group_sizes, grad)
+    support.assert_as_good(ours, plain, truth)
+    assert ours["x"].dtype == dtype
+
+
 def test_what_earlier_blocks_of_hidden_units_added_to_dx_is_kept() -> None:
     args = operands(50, 24, 300, [20, 0, 13], jnp.float32)
     truth = support.in_float64(run("reference", "silu", False), *args)

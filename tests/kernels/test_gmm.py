@@ -274,9 +274,9 @@ def test_rows_of_others_that_are_overwritten_are_caught(fault: str) -> None:
         support.assert_as_good(ours, plain, truth)
 
 
-def without_short_parts(visit: Visit, act: Any, unit: int, tallest: int = 512) -> None:
+def without_short_parts(visit: Visit, act: Any, unit: int, **sizes: int) -> None:
     """`Visit.work`, but for the last rows of a visit."""
-    del tallest
+    del sizes
     start = visit.low & -unit
 
     @pl.when(visit.high > start + 512)

@@ -85,44 +85,52 @@ def fetches(indices: list) -> int:
     return sum(i == 0 or indices[i - 1] != index for i, index in enumerate(indices))
 
 
-def parts_of(low: int, high: int, rows: int, unit: int, tallest: int) -> np.ndarray:
-    """How often `Visit.work` works on each row of a block; low..high - 1 are the visit's."""
+def parts_of(
+    low: int, high: int, rows: int, unit: int, tallest: int, often: int | None = None
+) -> np.ndarray:
+    """How often `Visit.work` works on each row of a block; low..high - 1 are the visit's.
+
+    In the second column, of how many rows the part is that begins there.
+    """
 
     def kernel(walk: Visits, out_ref: Any) -> None:
         def count(start: Any, size: int) -> None:
-            out_ref[pl.ds(start, size), :] += 1
+            out_ref[pl.ds(start, size), :128] += 1
+            out_ref[pl.ds(start, 1), 128:] = jnp.full((1, 128), size, jnp.int32)
 
         out_ref[...] = jnp.zeros_like(out_ref)
-        Visit(walk, 0, rows).work(count, unit, tallest)
+        Visit(walk, 0, rows).work(count, unit, tallest, often)
 
     walk = Visits(*(jnp.asarray([x], jnp.int32) for x in (low, high, 0, 0, 1)))
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(1,),
         in_specs=[],
-        out_specs=pl.BlockSpec((rows, 128), lambda i, walk: (0, 0)),
+        out_specs=pl.BlockSpec((rows, 256), lambda i, walk: (0, 0)),
     )
     call = pl.pallas_call(
         kernel,
         grid_spec=spec,
-        out_shape=jax.ShapeDtypeStruct((rows, 128), jnp.int32),
+        out_shape=jax.ShapeDtypeStruct((rows, 256), jnp.int32),
         interpret=support.INTERPRET,
     )
-    return np.asarray(jax.jit(call)(walk))[:, 0]
+    return np.asarray(jax.jit(call)(walk))[:, ::128]
 
 
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(
     rows=st.sampled_from([16, 48, 128, 384, 640, 1024]),
     unit=st.sampled_from([8, 16]),
-    tallest=st.sampled_from([256, 512, 640]),
+    sizes=st.sampled_from([(256, None), (512, None), (640, None), (640, 512)]),
     data=st.data(),
 )
 def test_parts_hold_each_row_of_a_visit_once(
-    rows: int, unit: int, tallest: int, data: st.DataObject
+    rows: int, unit: int, sizes: tuple[int, int | None], data: st.DataObject
 ) -> None:
     low, high = sorted(data.draw(st.tuples(*[st.integers(0, rows)] * 2)))
-    worked = parts_of(low, high, rows, unit, tallest)
+    tallest, often = sizes
+    worked, begun = parts_of(low, high, rows, unit, tallest, often).T
+    assert set(begun[begun > 0]) <= set(part_sizes(rows, tallest, often))
     assert (worked[low:high] == 1).all()
     assert (worked <= 1).all()
     # No more than it takes to begin at a register's first row and end with a part.
@@ -134,15 +142,26 @@ def test_parts_hold_each_row_of_a_visit_once(
 
 
 def test_parts_of_a_few_rows_more_than_one() -> None:
-    worked = parts_of(250, 780, 1024, 16, 512)  # 530 rows from 250, of 640 from 240
+    worked = parts_of(250, 780, 1024, 16, 512)[:, 0]  # 530 rows from 250, of 640 from 240
     assert (worked[240:880] == 1).all()
     assert worked.sum() == 640
-    worked = parts_of(500, 1024, 1024, 16, 512)  # 640 rows end with the block
+    worked = parts_of(500, 1024, 1024, 16, 512)[:, 0]  # 640 rows end with the block
     assert (worked[384:] == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [(500, [512]), (530, [640]), (700, [512, 256]), (1024, [512, 512]), (1100, [512, 640])],
+)
+def test_a_part_that_is_not_repeated_may_be_taller(rows: int, parts: list[int]) -> None:
+    begun = parts_of(0, rows, 2048, 16, 640, 512)[:, 1]
+    assert list(begun[begun > 0]) == parts
+
+
 def test_rows_of_other_groups_in_a_part_are_as_many_as_is_said() -> None:
-    worked = parts_of(895, 1024, 1024, 16, 640)  # 144 rows from a register on: 256 from 768 on
+    worked = parts_of(895, 1024, 1024, 16, 640)[
+        :, 0
+    ]  # 144 rows from a register on: 256 from 768 on
     assert 895 - worked.argmax() == 127
     assert mixed_rows(1024, 16) == 144
 

@@ -143,10 +143,15 @@ def test_parts_of_visits_by_hand() -> None:
         [0, 1, 2], [0, 0, 0], [3],
     )))  # fmt: skip
     # 100 rows; 700 that begin at 96; 224.
-    assert own_parts(walk, 1024, [512, 256, 128], 16) == [1, 2, 1]
-    assert own_parts(walk, 1024, [512, 256, 128], 128) == [1, 2, 2]
+    assert own_parts(walk, 1024, [512, 384, 256, 128], 16) == [1, 0, 2, 1]
+    assert own_parts(walk, 1024, [512, 384, 256, 128], 128) == [1, 1, 1, 1]
     assert own_parts(walk, 1024, [256, 128], 16) == [4, 1]
     assert own_parts(walk, 1024, [1024], 16) == [3]
+    sizes = [512, 640, 384, 256, 128]
+    assert own_parts(walk, 1024, sizes, 16) == [1, 0, 0, 2, 1]
+    # 600 rows are one part, not 512 and 128; 424 that begin at 592.
+    two = walk._replace(starts=np.array([0, 600]), ends=np.array([600, 1024]), num=np.array([2]))
+    assert own_parts(two, 1024, sizes, 16) == [1, 1, 0, 0, 0]
 
 
 def test_trips_of_gmm_by_hand() -> None:
