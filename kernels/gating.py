@@ -33,7 +33,7 @@ from taskmoe.kernels.platforms import (
     plain_settings,
     with_plain_settings,
 )
-from taskmoe.kernels.queue_kernel import LOOKS_UP
+from taskmoe.kernels.queue_kernel import LOOKS_UP, MOST_TOKENS
 from taskmoe.kernels.queues import queue_places
 from taskmoe.kernels.router import (
     TINY,
@@ -139,7 +139,7 @@ class GatingOptions:
 def _gating_mosaic(
     options: GatingOptions, logits: jax.Array, valid: jax.Array | None, bias: jax.Array | None
 ) -> Gating:
-    if chip().generation < LOOKS_UP:
+    if chip().generation < LOOKS_UP or logits.shape[0] > MOST_TOKENS:
         return _gating_xla(options, logits, valid, bias)
     return Gating(*gating_mosaic(logits, options.top_k, valid, options.router, bias))
 
@@ -337,7 +337,8 @@ def top_k_gating(
 
     or by another `Router`.
 
-    logits: [T, E] bf16|f32, gate logits; scores are taken in f32. On TPU T is below 2**24.
+    logits: [T, E] bf16|f32, gate logits; scores are taken in f32. XLA gates more than 2**24 tokens
+      on TPU too.
     top_k: experts a token, 1 <= top_k <= E. Ties go to the lower expert index.
     valid: [T] bool, False at padding, which gets weight 0, joins no queue and counts nowhere;
       what its logits hold, NaN included, is never looked at. None means all valid.

@@ -171,9 +171,12 @@ def of_steps(schedule: Sequence[Bundle]) -> Bundles | None:
 def of_scalars(schedule: Sequence[Bundle]) -> Bundles:
     """The regions of the kernel that finds the visits.
 
-    step: what lies in no loop, and loops that seldom run, once. result: a group. parts: a visit.
+    step: what lies in no loop, and loops that seldom run, once; all, where no loop has another
+    inside. result: a group. parts: a visit.
     """
     inner = [i for i, bundle in enumerate(schedule) if bundle.depth > 1]
+    if not inner:
+        return Bundles(len(schedule), 0, [0], [0])
     first, end = inner[0] - 1, inner[-1] + 1
     while " LB:" not in schedule[first].text:
         first -= 1

@@ -330,3 +330,13 @@ def test_row_plan_errors_name_the_argument() -> None:
     gating = Gating(*top_k_gating(jnp.zeros((4, 3)), 1))
     with pytest.raises(ValueError, match="capacity must be an int of at least 1, got 0"):
         row_plan(gating, capacity=0)
+
+
+def test_more_tokens_than_f32_counts_exactly_are_not_the_kernels() -> None:
+    def gating(logits: jax.Array) -> Gating:
+        return top_k_gating(logits, 2, implementation="mosaic")
+
+    for tokens, ours in ((1 << 24, True), ((1 << 24) + 1, False)):
+        traced = jax.jit(gating).trace(jax.ShapeDtypeStruct((tokens, 8), jnp.bfloat16))
+        program = traced.lower(lowering_platforms=("tpu",)).as_text()
+        assert ("tpu_custom_call" in program) == ours

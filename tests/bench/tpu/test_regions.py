@@ -93,6 +93,7 @@ def test_loops_over_groups_and_visits_by_hand() -> None:
     longer = loop(plain(21), visits, plain(5), depth=1)
     more = regions.of_scalars([*whole[:20], *longer, *plain(3, depth=0)])
     assert more.result == found.result + 1
+    assert regions.of_scalars(before) == Bundles(step=7, result=0, parts=[0], inner=[0])
 
 
 def test_steps_that_start_copies_by_hand() -> None:
