@@ -13,7 +13,8 @@ again, in the next sweep over the rows; where fewer than `BLOCKS_APART` blocks l
 share the hidden blocks, each hidden block writes a part of its own, [F/f, M, D], summed outside.
 
 VMEM: two buffers each of x, dy, dx [m, D] (and of its sum, before and after), the matrices [D, f]
-and their gradients; the gradients' f32 sums; hidden activations and their gradients [m, f] in f32.
+and their gradients; the gradients' f32 sums; of a part of the rows, hidden activations and their
+gradients in f32.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from taskmoe.kernels.options import Activation, Experts, FFNOptions, hidden_unit
 from taskmoe.kernels.platforms import chip
 from taskmoe.kernels.tiling import Tiling
 
-#: Blocks of rows from which on dx is summed in place. The pipeline fetches one step ahead and
-#: awaits a write when its buffer is needed again, two blocks later.
+#: Blocks of rows from which on dx is summed in place. The pipeline fetches one step ahead, and
+#: awaits a write one step after it began, whether or not its buffer is needed again.
 BLOCKS_APART = 4
 
 
@@ -256,7 +257,7 @@ def expert_ffn_backward_mosaic(
         ),
         compiler_params=tilings.compiler_params(
             ("arbitrary" if adds else "parallel", "arbitrary"),
-            tilings.ffn_backward_vmem_bytes(t, matrices, itemsize),
+            tilings.ffn_backward_vmem_bytes(t, f, matrices, itemsize, chip()),
         ),
         cost_estimate=cost(m, d, f, e, matrices, itemsize),
         name="taskmoe_expert_ffn_backward",

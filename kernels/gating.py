@@ -337,8 +337,8 @@ def top_k_gating(
 
     or by another `Router`.
 
-    logits: [T, E] bf16|f32, gate logits; scores are taken in f32. XLA gates more than 2**24 tokens
-      on TPU too.
+    logits: [T, E] bf16|f32, gate logits; scores are taken in f32. More than 2**24 tokens are gated
+      by XLA, on TPU too.
     top_k: experts a token, 1 <= top_k <= E. Ties go to the lower expert index.
     valid: [T] bool, False at padding, which gets weight 0, joins no queue and counts nowhere;
       what its logits hold, NaN included, is never looked at. None means all valid.

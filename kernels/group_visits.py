@@ -132,7 +132,7 @@ class Visit:
         given.
         """
         sizes = part_sizes(self.rows, tallest, often)
-        least = sizes[-1]
+        least = min(sizes)
         first = self.low & -unit
         units = (self.high > self.low).astype(jnp.int32)
         if least < self.rows:

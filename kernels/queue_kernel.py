@@ -25,7 +25,7 @@ ROWS = 8
 WINDOW = 32
 #: The first TPU whose registers' lanes can be looked up by index. On TPU v3 gating is XLA's.
 LOOKS_UP = 4
-#: Tokens up to which counts, in f32, are exact. More are XLA's as well.
+#: Tokens up to which counts, in f32, are exact. Gating of more is XLA's.
 MOST_TOKENS = 1 << 24
 #: Most tokens in a block of the kernel that adds the counts of earlier choices.
 BLOCK = 2048

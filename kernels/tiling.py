@@ -141,13 +141,15 @@ def best(
     otherwise: Tiling,
     products: int = 0,
     longest: int = LONGEST,
+    budget: int | None = None,
 ) -> Tiling:
     """The candidate that fits in VMEM and costs least; `otherwise` where none fits.
 
     products: of blocks [m, k] and [k, n] that one step has written out, if it does not loop. Of
-    steps that are longer than `longest` only the shortest is a candidate.
+    steps that are longer than `longest` only the shortest is a candidate. budget: of VMEM, where
+    vmem_bytes has what the compiler needs too.
     """
-    budget = vmem_budget_bytes(info)
+    budget = budget or vmem_budget_bytes(info)
     fits = [t for t in candidates if vmem_bytes(t) <= budget]
     lengths = [
         products * sum(part_sizes(t.m, FFN_PART)) * t.k * t.n / (4 * info.mxu_column_size**2)
@@ -308,13 +310,21 @@ def ffn_tiling(
     )
 
 
-def ffn_backward_vmem_bytes(t: Tiling, matrices: int, itemsize: int) -> int:
-    """VMEM of the backward: rows, dy, dx and its sums, matrices and theirs twice, f32 sums.
+def ffn_backward_vmem_bytes(
+    t: Tiling, f: int, matrices: int, itemsize: int, info: pltpu.TpuInfo
+) -> int:
+    """VMEM of the backward of f hidden units: buffers, f32 sums, and what the compiler spills.
 
-    Hidden units are of one part of the rows, and come out of what the compiler has for itself.
+    Two buffers each of rows, dy, dx (cut hidden units: and its sums, or a part), matrices and
+    theirs. Spilled at most, as compiled: dx of a part of the rows, some three values for each
+    matrix's hidden units, and for narrow MXUs a matrix's gradient.
     """
-    streams = t.m * t.k * (3 * itemsize + 8) + 2 * matrices * t.k * t.n * itemsize
-    return 2 * streams + matrices * t.k * t.n * 4
+    part = min(t.m, FFN_PART)
+    dx = itemsize if t.n >= f else itemsize + 8 if info.num_cores == 1 else 4
+    buffers = 2 * t.k * (t.m * (2 * itemsize + dx) + 2 * matrices * t.n * itemsize)
+    spilled = part * (4 * t.k + 13 * matrices * t.n)
+    spilled += 4 * t.k * t.n if info.mxu_column_size == LANES else 0
+    return buffers + 4 * matrices * t.k * t.n + spilled
 
 
 def ffn_backward_bytes(t: Tiling, m: int, f: int, e: int, matrices: int, itemsize: int) -> int:
@@ -353,12 +363,13 @@ def ffn_backward_tiling(
             for rows in heights(base, m, TALLEST)
             for bf in shared_splits(f, info)
         ),
-        lambda t: ffn_backward_vmem_bytes(t, matrices, itemsize),
+        lambda t: ffn_backward_vmem_bytes(t, f, matrices, itemsize, info),
         cost,
         info,
         Tiling(sublanes(itemsize), d, min(f, LANES)),
         3 * matrices - 1,
         2 * LONGEST,
+        info.vmem_capacity_bytes * 31 // 32,
     )
 
 

@@ -209,7 +209,7 @@ def own_parts(walk: Visits, rows: int, sizes: Sequence[int], unit: int) -> list[
     sizes: as `part_sizes` has them.
     """
     low, high = _own_rows(walk, rows)
-    least = sizes[-1]
+    least = min(sizes)
     left = -(-(high - low // unit * unit) // least) * least if least < rows else rows
     left = np.where(high > low, left, 0)
     repeated = left // sizes[0]

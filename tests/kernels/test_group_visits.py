@@ -159,9 +159,8 @@ def test_a_part_that_is_not_repeated_may_be_taller(rows: int, parts: list[int]) 
 
 
 def test_rows_of_other_groups_in_a_part_are_as_many_as_is_said() -> None:
-    worked = parts_of(895, 1024, 1024, 16, 640)[
-        :, 0
-    ]  # 144 rows from a register on: 256 from 768 on
+    # 144 rows from a register on, so 256 from 768 on.
+    worked = parts_of(895, 1024, 1024, 16, 640)[:, 0]
     assert 895 - worked.argmax() == 127
     assert mixed_rows(1024, 16) == 144
 
@@ -201,7 +200,8 @@ def test_chosen_blocks_fit(version: str, itemsize: int, m: int, k: int, n: int, 
         t = tiling.ffn_tiling(m, k, n, e, matrices, itemsize, info)
         assert tiling.ffn_vmem_bytes(t, matrices, itemsize) <= budget
         t = tiling.ffn_backward_tiling(m, k, n, e, matrices, itemsize, info)
-        assert tiling.ffn_backward_vmem_bytes(t, matrices, itemsize) <= budget
+        needed = tiling.ffn_backward_vmem_bytes(t, n, matrices, itemsize, info)
+        assert needed <= info.vmem_capacity_bytes
 
 
 def test_sizes_below_zero_and_beyond_the_rows_are_cut_off() -> None:

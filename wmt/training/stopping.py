@@ -59,18 +59,21 @@ def stopping() -> Iterator[Stop]:
 @contextlib.contextmanager
 def ending_at_once(goes_on: str) -> Iterator[None]:
     """For a block that takes no steps: a signal raises Stopped in it. goes_on: what is safe."""
-    told = 0
+    told, over, rings = 0, False, False
     others, alarm = sys.unraisablehook, signal.getsignal(signal.SIGALRM) or signal.SIG_DFL
 
     def end(number: int, _: FrameType | None) -> None:
         nonlocal told
         told = number
-        raise Stopped(number, goes_on)
+        if not over:
+            raise Stopped(number, goes_on)
 
     def end_soon(lost: Any) -> None:
+        nonlocal rings
         if lost.exc_type is not Stopped:
             others(lost)
             return
+        rings = True
         signal.signal(signal.SIGALRM, lambda _, frame: end(told, frame))
         signal.setitimer(signal.ITIMER_REAL, 0.01)
 
@@ -79,14 +82,17 @@ def ending_at_once(goes_on: str) -> Iterator[None]:
     sys.unraisablehook = end_soon
     try:
         with _handled(end):
-            yield
-            if told:  # it was lost, and the alarm has not rung yet
-                end(told, None)
+            try:
+                yield
+            finally:
+                over = True  # from here on nothing is raised before all is as it was
     finally:
-        if told:
+        if rings:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, alarm)
         sys.unraisablehook = others
+    if told:  # it was lost, and the alarm had not rung yet
+        raise Stopped(told, goes_on)
 
 
 def _agreed(here: Stop) -> Stop:
