@@ -252,6 +252,20 @@ def test_quantised_experts_compile_and_are_never_made_larger(
         assert whole in compiled(chip, run, *args)
 
 
+@pytest.mark.parametrize(
+    ("chip", "d", "f"), [("tpu7x", 512, 4096), ("tpu7x", 1024, 4096), ("v6e", 1024, 8192)]
+)
+def test_the_backward_of_wide_experts_fits_in_vmem(chip: str, d: int, f: int) -> None:
+    def gradients(x: Any, w_in: Any, w_out: Any, sizes: Any, grad: Any) -> Any:
+        f = functools.partial(expert_ffn, activation="gelu", implementation="mosaic")
+        return jax.vjp(lambda *args: f(*args, sizes), x, w_in, w_out)[1](grad)
+
+    rows, w_in, w_out = (32768, d), (8, d, f), (8, f, d)
+    x, *weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (rows, w_in, w_out))
+    sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
+    assert "taskmoe_expert_ffn_backward" in compiled(chip, gradients, x, *weights, sizes, x)
+
+
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_loops_over_pieces_compile(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (gmm_kernel, tgmm_kernel):  # so that sizes are small, and compiled soon
