@@ -145,9 +145,8 @@ def best(
 ) -> Tiling:
     """The candidate that fits in VMEM and costs least; `otherwise` where none fits.
 
-    products: of blocks [m, k] and [k, n] that one step has written out, if it does not loop. Of
-    steps that are longer than `longest` only the shortest is a candidate. budget: of VMEM, where
-    vmem_bytes has what the compiler needs too.
+    products: of blocks [m, k] and [k, n] that one step writes out, if it does not loop. Of steps
+    longer than `longest` only the shortest counts. budget: of VMEM, with the compiler's own.
     """
     budget = budget or vmem_budget_bytes(info)
     fits = [t for t in candidates if vmem_bytes(t) <= budget]
@@ -316,16 +315,14 @@ def ffn_backward_vmem_bytes(
 ) -> int:
     """VMEM of the backward of f hidden units: buffers, f32 sums, and what the compiler spills.
 
-    Two buffers each of rows, dy, dx (cut hidden units: and its sums, or a part), matrices and
-    theirs. Spilled at most, as compiled: dx of a part of the rows, some three values for each
-    matrix's hidden units, and for narrow MXUs a matrix's gradient.
+    Buffered: rows, dy, dx (with cut hidden units its sums or a part), matrices and theirs. Spilled
+    at most, as compiled: dx, three values a matrix's hidden unit, on narrow MXUs a gradient.
     """
-    part = min(t.m, FFN_PART)
     dx = itemsize if t.n >= f else itemsize + 8 if info.num_cores == 1 else 4
     buffers = 2 * t.k * (t.m * (2 * itemsize + dx) + 2 * matrices * t.n * itemsize)
-    spilled = part * (4 * t.k + 13 * matrices * t.n)
-    spilled += 4 * t.k * t.n if info.mxu_column_size == LANES else 0
-    return buffers + 4 * matrices * t.k * t.n + spilled
+    sums = matrices + (info.mxu_column_size == LANES)
+    spilled = min(t.m, FFN_PART) * (4 * t.k + 13 * matrices * t.n)
+    return buffers + 4 * sums * t.k * t.n + spilled
 
 
 def ffn_backward_bytes(t: Tiling, m: int, f: int, e: int, matrices: int, itemsize: int) -> int:
@@ -359,11 +356,7 @@ def ffn_backward_tiling(
         return time, moved, t.m
 
     return best(
-        (
-            Tiling(rows, d, bf)
-            for rows in heights(base, m, TALLEST)
-            for bf in shared_splits(f, info)
-        ),
+        (Tiling(h, d, n) for h in heights(base, m, TALLEST) for n in shared_splits(f, info)),
         lambda t: ffn_backward_vmem_bytes(t, f, matrices, itemsize, info),
         cost,
         info,

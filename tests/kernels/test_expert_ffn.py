@@ -207,17 +207,21 @@ def cut(gated: bool, rows: int) -> Any:
 APART = {32: False, 16: True}
 
 
+def of_cut(gated: bool, rows: int, args: Any, used: int) -> tuple[Any, Any, Any]:
+    """What `cut` finds with NaN in all rows but those used, and what plain and float64 find."""
+    truth = support.in_float64(run("reference", "silu", gated), *args)
+    plain = support.call("reference", run("reference", "silu", gated), *args)
+    x, *weights, sizes, grad = args
+    x, grad = support.poison_tail(x, used), support.poison_tail(grad, used)
+    return support.call("mosaic", cut(gated, rows), x, *weights, sizes, grad), plain, truth
+
+
 @pytest.mark.parametrize("rows", APART)
 @pytest.mark.parametrize("gated", [False, True])
 def test_hidden_dimension_cut_with_a_tail(gated: bool, rows: int) -> None:
     assert (-(-50 // rows) >= ffn_backward_kernel.BLOCKS_APART) == APART[rows]
     args = operands(50, 24, 300, [20, 0, 13], jnp.float32)
-    truth = support.in_float64(run("reference", "silu", gated), *args)
-    plain = support.call("reference", run("reference", "silu", gated), *args)
-    x, *weights, sizes, grad = args
-    x, grad = support.poison_tail(x, 33), support.poison_tail(grad, 33)
-    ours = support.call("mosaic", cut(gated, rows), x, *weights, sizes, grad)
-    support.assert_as_good(ours, plain, truth)
+    support.assert_as_good(*of_cut(gated, rows, args, 33))
 
 
 @pytest.mark.parametrize("dtype", support.DTYPES)
@@ -226,11 +230,7 @@ def test_blocks_are_worked_on_in_parts(gated: bool, dtype: Any) -> None:
     # Groups end in blocks of 1,024 rows, take one of each size of a part, or are in two blocks.
     sizes = [0, 3, 700, 0, 517, 130, 0, 100]
     args = operands(1500, 24, 256, sizes, dtype)
-    truth = support.in_float64(run("reference", "silu", gated), *args)
-    plain = support.call("reference", run("reference", "silu", gated), *args)
-    x, *weights, group_sizes, grad = args
-    x, grad = support.poison_tail(x, sum(sizes)), support.poison_tail(grad, sum(sizes))
-    ours = support.call("mosaic", cut(gated, 1024), x, *weights, group_sizes, grad)
+    ours, plain, truth = of_cut(gated, 1024, args, sum(sizes))
     support.assert_as_good(ours, plain, truth)
     faulty = ours | {"w_in": ours["w_in"].copy()}
     faulty["w_in"][4] -= ours["w_in"][2] * np.asarray(0.5, ours["w_in"].dtype)
@@ -246,11 +246,7 @@ def test_the_sum_of_dx_begins_in_memory_that_nothing_was_written_to(
     # The interpreter's is zero; a TPU's holds anything.
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
     args = operands(64, 24, hidden, sizes, dtype)
-    truth = support.in_float64(run("reference", "silu", True), *args)
-    plain = support.call("reference", run("reference", "silu", True), *args)
-    x, *weights, group_sizes, grad = args
-    x, grad = support.poison_tail(x, sum(sizes)), support.poison_tail(grad, sum(sizes))
-    ours = support.call("mosaic", cut(True, 16), x, *weights, group_sizes, grad)
+    ours, plain, truth = of_cut(True, 16, args, sum(sizes))
     support.assert_as_good(ours, plain, truth)
     assert ours["x"].dtype == dtype
 

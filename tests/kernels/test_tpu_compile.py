@@ -257,8 +257,8 @@ def test_quantised_experts_compile_and_are_never_made_larger(
 )
 def test_the_backward_of_wide_experts_fits_in_vmem(chip: str, d: int, f: int) -> None:
     def gradients(x: Any, w_in: Any, w_out: Any, sizes: Any, grad: Any) -> Any:
-        f = functools.partial(expert_ffn, activation="gelu", implementation="mosaic")
-        return jax.vjp(lambda *args: f(*args, sizes), x, w_in, w_out)[1](grad)
+        ffn = functools.partial(expert_ffn, activation="gelu", implementation="mosaic")
+        return jax.vjp(lambda *args: ffn(*args, sizes), x, w_in, w_out)[1](grad)
 
     rows, w_in, w_out = (32768, d), (8, d, f), (8, f, d)
     x, *weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (rows, w_in, w_out))
