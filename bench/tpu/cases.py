@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
+from taskmoe import moe
 from taskmoe.bench.harness.shapes import MODELS, Sizes
 from taskmoe.kernels import Quantized, combine, dispatch, expert_ffn, gmm, tgmm, top_k_gating
 from taskmoe.kernels.tiling import Tiling
@@ -37,7 +38,9 @@ DIRECTIONS = ("forward", "backward")
 TILED = ("gmm", "tgmm", "expert_ffn", "expert_ffn_gated", "expert_ffn_int8")
 #: Ops between chips, forward alone: their gradients are made of others here. See `across`.
 EXCHANGES = ("exchange_rows", "exchange_ffn", "exchange_ffn_gated")
-OPS = ("top_k_gating", "dispatch", "combine", *TILED, *EXCHANGES)
+#: A whole layer, routed by its tokens: compiled for its temporaries, its time is not modelled.
+LAYER = "moe_layer"
+OPS = ("top_k_gating", "dispatch", "combine", *TILED, *EXCHANGES, LAYER)
 #: Op -> how many arguments, from the first on, its gradient does not read.
 UNREAD_BACKWARD = {"dispatch": 1}
 #: Who else has which op.
@@ -164,6 +167,8 @@ def program(case: Case) -> Program:
     shares = array((t, k), jnp.float32)
     x, up, down = array((m, d), dtype), array((e, d, f), dtype), array((e, f, d), dtype)
     wide, tokens = array((m, f), dtype), array((t, d), dtype)
+    if case.op == LAYER:
+        return _layer(s, dtype)
     if case.by != "taskmoe":
         return Program(*_of_others(case, x, up, wide, sizes))
     mosaic: Any = {"implementation": "mosaic"}
@@ -199,6 +204,22 @@ def program(case: Case) -> Program:
     return Program(*programs[case.op])
 
 
+def _layer(s: Sizes, dtype: Any) -> Program:
+    """A layer of these sizes, its parameters and tokens with gradients."""
+    activation: Any = "silu" if s.gated else "relu"
+    config = moe.MoEConfig(
+        s.d_model, s.d_ff, s.experts, s.top_k, activation=activation, gated=s.gated
+    )
+    # The key is traced too: nothing runs on a chip that is not there.
+    params = jax.eval_shape(lambda: moe.init(jax.random.key(0), config, dtype))
+
+    def layer(params: Any, x: Any) -> Any:
+        y, metrics = moe.apply(params, config, x, implementation="mosaic")
+        return y, metrics.aux_loss
+
+    return Program(layer, [params, jax.ShapeDtypeStruct((1, s.tokens, s.d_model), dtype)], 2)
+
+
 def megablox() -> Any:
     """JAX's megablox module of kernels; its package shadows it with a function of its name."""
     return importlib.import_module(MEGABLOX)
@@ -218,7 +239,7 @@ def _of_others(case: Case, x: Any, up: Any, wide: Any, sizes: Any) -> tuple[Any,
     out: Any = {"preferred_element_type": x.dtype}
     if case.by == "tokamax":
         dot = importlib.import_module("tokamax").ragged_dot
-        return (lambda *args: dot(*args, implementation="mosaic", **out)), [x, up, sizes], 2
+        return (lambda *args: dot(*args, implementation="mosaic_tpu_v2", **out)), [x, up, sizes], 2
     theirs = megablox()
     (m, d), f = x.shape, up.shape[2]
     narrow, broad = megablox_tiling(m, f, d), megablox_tiling(m, d, f)

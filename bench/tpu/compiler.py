@@ -19,6 +19,7 @@ import jax
 
 import taskmoe.bench.tpu
 import taskmoe.kernels
+import taskmoe.moe
 from taskmoe.bench.harness.results import from_json, load
 from taskmoe.bench.harness.worker import Died, Worker
 from taskmoe.bench.tpu import schedule
@@ -49,11 +50,13 @@ class Compiled:
     """What compiler and model say of a case: why it does not compile, or its kernels.
 
     Bytes and times are modelled, and there where the grid can be walked; see `kernels.worker`.
+    temporary_bytes: HBM that the program takes beside its arguments and results
     outside_cycles: of what XLA runs around the kernels, by the compiler's estimate
     """
 
     error: str | None = None
     compile_s: float | None = None
+    temporary_bytes: int | None = None
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
     bundles_run: int | None = None
     moved_bytes: int | None = None
@@ -148,9 +151,9 @@ def _place(work: Path, case: Case) -> Path:
 
 @functools.cache
 def _sources() -> str:
-    """A digest of the kernels, of the lab, and of the versions of what compiles them."""
+    """A digest of the kernels, the layer, the lab, and of the versions of what compiles them."""
     digest = hashlib.sha256()
-    for package in (taskmoe.kernels, taskmoe.bench.tpu):
+    for package in (taskmoe.kernels, taskmoe.moe, taskmoe.bench.tpu):
         for path in sorted(Path(package.__path__[0]).rglob("*.py")):
             digest.update(path.read_bytes())
     for name in ("jax", "jaxlib", "libtpu"):

@@ -76,19 +76,20 @@ def _answer(reached: dict[str, list[float]], of: str) -> str:
 def _compiled(rows: list[Row], of: str) -> Table:
     """A row a case. of: what else the title says."""
     headings = (
-        *("op", "direction", "by", "chip", "dtype", "shape", "compiled", "VMEM MiB", "bundles"),
-        *("MXU filled", "spills", "run", "modelled MB", "over floor", "outside", "modelled µs"),
-        *("roofline µs",),
+        *("op", "direction", "by", "chip", "dtype", "shape", "compiled", "VMEM MiB"),
+        *("temporaries MB", "bundles", "MXU filled", "spills", "run", "modelled MB", "over floor"),
+        *("outside", "modelled µs", "roofline µs"),
     )
     return Table(
         f"Kernels compiled ahead of time{of and ', ' + of} (modelled)",
         headings,
         [
-            (r.op, r.direction, r.by, r.chip, r.dtype, r.shape, *_figures(r), *[""] * 10)[:17]
+            (r.op, r.direction, r.by, r.chip, r.dtype, r.shape, *_figures(r), *[""] * 11)[:18]
             for r in rows
         ],
-        "Bundles, MXU slots and spills (vector spills and fills) are of the main loops of the "
-        "case's kernels, added up; VMEM is the largest. Run: bundles of all regions, times how "
+        "Temporaries: HBM that the compiled program takes beside arguments and results. Bundles, "
+        "MXU slots and spills (vector spills and fills) are of the main loops of the case's "
+        "kernels, added up; VMEM is the largest. Run: bundles of all regions, times how "
         "often each runs, without the kernel that finds the visits. Bytes and times are modelled: "
         "bytes by walking the grid (copies made by hand as declared), time as the larger of bytes "
         "at the HBM's rate and work, plus the cycles outside the kernels: XLA's, and those of the "
@@ -135,6 +136,7 @@ def _figures(r: Row) -> tuple[str, ...]:
     figures = (
         f"{r.compile_s:.1f} s",
         f"{r.vmem_bytes / 2**20:.1f}" if r.vmem_bytes else "",  # not told of every kernel
+        "" if r.temporary_bytes is None else f"{r.temporary_bytes / 1e6:,.1f}",
         f"{r.main_bundles:,}",
         f"{r.filled:.1%}",
         f"{r.spills:,}",

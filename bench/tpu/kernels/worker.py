@@ -63,14 +63,16 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
                 results = kernel_cases.result_shapes(function, arguments)
                 formats, out = _formats(arguments, whole), _formats(results, whole)
                 jitted = jax.jit(function, in_shardings=tuple(formats), out_shardings=out)
-            hlo = jitted.lower(*arguments).compile().as_text() or ""
+            compiled = jitted.lower(*arguments).compile()
     except Exception as error:  # a refusal, the compiler's or the library's, is a result
         return {"error": " ".join(str(error).split())[:500]}
     seconds = time.perf_counter() - start
+    hlo, memory = compiled.as_text() or "", compiled.memory_analysis()
     vmem = schedule.kernel_vmem_bytes(hlo)
     kernels = [dataclasses.asdict(kernel) for kernel in schedule.read_schedules(dumps, set(vmem))]
     return {
         "compile_s": seconds,
+        "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
         "outside_cycles": schedule.outside_cycles(hlo),
         "kernels": [kernel | {"vmem_bytes": vmem[kernel["kernel"]]} for kernel in kernels],
     }
@@ -209,7 +211,9 @@ def answer(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
     across_chips = case.op in kernel_cases.EXCHANGES
     mesh = across.mesh(case.chip) if across_chips else chip_mesh(case.chip)
     result = compile_case(case, mesh, Path(sys.argv[1]))
-    if "error" not in result and case.by != "tokamax":  # which runs nowhere but on TPU
+    if "error" in result or case.op == kernel_cases.LAYER:
+        pass
+    elif case.by != "tokamax":  # which runs nowhere but on TPU
         calls, floor = across.walk(case) if across_chips else walk(case)
         visits = visits_cycles(calls, result["kernels"])
         calls = [call for call in calls if call.name != schedule.VISITS]
@@ -217,7 +221,7 @@ def answer(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
         names = {call.name for call in calls}  # of a gradient: without its forward kernels
         result["kernels"] = [k for k in result["kernels"] if k["kernel"] in names]
         result |= model(case.chip, calls, floor, result["kernels"], result["outside_cycles"])
-    elif "error" not in result:
+    else:
         result["bundles_run"] = walked_bundles(case, result["kernels"])
     yield result
 

@@ -45,6 +45,19 @@ def test_one_kernel_is_compiled_and_modelled(tmp_path: Path, capsys: Any) -> Non
     assert {row["by"] for row in rows} >= {"taskmoe", "megablox"}
 
 
+@pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
+def test_a_layer_is_compiled_for_its_temporaries(tmp_path: Path) -> None:
+    path = tmp_path / "tpu.json"
+    options = ["--chips", "v5e", "--ops", "moe_layer", "--dtypes", "bf16", "--shapes", "awkward"]
+    assert main(["tpu", "--kernels", *options, "--json", str(path)]) == 0
+    forward, backward = json.loads(path.read_text())["kernels"]
+    rows = 3 * 37 * 131 * 2  # of all choices of all tokens
+    assert rows < forward["temporary_bytes"] < backward["temporary_bytes"] < 64 * rows
+    names = {kernel["kernel"] for kernel in backward["kernels"]}
+    assert {"taskmoe_top_k_gating_backward", "taskmoe_expert_ffn_backward"} <= names
+    assert "modelled_us" not in backward
+
+
 def test_walked_bytes_of_gmm_by_hand() -> None:
     x, w = jnp.zeros((64, 128), jnp.bfloat16), jnp.zeros((4, 128, 256), jnp.bfloat16)
     sizes = jnp.asarray([24, 0, 40, 0], jnp.int32)
