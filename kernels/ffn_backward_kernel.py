@@ -30,6 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.block_products import dot, keep
 from taskmoe.kernels.checks import result_like, vary_over, varying_axes
+from taskmoe.kernels.ffn_backward_tiling import ffn_backward_tiling, ffn_backward_vmem_bytes
 from taskmoe.kernels.ffn_kernel import where_held, with_rows
 from taskmoe.kernels.group_visits import FFN_PART, Visit, Visits, visit_blocks
 from taskmoe.kernels.groups import Groups
@@ -209,7 +210,7 @@ def expert_ffn_backward_mosaic(
     """
     (m, d), (e, _, f) = x.shape, experts.w_in.shape
     itemsize, matrices = x.dtype.itemsize, 2 if experts.w_gate is None else 3
-    t = tiling or tilings.ffn_backward_tiling(m, d, f, e, matrices, itemsize, chip())
+    t = tiling or ffn_backward_tiling(m, d, f, e, matrices, itemsize, chip())
     walk = visit_blocks(groups, e, m, t.m, every_group=True)
     cuts = pl.cdiv(f, t.n)
     adds = cuts > 1 and chip().num_cores == 1 and pl.cdiv(m, t.m) >= BLOCKS_APART
@@ -257,7 +258,7 @@ def expert_ffn_backward_mosaic(
         ),
         compiler_params=tilings.compiler_params(
             ("arbitrary" if adds else "parallel", "arbitrary"),
-            tilings.ffn_backward_vmem_bytes(t, f, matrices, itemsize, chip()),
+            ffn_backward_vmem_bytes(t, f, matrices, itemsize, chip()),
         ),
         cost_estimate=cost(m, d, f, e, matrices, itemsize),
         name="taskmoe_expert_ffn_backward",

@@ -1,4 +1,4 @@
-"""gmm as a Pallas TPU kernel:  out[i] = lhs[i] @ rhs[g(i)].
+"""gmm as a Pallas TPU kernel:  out[i] = lhs[i] @ rhs[g(i)], or the sum of several such products.
 
 Grid: (blocks of width, visits, blocks of depth), see `group_visits`. Visits walk the rows in order,
 so a group's matrix is fetched once a width block, and a block of rows that straddles groups stays
@@ -104,8 +104,7 @@ def out_block(width: Any, visit: Any, depth: Any, walk: Visits) -> tuple[Any, ..
 
 def kernel(
     walk: Visits,
-    lhs_ref: Any,
-    rhs_ref: Any,
+    pairs: Sequence[tuple[Any, Any]],
     out_ref: Any,
     *acc_ref: Any,
     depth_size: int,
@@ -118,24 +117,25 @@ def kernel(
 ) -> None:
     """One visit at one depth. acc_ref is there when depth is cut.
 
+    pairs: of lhs and rhs, whose products are added.
     depth_pieces, column_pieces: of a block of the matrix; a product has all rows of a part.
     passes: over the columns, for each size of a part, see `each`.
     scaled_size: rows of `Quantized` matrices, which their blocks of scales divide. dtype: what is
     multiplied.
     """
-    rows, block_depth = lhs_ref.shape
+    rows, block_depth = pairs[0][0].shape
     visit, depth = Visit(walk, pl.program_id(1), rows), pl.program_id(2)
     depths = pl.cdiv(depth_size, block_depth)
-    is_quantized = isinstance(rhs_ref, Quantized)
-    values_ref = rhs_ref.values if is_quantized else rhs_ref
-    rows_ref = lhs_ref.values if isinstance(lhs_ref, QuantizedRows) else lhs_ref
-    block = scaled_size // rhs_ref.blocks if is_quantized else scaled_size
     width = pl.program_id(0) * out_ref.shape[1]
-    unit = tilings.sublanes(rows_ref.dtype.itemsize)
+    unit = tilings.sublanes(itemsize_of(pairs[0][0]))
     out_unit = tilings.sublanes(out_ref.dtype.itemsize)
     mixed = mixed_rows(rows, max(unit, out_unit))
 
-    def product(part: Any, columns: Any) -> jax.Array:
+    def product(lhs_ref: Any, rhs_ref: Any, part: Any, columns: Any) -> jax.Array:
+        is_quantized = isinstance(rhs_ref, Quantized)
+        values_ref = rhs_ref.values if is_quantized else rhs_ref
+        rows_ref = lhs_ref.values if isinstance(lhs_ref, QuantizedRows) else lhs_ref
+        block = scaled_size // rhs_ref.blocks if is_quantized else scaled_size
         total: Any = 0
         for units in depth_pieces:
             lhs = rows_ref[part, units].astype(dtype)
@@ -160,17 +160,20 @@ def kernel(
     def work(start: Any, size: int) -> None:
         part = pl.ds(start, size)
 
+        def total(columns: Any) -> Any:
+            return sum(product(*pair, part, columns) for pair in pairs)
+
         def store(columns: Any) -> None:
-            value = product(part, columns)
+            value = total(columns)
             if acc_ref:
                 value += acc_ref[0][part, columns]
             visit.write(out_ref, value, part, columns, mixed)
 
         def init(columns: Any) -> None:
-            acc_ref[0][part, columns] = product(part, columns)
+            acc_ref[0][part, columns] = total(columns)
 
         def accumulate(columns: Any) -> None:
-            acc_ref[0][part, columns] += product(part, columns)
+            acc_ref[0][part, columns] += total(columns)
 
         def each_piece(act: Callable[[Any], None]) -> None:
             each(column_pieces, passes[size], act)
@@ -197,7 +200,15 @@ def column(x: jax.Array, index: Any) -> jax.Array:
 
 def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> jax.Array:
     """The kernel call; arguments as in `gmm`, validated."""
-    m, k = lhs.shape
+    return sum_of_gmms_mosaic(options, [(lhs, rhs)], groups)
+
+
+def sum_of_gmms_mosaic(
+    options: ProductOptions, pairs: Sequence[tuple[Any, Any]], groups: Groups
+) -> jax.Array:
+    """`gmm` of each pair of lhs and rhs, which are alike, and their sum, rounded once."""
+    lhs, rhs = pairs[0]
+    (m, k), count = lhs.shape, len(pairs)
     e, n = rhs.shape[0], rhs.shape[1 if options.transpose_rhs else 2]
     itemsize, out_itemsize = itemsize_of(lhs), jnp.dtype(options.out_dtype).itemsize
     held, dtype = itemsize_of(rhs), jnp.dtype(jnp.int8)
@@ -205,7 +216,8 @@ def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> j
         dtype = lhs.dtype
     elif not chip().int8_ops_per_second:
         dtype = jnp.dtype(jnp.bfloat16 if chip().generation > 3 else jnp.float32)
-    t = options.tiling or tilings.gmm_tiling(m, k, n, e, itemsize, out_itemsize, chip(), held)
+    sizes = m, k, n, e, itemsize, out_itemsize, chip(), held
+    t = options.tiling or tilings.gmm_tiling(*sizes, count)
     walk = visit_blocks(groups, e, m, t.m)
     scale_blocks = rhs.blocks if isinstance(rhs, Quantized) else 0
     mxu, scaled = chip().mxu_column_size, rhs.shape[1] // max(scale_blocks, 1)
@@ -223,12 +235,17 @@ def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> j
     blocks = Blocks(
         grid=lambda walk: (pl.cdiv(n, t.n), walk.num[0], pl.cdiv(k, t.k)),
         in_specs=[
-            with_scales(
-                lhs,
-                pl.BlockSpec((t.m, t.k), lhs_block),
-                pl.BlockSpec((t.m, scale_blocks), lhs_scales_block),
-            ),
-            with_scales(rhs, matrix, scales),
+            [
+                (
+                    with_scales(
+                        lhs,
+                        pl.BlockSpec((t.m, t.k), lhs_block),
+                        pl.BlockSpec((t.m, scale_blocks), lhs_scales_block),
+                    ),
+                    with_scales(rhs, matrix, scales),
+                )
+            ]
+            * count
         ],
         out_specs=pl.BlockSpec((t.m, t.n), out_block),
     )
@@ -240,7 +257,7 @@ def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> j
             depth_pieces=depth_pieces,
             column_pieces=column_pieces,
             passes={
-                size: passes(column_pieces, written // (max(size, mxu) * len(depth_pieces)))
+                size: passes(column_pieces, written // (max(size, mxu) * len(depth_pieces) * count))
                 for size in part_sizes(t.m)
             },
             scaled_size=rhs.shape[1],
@@ -248,12 +265,11 @@ def gmm_mosaic(options: ProductOptions, lhs: Any, rhs: Any, groups: Groups) -> j
         ),
         blocks,
         walk,
-        lhs,
-        rhs,
+        list(pairs),
         out_shape=result_like(groups.sizes, (m, n), options.out_dtype),
         scratch_shapes=[pltpu.VMEM((t.m, t.n), jnp.float32)] if t.k < k else [],
         semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_bytes=tilings.gmm_vmem_bytes(t, k, itemsize, out_itemsize, held),
-        cost_estimate=cost(m, k, n, e, itemsize, out_itemsize, nbytes(rhs)),
+        vmem_bytes=tilings.gmm_vmem_bytes(t, k, itemsize, out_itemsize, held, count),
+        cost_estimate=cost(m, k * count, n, e, itemsize, out_itemsize, nbytes(rhs) * count),
         name="taskmoe_gmm",
     )

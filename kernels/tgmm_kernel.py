@@ -1,5 +1,7 @@
 """tgmm as a Pallas TPU kernel:  out[e] = sum over rows i of group e of lhs[i]^T grad[i].
 
+Several grads of one lhs make a result each: rows of lhs are read, and transposed, once for all.
+
 Grid: (blocks of width, blocks of depth, visits), see `group_visits`. All visits of a group are
 consecutive and sum up in f32 in VMEM. The first part of a group's rows finds the sum at zero, the
 last one writes the group's block. Groups without rows are visited once, to write zeros. Rows that
@@ -11,7 +13,7 @@ VMEM: two buffers each of lhs [m, k], grad [m, n] and out [k, n], and the sum in
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,9 +60,9 @@ def out_block(width: Any, depth: Any, visit: Any, walk: Visits) -> tuple[Any, ..
 def kernel(
     walk: Visits,
     lhs_ref: Any,
-    grad_ref: Any,
-    out_ref: Any,
-    acc_ref: Any,
+    grad_refs: Sequence[Any],
+    out_refs: Sequence[Any],
+    acc_refs: Sequence[Any],
     *,
     depth_pieces: Sequence[pl.Slice],
     passes: Mapping[int, int],
@@ -76,20 +78,19 @@ def kernel(
         rows = pl.ds(start, size)
         begins, ends = arrives & (start <= visit.low), leaves & (start + size >= visit.high)
 
-        def total(depth: Any) -> jax.Array:
-            before = jnp.where(begins, 0, acc_ref[depth, :])
-            return before + dot(
-                visit.only_own(lhs_ref[rows, depth], start),
-                visit.only_own(grad_ref[rows, :], start),
-                0,
-                0,
-            )
+        def totals(depth: Any) -> Iterator[jax.Array]:
+            lhs = visit.only_own(lhs_ref[rows, depth], start)
+            for grad_ref, acc_ref in zip(grad_refs, acc_refs, strict=True):
+                before = jnp.where(begins, 0, acc_ref[depth, :])
+                yield before + dot(lhs, visit.only_own(grad_ref[rows, :], start), 0, 0)
 
         def store(depth: Any) -> None:
-            out_ref[depth, :] = total(depth).astype(out_ref.dtype)
+            for out_ref, total in zip(out_refs, totals(depth), strict=True):
+                out_ref[depth, :] = total.astype(out_ref.dtype)
 
         def keep(depth: Any) -> None:
-            acc_ref[depth, :] = total(depth)
+            for acc_ref, total in zip(acc_refs, totals(depth), strict=True):
+                acc_ref[depth, :] = total
 
         pl.when(ends)(lambda: each(depth_pieces, passes[size], store))
         pl.when(~ends)(lambda: each(depth_pieces, passes[size], keep))
@@ -99,27 +100,38 @@ def kernel(
 
     @pl.when(visit.high <= visit.low)
     def _zero() -> None:
-        out_ref[...] = jnp.zeros_like(out_ref)
+        for out_ref in out_refs:
+            out_ref[...] = jnp.zeros_like(out_ref)
 
 
 def tgmm_mosaic(
     options: ProductOptions, lhs: jax.Array, grad: jax.Array, groups: Groups
 ) -> jax.Array:
     """The kernel call; arguments as in `tgmm`, validated."""
-    (m, k), n, e = lhs.shape, grad.shape[1], options.num_groups
+    return tgmms_mosaic(options, lhs, [grad], groups)[0]
+
+
+def tgmms_mosaic(
+    options: ProductOptions, lhs: jax.Array, grads: Sequence[jax.Array], groups: Groups
+) -> list[jax.Array]:
+    """`tgmm` of lhs and each of these grads, which are alike."""
+    (m, k), n, e, count = lhs.shape, grads[0].shape[1], options.num_groups, len(grads)
     itemsize, out_itemsize = lhs.dtype.itemsize, jnp.dtype(options.out_dtype).itemsize
-    t = options.tiling or tilings.tgmm_tiling(m, k, n, e, itemsize, out_itemsize, chip())
+    t = options.tiling or tilings.tgmm_tiling(m, k, n, e, itemsize, out_itemsize, chip(), count)
     walk = visit_groups(groups, e, m, t.m)
     blocks = Blocks(
         grid=lambda walk: (pl.cdiv(n, t.n), pl.cdiv(k, t.k), walk.num[0]),
-        in_specs=[pl.BlockSpec((t.m, t.k), lhs_block), pl.BlockSpec((t.m, t.n), grad_block)],
-        out_specs=pl.BlockSpec((None, t.k, t.n), out_block),
+        in_specs=[
+            pl.BlockSpec((t.m, t.k), lhs_block),
+            [pl.BlockSpec((t.m, t.n), grad_block)] * count,
+        ],
+        out_specs=([pl.BlockSpec((None, t.k, t.n), out_block)] * count,),
     )
     depth_pieces = pieces(t.k, PIECE_ROWS)
     mxu = chip().mxu_column_size
     often = TALLEST_PART // mxu * mxu  # parts that are repeated leave no depth of the MXU empty
-    written = WRITTEN * 2 // max(itemsize, 2) * mxu**3 // (PIECE_ROWS * t.n)
-    return visits_call(
+    written = WRITTEN * 2 // max(itemsize, 2) * mxu**3 // (PIECE_ROWS * t.n * count)
+    (found,) = visits_call(
         functools.partial(
             kernel,
             depth_pieces=depth_pieces,
@@ -131,11 +143,12 @@ def tgmm_mosaic(
         blocks,
         walk,
         lhs,
-        grad,
-        out_shape=result_like(lhs, (e, k, n), options.out_dtype),
-        scratch_shapes=[pltpu.VMEM((t.k, t.n), jnp.float32)],
+        list(grads),
+        out_shape=([result_like(lhs, (e, k, n), options.out_dtype)] * count,),
+        scratch_shapes=[[pltpu.VMEM((t.k, t.n), jnp.float32)] * count],
         semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_bytes=tilings.tgmm_vmem_bytes(t, itemsize, out_itemsize),
-        cost_estimate=cost(m, k, n, e, itemsize, out_itemsize),
-        name="taskmoe_tgmm",
+        vmem_bytes=tilings.tgmm_vmem_bytes(t, itemsize, out_itemsize, count),
+        cost_estimate=cost(m, k, n * count, e, itemsize, out_itemsize),
+        name="taskmoe_tgmm" if count == 1 else f"taskmoe_tgmm_of_{count}",
     )
+    return found

@@ -30,8 +30,7 @@ STEP_SECONDS = 2e-7
 ROUNDED_START = 8
 #: Share of what the longer of copies and products hides that is seen all the same.
 SEEN = 0.1
-#: Most cycles of products in a block, which are written out: compiling more takes a minute. In
-#: expert_ffn's backward twice as many: a sweep over the rows that is saved is worth the wait.
+#: Most cycles of products in a block, which are written out: compiling more takes a minute.
 LONGEST = 9 << 12
 
 
@@ -160,11 +159,19 @@ def best(
 
 
 def gmm_vmem_bytes(
-    t: Tiling, k: int, itemsize: int, out_itemsize: int, rhs_itemsize: int | None = None
+    t: Tiling,
+    k: int,
+    itemsize: int,
+    out_itemsize: int,
+    rhs_itemsize: int | None = None,
+    pairs: int = 1,
 ) -> int:
-    """VMEM that gmm takes with these blocks: three streams twice, and the sum if depth is cut."""
+    """VMEM that gmm takes with these blocks: three streams twice, and the sum if depth is cut.
+
+    pairs: of lhs and rhs, whose products are added.
+    """
     rhs = t.k * t.n * (rhs_itemsize or itemsize)
-    streams = t.m * t.k * itemsize + rhs + t.m * t.n * out_itemsize
+    streams = pairs * (t.m * t.k * itemsize + rhs) + t.m * t.n * out_itemsize
     return 2 * streams + (0 if t.k >= k else t.m * t.n * 4)
 
 
@@ -179,6 +186,27 @@ def gmm_bytes(
     return int(lhs_reads * m * k * itemsize + rhs + m * n * out_itemsize)
 
 
+def gmm_seconds(
+    t: Tiling,
+    m: int,
+    k: int,
+    n: int,
+    e: int,
+    itemsize: int,
+    out_itemsize: int,
+    info: pltpu.TpuInfo,
+    rhs_itemsize: int | None = None,
+    pairs: int = 1,
+) -> tuple[float, int]:
+    """Estimated time of gmm with these blocks, and the bytes that it moves."""
+    mxu, out = info.mxu_column_size, m * n * out_itemsize
+    moved = gmm_bytes(t, m, k, n, e, itemsize, out_itemsize, rhs_itemsize or itemsize)
+    moved = pairs * (moved - out) + out
+    steps = (-(-m // t.m) + e - 1) * -(-n // t.n) * -(-k // t.k)
+    tiles = pairs * tiles_of(k, t.k, mxu) * tiles_of(n, t.n, mxu)
+    return seconds(info, moved, executed_rows(t.m, m, e, info), tiles, steps), moved
+
+
 @functools.cache
 def gmm_tiling(
     m: int,
@@ -189,18 +217,13 @@ def gmm_tiling(
     out_itemsize: int,
     info: pltpu.TpuInfo,
     rhs_itemsize: int | None = None,
+    pairs: int = 1,
 ) -> Tiling:
-    """Block sizes for gmm of [m, k] x [e, k, n]; rhs_itemsize: of matrices, if not the rows'."""
-    rhs, mxu = rhs_itemsize or itemsize, info.mxu_column_size
-    base = block_rows(m, e, itemsize)
+    """Block sizes for gmm of [m, k] x [e, k, n]; rhs_itemsize: of matrices, if not the rows'.
 
-    def cost(t: Tiling) -> tuple[Any, ...]:
-        moved = gmm_bytes(t, m, k, n, e, itemsize, out_itemsize, rhs)
-        steps = (-(-m // t.m) + e - 1) * -(-n // t.n) * -(-k // t.k)
-        tiles = tiles_of(k, t.k, mxu) * tiles_of(n, t.n, mxu)
-        time = seconds(info, moved, executed_rows(t.m, m, e, info), tiles, steps)
-        return time, moved, -t.n
-
+    pairs: of operands, whose products are added.
+    """
+    base, sizes = block_rows(m, e, itemsize), (m, k, n, e, itemsize, out_itemsize, info)
     return best(
         (
             Tiling(rows, bk, bn)
@@ -208,17 +231,20 @@ def gmm_tiling(
             for bn in shared_splits(n, info)
             for bk in splits(k)
         ),
-        lambda t: gmm_vmem_bytes(t, k, itemsize, out_itemsize, rhs),
-        cost,
+        lambda t: gmm_vmem_bytes(t, k, itemsize, out_itemsize, rhs_itemsize, pairs),
+        lambda t: (*gmm_seconds(t, *sizes, rhs_itemsize, pairs), -t.n),
         info,
         Tiling(base, min(k, LANES), min(n, LANES)),
     )
 
 
-def tgmm_vmem_bytes(t: Tiling, itemsize: int, out_itemsize: int) -> int:
-    """VMEM that tgmm takes with these blocks: three streams twice, and the sum."""
-    streams = t.m * (t.k + t.n) * itemsize + t.k * t.n * out_itemsize
-    return 2 * streams + t.k * t.n * 4
+def tgmm_vmem_bytes(t: Tiling, itemsize: int, out_itemsize: int, grads: int = 1) -> int:
+    """VMEM that tgmm takes with these blocks: three streams twice, and the sum.
+
+    grads: of one lhs, each with its result.
+    """
+    streams = t.m * (t.k + grads * t.n) * itemsize + grads * t.k * t.n * out_itemsize
+    return 2 * streams + grads * t.k * t.n * 4
 
 
 def tgmm_bytes(t: Tiling, m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int) -> int:
@@ -227,21 +253,39 @@ def tgmm_bytes(t: Tiling, m: int, k: int, n: int, e: int, itemsize: int, out_ite
     return (lhs + grad) * itemsize + e * k * n * out_itemsize
 
 
+def tgmm_seconds(
+    t: Tiling,
+    m: int,
+    k: int,
+    n: int,
+    e: int,
+    itemsize: int,
+    out_itemsize: int,
+    info: pltpu.TpuInfo,
+    grads: int = 1,
+) -> tuple[float, int]:
+    """Estimated time of tgmm with these blocks, and the bytes that it moves."""
+    mxu, lhs = info.mxu_column_size, -(-n // t.n) * m * k * itemsize
+    moved = grads * (tgmm_bytes(t, m, k, n, e, itemsize, out_itemsize) - lhs) + lhs
+    steps = (-(-m // t.m) + e - 1) * -(-n // t.n) * -(-k // t.k)
+    rows = executed_rows(t.m, m, e, info, contracted=True)
+    tiles = grads * tiles_of(k, t.k, mxu) * tiles_of(n, t.n, mxu)
+    return seconds(info, moved, rows, tiles, steps), moved
+
+
 @functools.cache
 def tgmm_tiling(
-    m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int, info: pltpu.TpuInfo
+    m: int,
+    k: int,
+    n: int,
+    e: int,
+    itemsize: int,
+    out_itemsize: int,
+    info: pltpu.TpuInfo,
+    grads: int = 1,
 ) -> Tiling:
-    """Block sizes for tgmm of [m, k]^T x [m, n] into [e, k, n]."""
-    base, mxu = block_rows(m, e, itemsize), info.mxu_column_size
-
-    def cost(t: Tiling) -> tuple[Any, ...]:
-        moved = tgmm_bytes(t, m, k, n, e, itemsize, out_itemsize)
-        steps = (-(-m // t.m) + e - 1) * -(-n // t.n) * -(-k // t.k)
-        rows = executed_rows(t.m, m, e, info, contracted=True)
-        tiles = tiles_of(k, t.k, mxu) * tiles_of(n, t.n, mxu)
-        time = seconds(info, moved, rows, tiles, steps)
-        return time, moved, -t.n
-
+    """Block sizes for tgmm of [m, k]^T x [m, n] into [e, k, n]; grads: of that lhs."""
+    base = block_rows(m, e, itemsize)
     return best(
         (
             Tiling(rows, bk, bn)
@@ -249,8 +293,8 @@ def tgmm_tiling(
             for bn in shared_splits(n, info)
             for bk in splits(k)
         ),
-        lambda t: tgmm_vmem_bytes(t, itemsize, out_itemsize),
-        cost,
+        lambda t: tgmm_vmem_bytes(t, itemsize, out_itemsize, grads),
+        lambda t: (*tgmm_seconds(t, m, k, n, e, itemsize, out_itemsize, info, grads), -t.n),
         info,
         Tiling(base, min(k, LANES), min(n, LANES)),
     )
@@ -307,63 +351,6 @@ def ffn_tiling(
         info,
         Tiling(base, d, min(f, LANES)),
         matrices,
-    )
-
-
-def ffn_backward_vmem_bytes(
-    t: Tiling, f: int, matrices: int, itemsize: int, info: pltpu.TpuInfo
-) -> int:
-    """VMEM of the backward of f hidden units: buffers, f32 sums, and what the compiler spills.
-
-    Buffered: rows, dy, dx (with cut hidden units its sums or a part), matrices and theirs. Spilled
-    at most, as compiled: dx, three values a matrix's hidden unit, on narrow MXUs a gradient.
-    """
-    dx = itemsize if t.n >= f else itemsize + 8 if info.num_cores == 1 else 4
-    buffers = 2 * t.k * (t.m * (2 * itemsize + dx) + 2 * matrices * t.n * itemsize)
-    sums = matrices + (info.mxu_column_size == LANES)
-    spilled = min(t.m, FFN_PART) * (4 * t.k + 13 * matrices * t.n)
-    return buffers + 4 * sums * t.k * t.n + spilled
-
-
-def ffn_backward_bytes(t: Tiling, m: int, f: int, e: int, matrices: int, itemsize: int) -> int:
-    """HBM bytes of the backward: rows once a hidden block, matrices read and written once.
-
-    Each hidden block but the last writes dx in f32, and the next reads it.
-    """
-    cuts = -(-f // t.n)
-    d_rows = m * t.k * (itemsize + 8 * (cuts - 1))
-    return cuts * 2 * m * t.k * itemsize + d_rows + 2 * e * matrices * t.k * f * itemsize
-
-
-@functools.cache
-def ffn_backward_tiling(
-    m: int, d: int, f: int, e: int, matrices: int, itemsize: int, info: pltpu.TpuInfo
-) -> Tiling:
-    """Block sizes for the backward of expert_ffn."""
-    base, mxu = block_rows(m, e, itemsize), info.mxu_column_size
-
-    def cost(t: Tiling) -> tuple[Any, ...]:
-        moved = ffn_backward_bytes(t, m, f, e, matrices, itemsize)
-        sweeps = -(-f // t.n)
-        steps = (-(-m // t.m) + e - 1) * sweeps
-        rows = executed_rows(t.m, m, e, info)
-        summed = executed_rows(t.m, m, e, info, contracted=True)
-        # A sweep masks its rows and adds to dx, which takes as long as some more hidden units.
-        tiles = tiles_of(d, d, mxu) * (tiles_of(f, t.n, mxu) + sweeps * mxu / 512)
-        # A matrix enters a wide MXU in the time of more rows than the shortest part has.
-        work = matrices * summed + (2 * matrices - 1) * (rows + summed) / 2
-        time = seconds(info, moved, work, tiles, steps)
-        return time, moved, t.m
-
-    return best(
-        (Tiling(h, d, n) for h in heights(base, m, TALLEST) for n in shared_splits(f, info)),
-        lambda t: ffn_backward_vmem_bytes(t, f, matrices, itemsize, info),
-        cost,
-        info,
-        Tiling(sublanes(itemsize), d, min(f, LANES)),
-        3 * matrices - 1,
-        2 * LONGEST,
-        info.vmem_capacity_bytes * 31 // 32,
     )
 
 

@@ -54,7 +54,8 @@ def visits_call(
 ) -> Any:
     """Call kernel(walk, *blocks of operands, *blocks of results, *scratch) for every grid step.
 
-    out_shape: of the one result. semantics: of the grid's axes. options: of `pl.pallas_call`.
+    out_shape: of the result, or a tuple of trees of several. semantics: of the grid's axes.
+    options: of `pl.pallas_call`.
     """
     if not _wants_pipeline(blocks, operands, out_shape):
         return pl.pallas_call(
@@ -78,7 +79,7 @@ def visits_call(
             num_scalar_prefetch=1,
             grid=(1,),
             in_specs=jax.tree.map(lambda _: in_hbm, list(operands)),
-            out_specs=in_hbm,
+            out_specs=jax.tree.map(lambda _: in_hbm, out_shape),
             scratch_shapes=scratch_shapes,
         ),
         out_shape=out_shape,
@@ -88,8 +89,9 @@ def visits_call(
 
 
 def pipeline(walk: Visits, *refs: Any, kernel: Callable[..., None], blocks: Blocks) -> None:
-    """The kernel's grid inside of a kernel. refs: operands and the result in HBM, and scratch."""
-    count = len(blocks.in_specs) + 1
+    """The kernel's grid inside of a kernel. refs: operands and results in HBM, and scratch."""
+    several = isinstance(blocks.out_specs, tuple)
+    count = len(blocks.in_specs) + (len(blocks.out_specs) if several else 1)
     arrays, scratch = refs[:count], refs[count:]
     leaves, tree = jax.tree.flatten(arrays)
 

@@ -1,6 +1,7 @@
 """expert_ffn: every activation, gated and plain, against float64, forward and backward."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -10,9 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taskmoe.kernels import expert_ffn, ffn_backward_kernel, gmm
+from taskmoe.kernels import (
+    expert_ffn,
+    expert_network,
+    ffn_backward_kernel,
+    gmm,
+    hidden_gradients_kernel,
+)
 from taskmoe.kernels.ffn_backward_kernel import expert_ffn_backward_mosaic
 from taskmoe.kernels.groups import Groups
+from taskmoe.kernels.hidden_gradients_kernel import expert_ffn_backward_split
 from taskmoe.kernels.options import Experts, FFNOptions
 from taskmoe.kernels.tiling import Tiling
 from taskmoe.tests.kernels import support
@@ -107,6 +115,51 @@ def test_forward_and_gradients(
 def test_biases_reach_the_rows_of_their_experts_alone(
     implementation: str, activation: str, gated: bool, dtype: Any, tiling: Any
 ) -> None:
+    check_biases(implementation, activation, gated, dtype, tiling)
+
+
+@pytest.fixture
+def in_several(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backward runs in several kernels, whatever is estimated."""
+    monkeypatch.setattr(expert_network, "is_split", lambda *_: True)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("in_several")
+@pytest.mark.parametrize(
+    ("activation", "gated", "dtype"),
+    [("gpt_oss", True, jnp.float32), ("silu", True, jnp.bfloat16), ("relu", False, jnp.float32)],
+)
+def test_a_backward_in_several_kernels(activation: str, gated: bool, dtype: Any) -> None:
+    check_biases("mosaic", activation, gated, dtype, None)
+    check("mosaic", activation, gated, operands(70, 40, 136, [20, 0, 31, 1, 10], dtype))
+
+
+@pytest.mark.usefixtures("in_several")
+def test_a_shard_has_gradients_of_its_own_experts_in_several_kernels() -> None:
+    x, w_in, w_out, _, sizes, grad = operands(70, 40, 136, [20, 0, 31, 1, 10], jnp.float32)
+
+    def pulled(implementation: str) -> Any:
+        def f(x: Any, w_in: Any, w_out: Any) -> Any:
+            of: Any = {"group_offset": 2, "implementation": implementation}
+            return expert_ffn(x, w_in, w_out, sizes, **of)
+
+        return lambda *args: dict(enumerate(jax.vjp(f, *args)[1](grad)))
+
+    args = x, w_in[2:4], w_out[2:4]
+    truth = support.in_float64(pulled("reference"), *args)
+    plain = support.call("reference", pulled("reference"), *args)
+    ours = support.call("mosaic", pulled("mosaic"), *args)
+    support.assert_as_good(ours, plain, truth)
+    assert not ours[0][:20].any()
+    assert ours[0][20:52].any()
+
+
+def check_biases(
+    implementation: str, activation: str, gated: bool, dtype: Any, tiling: Any
+) -> None:
     sizes = [20, 0, 31, 1, 10]
     args = operands(70, 40, 136, sizes, dtype)
     biases = [support.normal(6 + i, (5, n), dtype) for i, n in enumerate((136, 40, 136))]
@@ -182,7 +235,10 @@ def test_any_groups(implementation: str, shape: tuple[int, int, int, int, bool],
     check(implementation, "silu", gated, operands(m, d, f, sizes, jnp.float32))
 
 
-def cut(gated: bool, rows: int) -> Any:
+BACKWARDS = {"one kernel": expert_ffn_backward_mosaic, "several": expert_ffn_backward_split}
+
+
+def cut(gated: bool, rows: int, backward: str = "one kernel") -> Any:
     """`expert_ffn` and its gradients with hidden units cut into blocks of 128."""
     tiling = Tiling(rows, 24, 128)
 
@@ -193,7 +249,7 @@ def cut(gated: bool, rows: int) -> Any:
             tiling=tiling, implementation="mosaic",
         )  # fmt: skip
         groups, options = Groups(sizes, jnp.int32(0)), FFNOptions("silu", False, "mosaic")
-        d_x, (d_in, d_out, d_gate, *_) = expert_ffn_backward_mosaic(
+        d_x, (d_in, d_out, d_gate, *_) = BACKWARDS[backward](
             options, x, Experts(w_in, w_out, gate), groups, grad, tiling
         )
         d_gate = jnp.zeros_like(w_gate) if d_gate is None else d_gate
@@ -207,30 +263,38 @@ def cut(gated: bool, rows: int) -> Any:
 APART = {32: False, 16: True}
 
 
-def of_cut(gated: bool, rows: int, args: Any, used: int) -> tuple[Any, Any, Any]:
+def of_cut(
+    gated: bool, rows: int, args: Any, used: int, backward: str = "one kernel"
+) -> tuple[Any, Any, Any]:
     """What `cut` finds with NaN in all rows but those used, and what plain and float64 find."""
     truth = support.in_float64(run("reference", "silu", gated), *args)
     plain = support.call("reference", run("reference", "silu", gated), *args)
     x, *weights, sizes, grad = args
     x, grad = support.poison_tail(x, used), support.poison_tail(grad, used)
-    return support.call("mosaic", cut(gated, rows), x, *weights, sizes, grad), plain, truth
+    return (
+        support.call("mosaic", cut(gated, rows, backward), x, *weights, sizes, grad),
+        plain,
+        truth,
+    )
 
 
+@pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("rows", APART)
 @pytest.mark.parametrize("gated", [False, True])
-def test_hidden_dimension_cut_with_a_tail(gated: bool, rows: int) -> None:
+def test_hidden_dimension_cut_with_a_tail(gated: bool, rows: int, backward: str) -> None:
     assert (-(-50 // rows) >= ffn_backward_kernel.BLOCKS_APART) == APART[rows]
     args = operands(50, 24, 300, [20, 0, 13], jnp.float32)
-    support.assert_as_good(*of_cut(gated, rows, args, 33))
+    support.assert_as_good(*of_cut(gated, rows, args, 33, backward))
 
 
+@pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("dtype", support.DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
-def test_blocks_are_worked_on_in_parts(gated: bool, dtype: Any) -> None:
+def test_blocks_are_worked_on_in_parts(gated: bool, dtype: Any, backward: str) -> None:
     # Groups end in blocks of 1,024 rows, take one of each size of a part, or are in two blocks.
     sizes = [0, 3, 700, 0, 517, 130, 0, 100]
     args = operands(1500, 24, 256, sizes, dtype)
-    ours, plain, truth = of_cut(gated, 1024, args, sum(sizes))
+    ours, plain, truth = of_cut(gated, 1024, args, sum(sizes), backward)
     support.assert_as_good(ours, plain, truth)
     faulty = ours | {"w_in": ours["w_in"].copy()}
     faulty["w_in"][4] -= ours["w_in"][2] * np.asarray(0.5, ours["w_in"].dtype)
@@ -264,6 +328,19 @@ def test_what_earlier_blocks_of_hidden_units_added_to_dx_is_kept() -> None:
 
     with support.planted(ffn_backward_kernel, "kernel", forgetful):
         ours = support.call("mosaic", cut(False, 16), *args)
+    with pytest.raises(AssertionError, match=r"\['x'\].* exceeds"):
+        support.assert_as_good(ours, plain, truth)
+
+
+def test_dx_in_a_kernel_of_its_own_is_of_both_matrices() -> None:
+    args = operands(50, 24, 300, [20, 0, 13], jnp.float32)
+    right = hidden_gradients_kernel.sum_of_gmms_mosaic
+
+    def of_one(options: Any, pairs: Any, groups: Any) -> Any:
+        return right(options, pairs[:1], groups)
+
+    with support.planted(hidden_gradients_kernel, "sum_of_gmms_mosaic", of_one):
+        ours, plain, truth = of_cut(True, 16, args, 33, "several")
     with pytest.raises(AssertionError, match=r"\['x'\].* exceeds"):
         support.assert_as_good(ours, plain, truth)
 

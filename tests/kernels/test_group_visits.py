@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from taskmoe.kernels import block_products, tiling
+from taskmoe.kernels import block_products, ffn_backward_tiling, tiling
 from taskmoe.kernels.group_visits import (
     Visit,
     Visits,
@@ -199,9 +199,29 @@ def test_chosen_blocks_fit(version: str, itemsize: int, m: int, k: int, n: int, 
     for matrices in (2, 3):
         t = tiling.ffn_tiling(m, k, n, e, matrices, itemsize, info)
         assert tiling.ffn_vmem_bytes(t, matrices, itemsize) <= budget
-        t = tiling.ffn_backward_tiling(m, k, n, e, matrices, itemsize, info)
-        needed = tiling.ffn_backward_vmem_bytes(t, n, matrices, itemsize, info)
+        t = ffn_backward_tiling.ffn_backward_tiling(m, k, n, e, matrices, itemsize, info)
+        needed = ffn_backward_tiling.ffn_backward_vmem_bytes(t, n, matrices, itemsize, info)
         assert needed <= info.vmem_capacity_bytes
+        t = ffn_backward_tiling.hidden_gradients_tiling(m, k, n, e, matrices, itemsize, info)
+        needed = ffn_backward_tiling.hidden_gradients_vmem_bytes(t, n, matrices, itemsize)
+        assert needed <= budget
+
+
+@pytest.mark.parametrize(
+    ("version", "sizes", "split"),
+    [
+        ("7x", (16384, 4096, 14336, 8), True),  # VMEM holds few hidden units of such experts
+        ("v4", (32768, 2048, 1024, 64), True),
+        ("v5e", (16384, 4096, 14336, 8), False),
+        ("v6e", (32768, 2048, 768, 128), False),  # bytes count, and one kernel moves least
+        ("7x", (64, 512, 2048, 32), False),
+    ],
+)
+def test_the_backward_is_split_where_that_is_faster(
+    version: str, sizes: tuple[int, int, int, int], split: bool
+) -> None:
+    info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(version), 1)
+    assert ffn_backward_tiling.is_split(*sizes, 3, 2, info) == split
 
 
 def test_sizes_below_zero_and_beyond_the_rows_are_cut_off() -> None:

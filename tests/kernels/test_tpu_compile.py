@@ -35,6 +35,11 @@ from taskmoe.kernels import (
     tgmm_kernel,
     top_k_gating,
 )
+from taskmoe.kernels.ffn_backward_kernel import expert_ffn_backward_mosaic
+from taskmoe.kernels.groups import Groups
+from taskmoe.kernels.hidden_gradients_kernel import expert_ffn_backward_split
+from taskmoe.kernels.options import Experts, FFNOptions
+from taskmoe.kernels.tiling import Tiling
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -253,17 +258,49 @@ def test_quantised_experts_compile_and_are_never_made_larger(
 
 
 @pytest.mark.parametrize(
-    ("chip", "d", "f"), [("tpu7x", 512, 4096), ("tpu7x", 1024, 4096), ("v6e", 1024, 8192)]
+    ("chip", "d", "f", "backwards"),
+    [
+        ("tpu7x", 512, 4096, (expert_ffn_backward_mosaic, expert_ffn_backward_split)),
+        ("tpu7x", 1024, 4096, (expert_ffn_backward_mosaic,)),
+        ("v6e", 1024, 8192, (expert_ffn_backward_mosaic,)),
+    ],
 )
-def test_the_backward_of_wide_experts_fits_in_vmem(chip: str, d: int, f: int) -> None:
-    def gradients(x: Any, w_in: Any, w_out: Any, sizes: Any, grad: Any) -> Any:
-        ffn = functools.partial(expert_ffn, activation="gelu", implementation="mosaic")
-        return jax.vjp(lambda *args: ffn(*args, sizes), x, w_in, w_out)[1](grad)
+def test_the_backward_of_wide_experts_fits_in_vmem(
+    chip: str, d: int, f: int, backwards: tuple[Any, ...]
+) -> None:
+    (m, e), array = (32768, 8), jax.ShapeDtypeStruct
+    rows, sizes = array((m, d), jnp.bfloat16), array((e,), jnp.int32)
+    weights = [array(shape, jnp.bfloat16) for shape in ((e, d, f), (e, f, d))]
+    for backward in backwards:
+        assert "taskmoe" in compiled(chip, of_experts(backward, "gelu"), rows, *weights, sizes)
 
-    rows, w_in, w_out = (32768, d), (8, d, f), (8, f, d)
-    x, *weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (rows, w_in, w_out))
-    sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
-    assert "taskmoe_expert_ffn_backward" in compiled(chip, gradients, x, *weights, sizes, x)
+
+def of_experts(backward: Any, activation: str, tiling: Any = None) -> Callable[..., Any]:
+    """That backward as a function of rows, matrices, group sizes and biases; dy is the rows."""
+
+    def run(x: Any, w_in: Any, w_out: Any, sizes: Any, w_gate: Any = None, *biases: Any) -> Any:
+        experts = Experts(w_in, w_out, w_gate, *biases)
+        options = FFNOptions(activation, False, "mosaic")
+        return backward(options, x, experts, Groups(sizes, jnp.int32(0)), x, tiling)
+
+    return run
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_a_backward_in_several_kernels_compiles(chip: str) -> None:
+    array, dtype = jax.ShapeDtypeStruct, jnp.float32 if chip == "v3" else jnp.bfloat16
+    # Hidden units that are cut, and overhang; that are not; experts with biases.
+    for (m, d, f, e), tiling in (
+        ((1024, 512, 900, 3), Tiling(256, 512, 384)),
+        ((512, 256, 384, 4), Tiling(128, 256, 384)),
+    ):
+        run = of_experts(expert_ffn_backward_split, "silu", tiling)
+        rows, sizes = array((m, d), dtype), array((e,), jnp.int32)
+        up, down, wide = array((e, d, f), dtype), array((e, f, d), dtype), array((e, f), dtype)
+        for biases in ((), (wide, array((e, d), dtype), wide)):
+            text = compiled(chip, run, rows, up, down, sizes, up, *biases)
+            assert "taskmoe_expert_ffn_hidden_gradients" in text
+            assert ("taskmoe_gmm" in text) == (tiling.n < f)
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)

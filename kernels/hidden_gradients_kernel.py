@@ -1,0 +1,245 @@
+"""What expert_ffn's backward takes first, as one Pallas TPU kernel, where it runs in several.
+
+    u = x W_in,  s = x W_gate,  h = act(u)  or  act(s) * u,     dh = dy W_out^T
+    du, ds = d(h) dh
+
+    dx = du W_in^T + ds W_gate^T                                if hidden units are not cut
+
+It writes h, du and ds, [M, F] each, and dx. What is left are grouped products, and dx is one of two
+pairs where hidden units are cut:
+
+    dW_in = x^T du,   dW_gate = x^T ds,   dW_out = h^T dy
+
+Grid: (blocks of hidden units, visits), see `group_visits`. All visits of an expert are consecutive:
+its matrices are read once. Rows of no group may hold anything in h, du and ds.
+
+VMEM: two buffers each of x, dy and dx [m, D], the matrices [D, f] and the results [m, f]; of a
+piece of the hidden units, what comes before the activation and its gradients in f32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from taskmoe.kernels import tiling as tilings
+from taskmoe.kernels.block_products import before_activation, dot, each, passes, pieces
+from taskmoe.kernels.checks import result_like
+from taskmoe.kernels.ffn_backward_kernel import in_block, out_bias_block, out_block, rows_block
+from taskmoe.kernels.ffn_backward_tiling import (
+    HIDDEN_PIECE,
+    hidden_gradients_tiling,
+    hidden_gradients_vmem_bytes,
+)
+from taskmoe.kernels.ffn_kernel import where_held, with_rows
+from taskmoe.kernels.gmm_kernel import PIECE_COLUMNS, WRITTEN, sum_of_gmms_mosaic
+from taskmoe.kernels.group_visits import (
+    FFN_PART,
+    Visit,
+    Visits,
+    mixed_rows,
+    part_sizes,
+    visit_blocks,
+    visit_groups,
+)
+from taskmoe.kernels.groups import Groups
+from taskmoe.kernels.options import (
+    Activation,
+    Experts,
+    FFNOptions,
+    ProductOptions,
+    hidden_units,
+)
+from taskmoe.kernels.platforms import chip
+from taskmoe.kernels.tgmm_kernel import tgmms_mosaic
+from taskmoe.kernels.tiling import Tiling
+from taskmoe.kernels.visit_pipeline import Blocks, visits_call
+
+
+def cost(
+    m: int, d: int, f: int, e: int, matrices: int, itemsize: int, with_dx: bool
+) -> pl.CostEstimate:
+    """FLOPs and least bytes when every expert has rows; matrices is 2, or 3 if gated."""
+    products, rows = (2 * matrices - 1, 3) if with_dx else (matrices, 2)
+    return pl.CostEstimate(
+        flops=2 * products * m * d * f,
+        bytes_accessed=(rows * m * d + matrices * f * (e * d + m)) * itemsize,
+        transcendentals=m * f,
+    )
+
+
+def units_block(hidden: Any, visit: Any, walk: Visits) -> tuple[Any, ...]:
+    """Rows of the visit's block in h, du and ds."""
+    return walk.block[visit], hidden
+
+
+def kernel(
+    walk: Visits,
+    x_ref: Any,
+    dy_ref: Any,
+    expert: Experts,
+    dx_ref: Any,
+    units_refs: Sequence[Any],
+    bias_grads: Experts,
+    sums: Experts,
+    *,
+    activation: Activation,
+    unit_pieces: Sequence[pl.Slice],
+    depth_pieces: Sequence[pl.Slice],
+    column_pieces: Sequence[pl.Slice],
+    passes: Mapping[int, int],
+) -> None:
+    """One visit at one block of hidden units, whose overhang is dropped.
+
+    dx_ref: None where hidden units are cut. units_refs: h, du and, where gated, ds. bias_grads,
+    sums: the gradients of those biases that there are, and their sums in f32. unit_pieces: of the
+    block; passes: over them, for each size of a part, see `each`. depth_pieces, column_pieces: of
+    the products that make dx.
+    """
+    visit = Visit(walk, pl.program_id(1), x_ref.shape[0])
+    unit = tilings.sublanes(x_ref.dtype.itemsize)
+    mixed = mixed_rows(visit.rows, unit, FFN_PART)
+
+    @pl.when(visit.group_arrives())
+    def _init() -> None:
+        for sum_ref in jax.tree.leaves(sums):
+            sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    def add_rows(sum_ref: Any, rows: jax.Array, start: Any, columns: Any) -> None:
+        if sum_ref is not None:
+            own = jnp.where(visit.owned(start, rows.shape), rows.astype(jnp.float32), 0)
+            sum_ref[:, columns] += jnp.sum(own, axis=0, keepdims=True)
+
+    def work(start: Any, size: int) -> None:
+        part = pl.ds(start, size)
+        add_rows(sums.b_out, dy_ref[part, :], start, slice(None))
+
+        def one(units: Any) -> None:
+            before = before_activation(x_ref[part, :], expert, units)
+            d_hidden = dot(dy_ref[part, :], expert.w_out[units, :], 1, 1)
+            hidden, pull = jax.vjp(functools.partial(hidden_units, activation), *before)
+            found = [z.astype(x_ref.dtype) for z in (hidden, *pull(d_hidden))]
+            for ref, value in zip(units_refs, found, strict=True):
+                visit.write(ref, value, part, units, mixed)
+            add_rows(sums.b_in, found[1], start, units)
+            add_rows(sums.b_gate, found[-1], start, units)
+
+        each(unit_pieces, passes[size], one)
+        if dx_ref is None:
+            return
+        pairs = list(zip(units_refs[1:], (w for w, _ in expert.into()), strict=True))
+        for columns in column_pieces:
+            products = (
+                dot(d_ref[part, units], w_ref[columns, units], 1, 1)
+                for d_ref, w_ref in pairs
+                for units in depth_pieces
+            )
+            visit.write(dx_ref, functools.reduce(jnp.add, products), part, columns, mixed)
+
+    if dx_ref is not None:
+        visit.begin(dx_ref, True)
+    visit.work(work, unit, FFN_PART)
+    if dx_ref is not None:
+        visit.finish(dx_ref, True, unit)
+
+    @pl.when(visit.group_leaves())
+    def _store() -> None:
+        for sum_ref, ref in zip(jax.tree.leaves(sums), jax.tree.leaves(bias_grads), strict=True):
+            ref[...] = sum_ref[...].astype(ref.dtype)
+
+
+def hidden_gradients(
+    options: FFNOptions,
+    x: jax.Array,
+    experts: Experts,
+    groups: Groups,
+    dy: jax.Array,
+    tiling: Tiling | None = None,
+) -> tuple[jax.Array | None, list[jax.Array], Experts]:
+    """The kernel call: dx or None; h, du and, where gated, ds; gradients of the biases alone.
+
+    dy: [M, D], gradient of the result of `expert_ffn`, whose arguments the others are.
+    """
+    (m, d), (e, _, f) = x.shape, experts.w_in.shape
+    itemsize, matrices = x.dtype.itemsize, 2 if experts.w_gate is None else 3
+    t = tiling or hidden_gradients_tiling(m, d, f, e, matrices, itemsize, chip())
+    rows = pl.BlockSpec((t.m, d), rows_block)
+    into, out = pl.BlockSpec((None, d, t.n), in_block), pl.BlockSpec((None, t.n, d), out_block)
+    of_units = pl.BlockSpec((None, 1, t.n), in_block)
+    of_rows = pl.BlockSpec((None, 1, d), out_bias_block)
+    cut = with_rows(experts)
+    biases = cut._replace(w_in=None, w_out=None, w_gate=None)
+    in_vmem = (pltpu.VMEM((1, size), jnp.float32) for size in (t.n, d))
+    unit_pieces, mxu = pieces(t.n, HIDDEN_PIECE), chip().mxu_column_size
+    written = WRITTEN * 2 // max(itemsize, 2) * mxu // (matrices * pl.cdiv(d, mxu))
+    with_dx = t.n >= f
+    if with_dx:  # every block of it is written
+        walk = visit_blocks(groups, e, m, t.m, every_group=True)
+    else:
+        walk = visit_groups(groups, e, m, t.m)
+    dx, units, grads = visits_call(
+        functools.partial(
+            kernel,
+            activation=options.activation,
+            unit_pieces=unit_pieces,
+            depth_pieces=pieces(t.n, mxu),
+            column_pieces=pieces(d, PIECE_COLUMNS),
+            passes={
+                size: 1 if with_dx else passes(unit_pieces, written // max(size, mxu))
+                for size in part_sizes(t.m, FFN_PART)
+            },
+        ),
+        Blocks(
+            grid=lambda walk: (pl.cdiv(f, t.n), walk.num[0]),
+            in_specs=[rows, rows, where_held(experts, into, out, of_units, of_rows)],
+            out_specs=(
+                rows if with_dx else None,
+                [pl.BlockSpec((t.m, t.n), units_block)] * matrices,
+                where_held(biases, None, None, of_units, of_rows),
+            ),
+        ),
+        walk,
+        x,
+        dy,
+        cut,
+        out_shape=(
+            result_like(x, x.shape, x.dtype) if with_dx else None,
+            [result_like(x, (m, f), x.dtype)] * matrices,
+            jax.tree.map(lambda b: result_like(x, b.shape, b.dtype), biases),
+        ),
+        scratch_shapes=[where_held(biases, None, None, *in_vmem)],
+        semantics=("parallel", "arbitrary"),
+        vmem_bytes=hidden_gradients_vmem_bytes(t, f, matrices, itemsize),
+        cost_estimate=cost(m, d, f, e, matrices, itemsize, with_dx),
+        name="taskmoe_expert_ffn_hidden_gradients",
+    )
+    return dx, units, jax.tree.map(lambda grad: grad[:, 0], grads)
+
+
+def expert_ffn_backward_split(
+    options: FFNOptions,
+    x: jax.Array,
+    experts: Experts,
+    groups: Groups,
+    dy: jax.Array,
+    tiling: Tiling | None = None,
+) -> tuple[jax.Array, Experts]:
+    """The backward in several kernels; arguments as in `hidden_gradients`.
+
+    Returns the gradients of x and of the experts.
+    """
+    dx, (hidden, *d_units), grads = hidden_gradients(options, x, experts, groups, dy, tiling)
+    into = [w for w, _ in experts.into()]
+    product = ProductOptions(x.dtype, experts.w_in.shape[0], options.shifted, None)
+    back = ProductOptions(x.dtype, product.num_groups, options.shifted, None, transpose_rhs=True)
+    if dx is None:
+        dx = sum_of_gmms_mosaic(back, list(zip(d_units, into, strict=True)), groups)
+    d_in, *d_gate = tgmms_mosaic(product, x, d_units, groups)
+    (d_out,) = tgmms_mosaic(product, hidden, [dy], groups)
+    return dx, grads._replace(w_in=d_in, w_out=d_out, w_gate=next(iter(d_gate), None))
