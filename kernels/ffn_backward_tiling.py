@@ -33,8 +33,8 @@ from taskmoe.kernels.tiling import (
     tiles_of,
 )
 
-#: Share of the time that is given for memory: several kernels hold h, du and ds, [M, F] each. For as
-#: much as the experts take they must be faster by this.
+#: Share of the time that is given for memory: several kernels hold h, du and ds, [M, F] each. They
+#: must be faster by this where that is as much as the experts take.
 WORTH_OF_MEMORY = 0.2
 #: Hidden units of a piece whose products and gradients lie side by side in VMEM.
 HIDDEN_PIECE = 256

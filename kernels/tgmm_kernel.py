@@ -79,10 +79,10 @@ def kernel(
         begins, ends = arrives & (start <= visit.low), leaves & (start + size >= visit.high)
 
         def totals(depth: Any) -> Iterator[jax.Array]:
+            before = [jnp.where(begins, 0, acc_ref[depth, :]) for acc_ref in acc_refs]
             lhs = visit.only_own(lhs_ref[rows, depth], start)
-            for grad_ref, acc_ref in zip(grad_refs, acc_refs, strict=True):
-                before = jnp.where(begins, 0, acc_ref[depth, :])
-                yield before + dot(lhs, visit.only_own(grad_ref[rows, :], start), 0, 0)
+            for total, grad_ref in zip(before, grad_refs, strict=True):
+                yield total + dot(lhs, visit.only_own(grad_ref[rows, :], start), 0, 0)
 
         def store(depth: Any) -> None:
             for out_ref, total in zip(out_refs, totals(depth), strict=True):
