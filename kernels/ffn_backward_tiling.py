@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.experimental.pallas import tpu as pltpu
 
-from taskmoe.kernels.group_visits import FFN_PART, part_sizes
+from taskmoe.kernels.group_visits import FFN_PART
 from taskmoe.kernels.tiling import (
     LANES,
     LONGEST,
@@ -33,8 +33,8 @@ from taskmoe.kernels.tiling import (
     tiles_of,
 )
 
-#: Share of the time that is given for memory: several kernels hold h, du and ds, [M, F] each. They
-#: must be faster by this where that is as much as the experts take.
+#: Share of the time that is given for memory: several kernels hold h, du and ds, [M, F] each, and
+#: parts of dx. They must be faster by this where that is as much as the experts take.
 WORTH_OF_MEMORY = 0.2
 #: Hidden units of a piece whose products and gradients lie side by side in VMEM.
 HIDDEN_PIECE = 256
@@ -100,31 +100,48 @@ def ffn_backward_tiling(
     )
 
 
-def hidden_gradients_vmem_bytes(t: Tiling, f: int, matrices: int, itemsize: int) -> int:
+def hidden_gradients_vmem_bytes(
+    t: Tiling, f: int, matrices: int, itemsize: int, with_dx: bool
+) -> int:
     """VMEM of `hidden_gradients`: rows, dy, matrices and results twice, and a piece in f32."""
-    rows = 3 if t.n >= f else 2
-    streams = rows * t.m * t.k + matrices * t.n * (t.k + t.m)
-    piece = min(t.m, FFN_PART) * min(t.n, HIDDEN_PIECE)
-    return 2 * streams * itemsize + 4 * (2 * matrices + 2) * piece
+    dx = 0 if not with_dx else itemsize if t.n >= f else 4
+    streams = t.m * t.k * (2 * itemsize + dx) + matrices * t.n * (t.k + t.m) * itemsize
+    whole = t.n % LANES > 0  # such a block is one piece
+    piece = min(t.m, FFN_PART) * (t.n if whole else min(t.n, HIDDEN_PIECE))
+    return 2 * streams + 4 * (2 * matrices + 2) * piece
 
 
 def split_seconds(
-    t: Tiling, m: int, d: int, f: int, e: int, matrices: int, itemsize: int, info: pltpu.TpuInfo
+    t: Tiling,
+    m: int,
+    d: int,
+    f: int,
+    e: int,
+    matrices: int,
+    itemsize: int,
+    info: pltpu.TpuInfo,
+    with_dx: bool,
 ) -> tuple[float, int]:
     """Estimated time of the backward in several kernels, and the bytes that they move.
 
-    t: of `hidden_gradients`, which writes dx too where hidden units are not cut.
+    t, with_dx: of `hidden_gradients`.
     """
     mxu, sweeps, pairs = info.mxu_column_size, -(-f // t.n), matrices - 1
-    with_dx = t.n >= f
-    moved = (sweeps * 2 * m * d + with_dx * m * d + matrices * f * (e * d + m)) * itemsize
-    steps = (-(-m // t.m) + e - 1) * sweeps
-    products = matrices + (pairs if with_dx else 0)
+    moved = (sweeps * 2 * m * d + matrices * f * (e * d + m)) * itemsize
+    products = matrices + pairs if with_dx else matrices
     tiles = products * tiles_of(d, d, mxu) * tiles_of(f, t.n, mxu)
-    found = [(seconds(info, moved, executed_rows(t.m, m, e, info), tiles, steps), moved)]
     if not with_dx:
         back = m, f, d, e, itemsize, itemsize, info
-        found.append(gmm_seconds(gmm_tiling(*back, None, pairs), *back, None, pairs))
+        found = [gmm_seconds(gmm_tiling(*back, None, pairs), *back, None, pairs)]
+    elif sweeps == 1:
+        moved += m * d * itemsize
+        found = []
+    else:
+        moved += m * d * 4 * sweeps
+        summed = m * d * (4 * sweeps + itemsize)  # by XLA
+        found = [(summed / info.mem_bw_bytes_per_second, summed)]
+    steps = (-(-m // t.m) + e - 1) * sweeps
+    found.append((seconds(info, moved, executed_rows(t.m, m, e, info), tiles, steps), moved))
     for k, n, grads in ((d, f, pairs), (f, d, 1)):
         product = m, k, n, e, itemsize, itemsize, info, grads
         found.append(tgmm_seconds(tgmm_tiling(*product), *product))
@@ -134,28 +151,29 @@ def split_seconds(
 @functools.cache
 def hidden_gradients_tiling(
     m: int, d: int, f: int, e: int, matrices: int, itemsize: int, info: pltpu.TpuInfo
-) -> Tiling:
-    """Block sizes for `hidden_gradients`."""
+) -> tuple[Tiling, bool]:
+    """Block sizes for `hidden_gradients`, and whether it finds dx too."""
     base, sizes = block_rows(m, e, itemsize), (m, d, f, e, matrices, itemsize, info)
     mxu = info.mxu_column_size
 
-    def cost(t: Tiling) -> tuple[Any, ...]:
-        # Blocks that leave a wide MXU half empty take longer than is estimated: the last choice.
-        return t.n < min(f, mxu), *split_seconds(t, *sizes), t.m
+    def chosen(with_dx: bool) -> Tiling:
+        def cost(t: Tiling) -> tuple[Any, ...]:
+            # Blocks that leave a wide MXU half empty take longer than is estimated: the last
+            # choice.
+            return t.n < min(f, mxu), *split_seconds(t, *sizes, with_dx), t.m
 
-    def is_short(t: Tiling) -> bool:
-        """Whether products are few, or in a loop: with dx all are written out."""
-        products = (2 * matrices - 1) * sum(part_sizes(t.m, FFN_PART))
-        return t.n < f or products * d * f / (4 * mxu**2) <= LONGEST / 2
+        return best(
+            (Tiling(h, d, n) for h in heights(base, m, TALLEST) for n in shared_splits(f, info)),
+            lambda t: hidden_gradients_vmem_bytes(t, f, matrices, itemsize, with_dx),
+            cost,
+            info,
+            Tiling(sublanes(itemsize), d, min(f, LANES)),
+        )
 
-    tried = (Tiling(h, d, n) for h in heights(base, m, TALLEST) for n in shared_splits(f, info))
-    return best(
-        filter(is_short, tried),
-        lambda t: hidden_gradients_vmem_bytes(t, f, matrices, itemsize),
-        cost,
-        info,
-        Tiling(sublanes(itemsize), d, min(f, LANES)),
-    )
+    def time(choice: tuple[Tiling, bool]) -> float:
+        return split_seconds(choice[0], *sizes, choice[1])[0]
+
+    return min(((chosen(with_dx), with_dx) for with_dx in (True, False)), key=time)
 
 
 @functools.cache
@@ -165,6 +183,9 @@ def is_split(
     """Whether the backward of expert_ffn runs in several kernels."""
     sizes = m, d, f, e, matrices, itemsize, info
     whole, _ = ffn_backward_seconds(ffn_backward_tiling(*sizes), *sizes)
-    apart, _ = split_seconds(hidden_gradients_tiling(*sizes), *sizes)
-    memory = m / (e * d)  # over that of the experts
+    t, with_dx = hidden_gradients_tiling(*sizes)
+    apart, _ = split_seconds(t, *sizes, with_dx)
+    parts = -(-f // t.n) if with_dx else 0
+    kept = matrices * m * f * itemsize + (4 * parts * m * d if parts > 1 else 0)
+    memory = kept / (matrices * e * d * f * itemsize)  # over that of the experts
     return apart < whole * (1 - WORTH_OF_MEMORY * memory)

@@ -181,10 +181,11 @@ class Visit:
         def _zero() -> None:
             ref[...] = jnp.zeros_like(ref)
 
-    def finish(self, ref: Any, when: Any, unit: int) -> None:
+    def finish(self, ref: Any, when: Any, unit: int, every_group: bool = False) -> None:
         """Zero rows of a block of results, at its last visit, that come after the visit's.
 
         when: whether this step is the last of the visit. unit: a register's height of results.
+        every_group: whether the walk visits groups without rows, one of which may be the last.
         """
         unit = self.rows if self.rows % unit else unit
 
@@ -195,7 +196,11 @@ class Visit:
             kept = jnp.where(row < self.high, old.astype(jnp.float32), 0)
             ref[part, :] = kept.astype(ref.dtype)
 
-        @pl.when(when & self.block_leaves() & (self.high > self.low) & (self.high < self.rows))
+        written = self.high > self.low
+        if every_group:  # a block's first visit, of a group without rows, has zeroed all
+            written |= ~self.block_arrives()
+
+        @pl.when(when & self.block_leaves() & written & (self.high < self.rows))
         def _clear() -> None:
             jax.lax.fori_loop(_quotient(self.high, unit), self.rows // unit, clear, None)
 

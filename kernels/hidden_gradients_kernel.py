@@ -3,10 +3,11 @@
     u = x W_in,  s = x W_gate,  h = act(u)  or  act(s) * u,     dh = dy W_out^T
     du, ds = d(h) dh
 
-    dx = du W_in^T + ds W_gate^T                                if hidden units are not cut
+    dx = du W_in^T + ds W_gate^T
 
-It writes h, du and ds, [M, F] each, and dx. What is left are grouped products, and dx is one of two
-pairs where hidden units are cut:
+It writes h, du and ds, [M, F] each, and dx: where hidden units are cut a part in f32 for each block
+of them, [F/f, M, D], summed outside. Where these are many, dx is left to a grouped product of two
+pairs. Grouped products take what is left:
 
     dW_in = x^T du,   dW_gate = x^T ds,   dW_out = h^T dy
 
@@ -29,9 +30,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from taskmoe.kernels import tiling as tilings
-from taskmoe.kernels.block_products import before_activation, dot, each, passes, pieces
+from taskmoe.kernels.block_products import before_activation, dot, each, keep, passes, pieces
 from taskmoe.kernels.checks import result_like
-from taskmoe.kernels.ffn_backward_kernel import in_block, out_bias_block, out_block, rows_block
+from taskmoe.kernels.ffn_backward_kernel import (
+    in_block,
+    out_bias_block,
+    out_block,
+    part_block,
+    rows_block,
+)
 from taskmoe.kernels.ffn_backward_tiling import (
     HIDDEN_PIECE,
     hidden_gradients_tiling,
@@ -63,13 +70,13 @@ from taskmoe.kernels.visit_pipeline import Blocks, visits_call
 
 
 def cost(
-    m: int, d: int, f: int, e: int, matrices: int, itemsize: int, with_dx: bool
+    m: int, d: int, f: int, e: int, matrices: int, itemsize: int, dx_bytes: int
 ) -> pl.CostEstimate:
     """FLOPs and least bytes when every expert has rows; matrices is 2, or 3 if gated."""
-    products, rows = (2 * matrices - 1, 3) if with_dx else (matrices, 2)
+    products = 2 * matrices - 1 if dx_bytes else matrices
     return pl.CostEstimate(
         flops=2 * products * m * d * f,
-        bytes_accessed=(rows * m * d + matrices * f * (e * d + m)) * itemsize,
+        bytes_accessed=(2 * m * d + matrices * f * (e * d + m)) * itemsize + dx_bytes,
         transcendentals=m * f,
     )
 
@@ -94,14 +101,16 @@ def kernel(
     depth_pieces: Sequence[pl.Slice],
     column_pieces: Sequence[pl.Slice],
     passes: Mapping[int, int],
+    hidden_size: int,
 ) -> None:
     """One visit at one block of hidden units, whose overhang is dropped.
 
-    dx_ref: None where hidden units are cut. units_refs: h, du and, where gated, ds. bias_grads,
-    sums: the gradients of those biases that there are, and their sums in f32. unit_pieces: of the
-    block; passes: over them, for each size of a part, see `each`. depth_pieces, column_pieces: of
-    the products that make dx.
+    dx_ref: of all, or this block's part, or None. units_refs: h, du and, where gated, ds.
+    bias_grads, sums: the gradients of those biases that there are, and their sums in f32.
+    unit_pieces: of the block. depth_pieces, column_pieces: of the products that make dx. passes:
+    over unit_pieces, and as many over column_pieces, for each size of a part, see `each`.
     """
+    left = hidden_size - pl.program_id(0) * units_refs[0].shape[1]
     visit = Visit(walk, pl.program_id(1), x_ref.shape[0])
     unit = tilings.sublanes(x_ref.dtype.itemsize)
     mixed = mixed_rows(visit.rows, unit, FFN_PART)
@@ -134,19 +143,26 @@ def kernel(
         if dx_ref is None:
             return
         pairs = list(zip(units_refs[1:], (w for w, _ in expert.into()), strict=True))
-        for columns in column_pieces:
+
+        def there(x: jax.Array, units: Any) -> jax.Array:
+            """The last block of hidden units overhangs: what lies past the last unit may be NaN."""
+            return keep(x, left - units.start, 1) if hidden_size % units_refs[0].shape[1] else x
+
+        def dx_of(columns: Any) -> None:
             products = (
-                dot(d_ref[part, units], w_ref[columns, units], 1, 1)
+                dot(there(d_ref[part, units], units), there(w_ref[columns, units], units), 1, 1)
                 for d_ref, w_ref in pairs
                 for units in depth_pieces
             )
             visit.write(dx_ref, functools.reduce(jnp.add, products), part, columns, mixed)
 
+        each(column_pieces, passes[size], dx_of)
+
     if dx_ref is not None:
         visit.begin(dx_ref, True)
     visit.work(work, unit, FFN_PART)
     if dx_ref is not None:
-        visit.finish(dx_ref, True, unit)
+        visit.finish(dx_ref, True, tilings.sublanes(dx_ref.dtype.itemsize), every_group=True)
 
     @pl.when(visit.group_leaves())
     def _store() -> None:
@@ -160,15 +176,22 @@ def hidden_gradients(
     experts: Experts,
     groups: Groups,
     dy: jax.Array,
-    tiling: Tiling | None = None,
+    how: tuple[Tiling, bool] | None = None,
 ) -> tuple[jax.Array | None, list[jax.Array], Experts]:
     """The kernel call: dx or None; h, du and, where gated, ds; gradients of the biases alone.
 
-    dy: [M, D], gradient of the result of `expert_ffn`, whose arguments the others are.
+    dy: [M, D], gradient of the result of `expert_ffn`, whose arguments the others are. how: block
+    sizes, and whether it finds dx; None chooses.
     """
     (m, d), (e, _, f) = x.shape, experts.w_in.shape
     itemsize, matrices = x.dtype.itemsize, 2 if experts.w_gate is None else 3
-    t = tiling or hidden_gradients_tiling(m, d, f, e, matrices, itemsize, chip())
+    t, with_dx = how or hidden_gradients_tiling(m, d, f, e, matrices, itemsize, chip())
+    cuts, of_dx, dx_rows = pl.cdiv(f, t.n), None, None
+    if with_dx and cuts == 1:
+        of_dx, dx_rows = result_like(x, (m, d), x.dtype), pl.BlockSpec((t.m, d), rows_block)
+    elif with_dx:
+        of_dx = result_like(x, (cuts, m, d), jnp.float32)
+        dx_rows = pl.BlockSpec((None, t.m, d), part_block)
     rows = pl.BlockSpec((t.m, d), rows_block)
     into, out = pl.BlockSpec((None, d, t.n), in_block), pl.BlockSpec((None, t.n, d), out_block)
     of_units = pl.BlockSpec((None, 1, t.n), in_block)
@@ -178,11 +201,11 @@ def hidden_gradients(
     in_vmem = (pltpu.VMEM((1, size), jnp.float32) for size in (t.n, d))
     unit_pieces, mxu = pieces(t.n, HIDDEN_PIECE), chip().mxu_column_size
     written = WRITTEN * 2 // max(itemsize, 2) * mxu // (matrices * pl.cdiv(d, mxu))
-    with_dx = t.n >= f
     if with_dx:  # every block of it is written
         walk = visit_blocks(groups, e, m, t.m, every_group=True)
     else:
         walk = visit_groups(groups, e, m, t.m)
+    dx_bytes = 0 if of_dx is None else of_dx.size * of_dx.dtype.itemsize
     dx, units, grads = visits_call(
         functools.partial(
             kernel,
@@ -191,15 +214,16 @@ def hidden_gradients(
             depth_pieces=pieces(t.n, mxu),
             column_pieces=pieces(d, PIECE_COLUMNS),
             passes={
-                size: 1 if with_dx else passes(unit_pieces, written // max(size, mxu))
+                size: passes(unit_pieces, written // max(size, mxu))
                 for size in part_sizes(t.m, FFN_PART)
             },
+            hidden_size=f,
         ),
         Blocks(
             grid=lambda walk: (pl.cdiv(f, t.n), walk.num[0]),
             in_specs=[rows, rows, where_held(experts, into, out, of_units, of_rows)],
             out_specs=(
-                rows if with_dx else None,
+                dx_rows,
                 [pl.BlockSpec((t.m, t.n), units_block)] * matrices,
                 where_held(biases, None, None, of_units, of_rows),
             ),
@@ -209,16 +233,19 @@ def hidden_gradients(
         dy,
         cut,
         out_shape=(
-            result_like(x, x.shape, x.dtype) if with_dx else None,
+            of_dx,
             [result_like(x, (m, f), x.dtype)] * matrices,
             jax.tree.map(lambda b: result_like(x, b.shape, b.dtype), biases),
         ),
         scratch_shapes=[where_held(biases, None, None, *in_vmem)],
         semantics=("parallel", "arbitrary"),
-        vmem_bytes=hidden_gradients_vmem_bytes(t, f, matrices, itemsize),
-        cost_estimate=cost(m, d, f, e, matrices, itemsize, with_dx),
+        vmem_bytes=hidden_gradients_vmem_bytes(t, f, matrices, itemsize, with_dx),
+        cost_estimate=cost(m, d, f, e, matrices, itemsize, dx_bytes),
         name="taskmoe_expert_ffn_hidden_gradients",
     )
+    if with_dx and cuts > 1:
+        # By the compiler's estimate a sum over the axis takes ten times as long.
+        dx = functools.reduce(jnp.add, [dx[i] for i in range(cuts)]).astype(x.dtype)
     return dx, units, jax.tree.map(lambda grad: grad[:, 0], grads)
 
 
@@ -228,18 +255,18 @@ def expert_ffn_backward_split(
     experts: Experts,
     groups: Groups,
     dy: jax.Array,
-    tiling: Tiling | None = None,
+    how: tuple[Tiling, bool] | None = None,
 ) -> tuple[jax.Array, Experts]:
     """The backward in several kernels; arguments as in `hidden_gradients`.
 
     Returns the gradients of x and of the experts.
     """
-    dx, (hidden, *d_units), grads = hidden_gradients(options, x, experts, groups, dy, tiling)
+    dx, (hidden, *d_units), grads = hidden_gradients(options, x, experts, groups, dy, how)
     into = [w for w, _ in experts.into()]
     product = ProductOptions(x.dtype, experts.w_in.shape[0], options.shifted, None)
     back = ProductOptions(x.dtype, product.num_groups, options.shifted, None, transpose_rhs=True)
     if dx is None:
         dx = sum_of_gmms_mosaic(back, list(zip(d_units, into, strict=True)), groups)
-    d_in, *d_gate = tgmms_mosaic(product, x, d_units, groups)
-    (d_out,) = tgmms_mosaic(product, hidden, [dy], groups)
+    d_in, *d_gate = tgmms_mosaic(product, x, d_units, groups, "taskmoe_tgmm_into_hidden")
+    (d_out,) = tgmms_mosaic(product, hidden, [dy], groups, "taskmoe_tgmm_out_of_hidden")
     return dx, grads._replace(w_in=d_in, w_out=d_out, w_gate=next(iter(d_gate), None))

@@ -112,9 +112,13 @@ def tgmm_mosaic(
 
 
 def tgmms_mosaic(
-    options: ProductOptions, lhs: jax.Array, grads: Sequence[jax.Array], groups: Groups
+    options: ProductOptions,
+    lhs: jax.Array,
+    grads: Sequence[jax.Array],
+    groups: Groups,
+    name: str = "taskmoe_tgmm",
 ) -> list[jax.Array]:
-    """`tgmm` of lhs and each of these grads, which are alike."""
+    """`tgmm` of lhs and each of these grads, which are alike. name: of the kernel."""
     (m, k), n, e, count = lhs.shape, grads[0].shape[1], options.num_groups, len(grads)
     itemsize, out_itemsize = lhs.dtype.itemsize, jnp.dtype(options.out_dtype).itemsize
     t = options.tiling or tilings.tgmm_tiling(m, k, n, e, itemsize, out_itemsize, chip(), count)
@@ -149,6 +153,6 @@ def tgmms_mosaic(
         semantics=("parallel", "arbitrary", "arbitrary"),
         vmem_bytes=tilings.tgmm_vmem_bytes(t, itemsize, out_itemsize, count),
         cost_estimate=cost(m, k, n * count, e, itemsize, out_itemsize),
-        name="taskmoe_tgmm" if count == 1 else f"taskmoe_tgmm_of_{count}",
+        name=name,
     )
     return found

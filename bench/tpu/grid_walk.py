@@ -36,7 +36,7 @@ RESIDENT = ("taskmoe_take_rows", "taskmoe_add_rows")
 #: The kernel whose last step writes sums over all.
 GATING = "taskmoe_top_k_gating"
 #: Kernels that zero a block of results where it has rows that are nobody's.
-ZEROING = ("taskmoe_gmm", "taskmoe_expert_ffn")
+ZEROING = ("taskmoe_gmm", "taskmoe_expert_ffn", "taskmoe_expert_ffn_hidden_gradients")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _results(name: str, out: Any, grid: list[int], scalars: Any, rows: int) -> i
     changed = block[1:] != block[:-1]
     arrives, leaves = np.append(True, changed), np.append(changed, True)
     zeroed = arrives & ((low > 0) | (high <= low))
-    cleared = leaves & (high > low) & (high < rows)
+    cleared = leaves & ((high > low) | ~arrives) & (high < rows)
     return int(zeroed.sum() + cleared.sum()) * (math.prod(grid) // max(low.size, 1))
 
 

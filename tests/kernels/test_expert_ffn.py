@@ -121,9 +121,16 @@ def test_biases_reach_the_rows_of_their_experts_alone(
 @pytest.fixture
 def in_several(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The backward runs in several kernels, whatever is estimated."""
-    monkeypatch.setattr(expert_network, "is_split", lambda *_: True)
+    asked = []
+
+    def always(*sizes: Any) -> bool:
+        asked.append(sizes)
+        return True
+
+    monkeypatch.setattr(expert_network, "is_split", always)
     jax.clear_caches()
     yield
+    assert asked
     jax.clear_caches()
 
 
@@ -235,14 +242,23 @@ def test_any_groups(implementation: str, shape: tuple[int, int, int, int, bool],
     check(implementation, "silu", gated, operands(m, d, f, sizes, jnp.float32))
 
 
-BACKWARDS = {"one kernel": expert_ffn_backward_mosaic, "several": expert_ffn_backward_split}
+def in_several_kernels(*args: Any, with_dx: bool) -> Any:
+    *others, tiling = args
+    return expert_ffn_backward_split(*others, (tiling, with_dx))
 
 
-def cut(gated: bool, rows: int, backward: str = "one kernel") -> Any:
-    """`expert_ffn` and its gradients with hidden units cut into blocks of 128."""
-    tiling = Tiling(rows, 24, 128)
+BACKWARDS = {
+    "one kernel": expert_ffn_backward_mosaic,
+    "several": functools.partial(in_several_kernels, with_dx=True),
+    "several, dx apart": functools.partial(in_several_kernels, with_dx=False),
+}
+
+
+def cut(gated: bool, rows: int, backward: str = "one kernel", hidden: int = 128) -> Any:
+    """`expert_ffn` and its gradients with hidden units cut into blocks of so many."""
 
     def f(x: Any, w_in: Any, w_out: Any, w_gate: Any, sizes: Any, grad: Any) -> Any:
+        tiling = Tiling(rows, x.shape[1], hidden)
         gate = w_gate if gated else None
         out = expert_ffn(
             x, w_in, w_out, sizes, activation="silu", w_gate=gate,
@@ -264,7 +280,7 @@ APART = {32: False, 16: True}
 
 
 def of_cut(
-    gated: bool, rows: int, args: Any, used: int, backward: str = "one kernel"
+    gated: bool, rows: int, args: Any, used: int, backward: str = "one kernel", hidden: int = 128
 ) -> tuple[Any, Any, Any]:
     """What `cut` finds with NaN in all rows but those used, and what plain and float64 find."""
     truth = support.in_float64(run("reference", "silu", gated), *args)
@@ -272,7 +288,7 @@ def of_cut(
     x, *weights, sizes, grad = args
     x, grad = support.poison_tail(x, used), support.poison_tail(grad, used)
     return (
-        support.call("mosaic", cut(gated, rows, backward), x, *weights, sizes, grad),
+        support.call("mosaic", cut(gated, rows, backward, hidden), x, *weights, sizes, grad),
         plain,
         truth,
     )
@@ -332,6 +348,26 @@ def test_what_earlier_blocks_of_hidden_units_added_to_dx_is_kept() -> None:
         support.assert_as_good(ours, plain, truth)
 
 
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("sizes", [[20, 0, 31, 10, 0], [0, 20, 0, 0], [0, 0], [0, 16, 16]])
+def test_rows_behind_the_last_group_have_no_gradient(backward: str, sizes: list[int]) -> None:
+    args = operands(70, 24, 300, sizes, jnp.float32)
+    for rows in (16, 64):
+        ours, plain, truth = of_cut(True, rows, args, sum(sizes), backward)
+        support.assert_as_good(ours, plain, truth)
+        assert not ours["x"][sum(sizes) :].any()
+
+
+@pytest.mark.parametrize("backward", ["several", "several, dx apart"])
+def test_products_of_the_backward_in_loops(backward: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = operands(70, 512, 700, [20, 0, 31, 10, 0], jnp.float32)
+    ours, plain, truth = of_cut(True, 64, args, 61, backward, hidden=512)
+    support.assert_as_good(ours, plain, truth)
+    monkeypatch.setattr(hidden_gradients_kernel, "WRITTEN", 1)
+    looped = of_cut(True, 64, args, 61, backward, hidden=512)[0]
+    support.assert_as_good(looped, plain, truth)
+
+
 def test_dx_in_a_kernel_of_its_own_is_of_both_matrices() -> None:
     args = operands(50, 24, 300, [20, 0, 13], jnp.float32)
     right = hidden_gradients_kernel.sum_of_gmms_mosaic
@@ -340,7 +376,7 @@ def test_dx_in_a_kernel_of_its_own_is_of_both_matrices() -> None:
         return right(options, pairs[:1], groups)
 
     with support.planted(hidden_gradients_kernel, "sum_of_gmms_mosaic", of_one):
-        ours, plain, truth = of_cut(True, 16, args, 33, "several")
+        ours, plain, truth = of_cut(True, 16, args, 33, "several, dx apart")
     with pytest.raises(AssertionError, match=r"\['x'\].* exceeds"):
         support.assert_as_good(ours, plain, truth)
 

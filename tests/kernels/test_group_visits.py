@@ -202,8 +202,10 @@ def test_chosen_blocks_fit(version: str, itemsize: int, m: int, k: int, n: int, 
         t = ffn_backward_tiling.ffn_backward_tiling(m, k, n, e, matrices, itemsize, info)
         needed = ffn_backward_tiling.ffn_backward_vmem_bytes(t, n, matrices, itemsize, info)
         assert needed <= info.vmem_capacity_bytes
-        t = ffn_backward_tiling.hidden_gradients_tiling(m, k, n, e, matrices, itemsize, info)
-        needed = ffn_backward_tiling.hidden_gradients_vmem_bytes(t, n, matrices, itemsize)
+        how = ffn_backward_tiling.hidden_gradients_tiling(m, k, n, e, matrices, itemsize, info)
+        needed = ffn_backward_tiling.hidden_gradients_vmem_bytes(
+            how[0], n, matrices, itemsize, how[1]
+        )
         assert needed <= budget
 
 
