@@ -103,31 +103,37 @@ def model(
     bundles_run: of all regions; of a kernel without known ones its main loop times grid steps.
     """
     info = kernel_cases.chip_info(chip)
-    by_name = {kernel["kernel"]: kernel for kernel in kernels}
     bandwidth, peak = info.mem_bw_bytes_per_second, info.bf16_ops_per_second
     clock = kernel_cases.clock_hz(info)
     multiplies = any(kernel["filled"]["MXU"] > 0 for kernel in kernels)
     flops = sum(call.cost.flops for call in calls if call.cost is not None)
 
-    def bundles(call: KernelCall) -> int | None:
-        regions = by_name[call.name]["regions"]
+    def compiled_as(call: KernelCall) -> dict[str, Any] | None:
+        """The call's kernel: of several under its name, the last with as many sizes of parts."""
+        named = [kernel for kernel in kernels if kernel["kernel"] == call.name]
+        parts = len(call.trips.parts) if call.trips else 0
+        alike = [k for k in named if not k["regions"] or len(k["regions"]["parts"]) == parts]
+        return next(reversed(alike or named), None)
+
+    def bundles(call: KernelCall, kernel: dict[str, Any]) -> int | None:
+        regions = kernel["regions"]
         if regions is None or call.trips is None:
             return None
         return Bundles(**regions).run(call.trips)
 
     def seconds(call: KernelCall) -> float:
-        least, kernel = call.moved_bytes / bandwidth, by_name.get(call.name)
+        least, kernel = call.moved_bytes / bandwidth, compiled_as(call)
         if kernel is None:
             return least
         work, share = 0.0, kernel["filled"]["MXU"]
         if call.cost is not None and share:
             work = call.cost.flops * call.rows_share / (peak * share)
-        return max(least, work, (bundles(call) or 0) / clock)
+        return max(least, work, (bundles(call, kernel) or 0) / clock)
 
-    compiled = [call for call in calls if call.name in by_name]
+    pairs = ((call, kernel) for call in calls if (kernel := compiled_as(call)) is not None)
     return {
         "bundles_run": sum(
-            bundles(call) or call.steps * by_name[call.name]["main_bundles"] for call in compiled
+            bundles(call, kernel) or call.steps * kernel["main_bundles"] for call, kernel in pairs
         ),
         "moved_bytes": sum(call.moved_bytes for call in calls),
         "floor_bytes": floor,

@@ -19,6 +19,7 @@ from taskmoe.bench.tpu.compiler import Compiled, Kernel, death_note
 from taskmoe.bench.tpu.kernels import expert_bytes, worker
 from taskmoe.bench.tpu.kernels.measure import Kernels, Row
 from taskmoe.bench.tpu.kernels.view import view
+from taskmoe.bench.tpu.regions import Trips
 from taskmoe.cli.errors import InputError
 from taskmoe.kernels import expert_ffn, gmm, quantize, quantized
 from taskmoe.kernels.tiling import Tiling
@@ -133,6 +134,21 @@ def test_a_pipeline_inside_moves_what_its_blocks_do() -> None:
             gmm(x, w, sizes, tiling=tiling, implementation="mosaic")
         moved[chip] = (calls[1].moved_bytes, calls[1].steps, calls[1].trips)
     assert moved["v4"] == moved["v6e"]
+
+
+def test_kernels_of_one_name_are_told_apart_by_their_parts() -> None:
+    def of(parts: list[int]) -> tuple[Any, dict[str, Any]]:
+        count = len(parts)
+        trips = Trips(step=1, result=0, parts=[1] * count, passes=[1] * count)
+        call = grid_walk.KernelCall("taskmoe_gmm", None, 1, 0, copies_by_hand=False, trips=trips)
+        regions = {"step": 0, "result": 0, "parts": parts, "inner": [0] * count}
+        kernel = {"kernel": call.name, "main_bundles": 1, "filled": {"MXU": 0.0}}
+        return call, kernel | {"regions": regions}
+
+    (tall, one), (low, other) = of([500, 300]), of([7])
+    for kernels in ([one, other], [other, one]):
+        assert worker.model(V5E, [tall, low], 0, kernels, 0)["bundles_run"] == 807
+    assert worker.model(V5E, [low], 0, [other], 0)["bundles_run"] == 7
 
 
 def test_two_results_are_told_apart() -> None:
