@@ -46,9 +46,9 @@ _LARGE = (
     " --systems narrow,dense,token,target,token-target,static --quick"
 )
 _MODELS = (
-    "tpu --kernels --chips v5e,v6e --dtypes bf16"
-    " --ops top_k_gating,dispatch,combine,gmm,tgmm,expert_ffn_gated"
-    " --shapes mixtral,qwen3,deepseek-v3,gpt-oss,olmoe"
+    "tpu --kernels --chips v5e,v6e,tpu7x --dtypes bf16"
+    " --ops top_k_gating,dispatch,combine,gmm,tgmm,expert_ffn_gated,moe_layer"
+    " --shapes mixtral,qwen3,deepseek-v3,olmoe"
 )
 BENCHMARKS = {
     "demo": Benchmark("story.demo", {"demo": "demo"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 
 from taskmoe.bench.harness import machine
 from taskmoe.bench.harness.results import Result
@@ -36,4 +37,7 @@ def measure(spec: KernelSpec) -> Kernels:
         for case, result in zip(spec.cases, compile_all(spec.cases, spec.work), strict=True)
     ]
     experts = [row for chip in spec.expert_chips for row in expert_bytes.table(chip)]
-    return Kernels(machine.describe(), rows, experts)
+    about = machine.describe()
+    if any(row.by == "tokamax" for row in rows):
+        about["tokamax"] = importlib.metadata.version("tokamax")
+    return Kernels(about, rows, experts)

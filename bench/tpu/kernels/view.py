@@ -179,7 +179,8 @@ def _chart(result: Kernels) -> Figure:
     figure, axes = plt.subplots(
         1, len(chips), figsize=(11, 4.6), layout="constrained", sharey=True, squeeze=False
     )
-    names = list(dict.fromkeys(f"{r.op} {r.direction}" for r in result.kernels))[::-1]
+    modelled = (f"{r.op} {r.direction}" for r in result.kernels if r.modelled_us)
+    names = list(dict.fromkeys(modelled))[::-1]
     styles = {"taskmoe": ("#4c72b0", "o"), "megablox": ("#c44e52", "D")}
     for axis, chip in zip(axes[0], chips, strict=True):
         for by, (colour, marker) in styles.items():
