@@ -32,7 +32,8 @@ def as_floats(name: str, x: Any, like: tuple[str, jax.Array] | None = None) -> j
     No op promotes dtypes: rows and matrices are large, and a copy of them is the caller's to make.
     The message says which cast would fit.
     """
-    x = jnp.asarray(x)
+    if not isinstance(x, jax.Array):  # asarray copies one that is differentiated outside of jax.jit
+        x = jnp.asarray(x)
     if x.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
         message = f"{name} must be bfloat16 or float32, got {x.dtype}"
         if x.dtype == jnp.float16:  # no TPU multiplies it, and its range is too small for logits

@@ -43,7 +43,8 @@ ODD = 8
 class Plan:
     """How a call is cut.
 
-    columns: of a slice. block: rows of a block. slices, token_blocks, row_blocks: how many.
+    columns: of a slice; the last may have fewer. block: rows of a block. slices, token_blocks,
+    row_blocks: how many.
     """
 
     columns: int
@@ -53,32 +54,28 @@ class Plan:
     row_blocks: int
 
     @property
-    def width(self) -> int:
-        """Of all slices: the rows' own, or what it is padded to where slices must be cut."""
-        return self.columns * self.slices
-
-    @property
     def grid(self) -> tuple[int, int]:
         """Slices, and the blocks of each."""
         return self.slices, self.token_blocks + self.row_blocks
 
 
 def plan(tokens: int, rows: int, width: int, itemsize: int, adds: bool) -> Plan | None:
-    """The widest slices of this width whose tokens fit in VMEM; None where no slices do."""
+    """The fewest slices of this width whose tokens fit in VMEM; None where no slices do.
+
+    The cores of a chip share the slices evenly.
+    """
     info = chip()
     if info.generation <= 3:  # loads of a register's part want whole registers there
         return None
     per_line = LANES if adds else 4 // itemsize * LANES
     block = min(BLOCK, tilings.round_up(max(tokens, rows), tilings.sublanes(itemsize)))
     token_blocks, row_blocks = pl.cdiv(tokens, block), pl.cdiv(rows, block)
-    even = tilings.round_up(width, per_line)
-    cuts = [c for c in tilings.shared_splits(even, info) if c % per_line == 0] or [even]
-    whole = [width] if even in cuts else []
-    for columns in [*whole, *cuts]:
+    most = pl.cdiv(width, per_line)
+    for slices in range(min(info.num_cores, most), most + 1, info.num_cores):
+        columns = width if slices == 1 else tilings.round_up(pl.cdiv(width, slices), per_line)
         needed = vmem_bytes(token_blocks, block, columns, itemsize, adds)
         if columns <= MOST_COLUMNS and needed <= tilings.vmem_budget_bytes(info):
-            slices = pl.cdiv(width, columns)
-            return Plan(columns, block, slices, token_blocks, row_blocks)
+            return Plan(columns, block, pl.cdiv(width, columns), token_blocks, row_blocks)
     return None
 
 
@@ -148,9 +145,10 @@ def take_kernel(
     edge_ref: Any,
     *,
     token_blocks: int,
+    all_columns: int,
 ) -> None:
     """A block of tokens, laid out, or one of rows. scale_ref, or other_ref and dots_ref, if any."""
-    i, dtype = pl.program_id(1), source_ref.dtype
+    slice_id, i, dtype = pl.program_id(0), pl.program_id(1), source_ref.dtype
     block, width = source_ref.shape
     group = tilings.sublanes(dtype.itemsize)
     step = lines_of(width, dtype.itemsize)
@@ -189,8 +187,12 @@ def take_kernel(
             for part, value in zip(parts, values, strict=True):
                 columns = part + chunk * LANES
                 if other_ref is not None:
-                    other = read(other_ref, own, columns, edge_ref)
-                    dots += value.astype(jnp.float32) * other
+                    product = value.astype(jnp.float32) * read(other_ref, own, columns, edge_ref)
+                    if all_columns % width:  # behind the last slice is anything
+                        left = all_columns - slice_id * width - columns
+                        lanes = jax.lax.broadcasted_iota(jnp.int32, product.shape, 1)
+                        product = jnp.where(lanes < left, product, 0)
+                    dots += product
                 if scale is not None:
                     value = value.astype(jnp.float32) * scale
                 write(out_ref, own, columns, value)
@@ -258,10 +260,6 @@ def add_kernel(
         jax.lax.fori_loop(0, block // group, some, None)
 
 
-def _padded(x: jax.Array, columns: int) -> jax.Array:
-    return x if columns == x.shape[1] else jnp.pad(x, ((0, 0), (0, columns - x.shape[1])))
-
-
 def _scalars(x: jax.Array, p: Plan, nothing: Any) -> jax.Array:
     """[R] in blocks along lanes, [row_blocks, 1, block], with `nothing` behind the last."""
     x = jnp.pad(x, (0, p.row_blocks * p.block - x.size), constant_values=nothing)
@@ -291,7 +289,7 @@ def take(
     dots_shape = (p.slices, p.row_blocks, 1, p.block)
     held = jnp.int32 if itemsize < 4 else source.dtype
     call = pl.pallas_call(
-        functools.partial(take_kernel, token_blocks=first),
+        functools.partial(take_kernel, token_blocks=first, all_columns=width),
         grid=p.grid,
         in_specs=[
             pl.BlockSpec(
@@ -303,7 +301,7 @@ def take(
         ],
         out_specs=(many, None if other is None else dots),
         out_shape=(
-            result_like(source, (rows, p.width), source.dtype),
+            result_like(source, (rows, width), source.dtype),
             None if other is None else result_like(source, dots_shape, jnp.float32),
         ),
         scratch_shapes=[
@@ -314,16 +312,16 @@ def take(
         compiler_params=tilings.compiler_params(
             ("parallel", "arbitrary"), vmem_bytes(first, p.block, p.columns, itemsize, adds=False)
         ),
-        cost_estimate=cost(rows, tokens, p.width, itemsize, 1 if other is None else 2),
+        cost_estimate=cost(rows, tokens, width, itemsize, 1 if other is None else 2),
         name="taskmoe_take_rows",
     )
     out, dots = call(
         token,
-        _padded(source, p.width),
+        source,
         None if scale is None else _scalars(scale.astype(jnp.float32), p, 0.0),
-        None if other is None else _padded(other, p.width),
+        other,
     )
-    return out[:, :width], None if other is None else jnp.sum(dots, axis=0).reshape(-1)[:rows]
+    return out, None if other is None else jnp.sum(dots, axis=0).reshape(-1)[:rows]
 
 
 def add(
@@ -354,7 +352,7 @@ def add(
         out_specs=pl.BlockSpec(
             (p.block, p.columns), lambda s, i: (jnp.maximum(i - last - 1, 0), s)
         ),
-        out_shape=result_like(rows, (num_tokens, p.width), rows.dtype),
+        out_shape=result_like(rows, (num_tokens, width), rows.dtype),
         scratch_shapes=[
             pltpu.VMEM(((nobody + 8) * pitch(step), LANES), jnp.float32),
             pltpu.VMEM((p.block * pitch(step), LANES), jnp.float32),
@@ -364,12 +362,11 @@ def add(
             ("parallel", "arbitrary"),
             vmem_bytes(p.token_blocks, p.block, p.columns, itemsize, adds=True),
         ),
-        cost_estimate=cost(count, num_tokens, p.width, itemsize),
+        cost_estimate=cost(count, num_tokens, width, itemsize),
         name="taskmoe_add_rows",
     )
-    out = call(
+    return call(
         _scalars(jnp.where(token >= 0, token, nobody), p, nobody),
         None if scale is None else _scalars(scale.astype(jnp.float32), p, 0.0),
-        _padded(rows, p.width),
+        rows,
     )
-    return out[:, :width]

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import taskmoe.kernels
+from taskmoe.kernels.checks import as_floats
 from taskmoe.kernels.platforms import interpret_mode
 from taskmoe.tests.kernels import support
 
@@ -35,6 +36,14 @@ def test_errors_of_dtypes_say_which_cast_fits() -> None:
     assert gmm(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), sizes).dtype == jnp.bfloat16
     with pytest.raises(TypeError, match=r"logits must be bfloat16 or float32, got float16: cast"):
         taskmoe.kernels.top_k_gating(x.astype(jnp.float16))
+
+
+def test_gradients_outside_of_jit_copy_no_weights() -> None:
+    w = jnp.ones((2, 6, 3))
+    taken, _ = jax.vjp(lambda w: as_floats("w", w), w)
+    assert taken.unsafe_buffer_pointer() == w.unsafe_buffer_pointer()
+    copied, _ = jax.vjp(jnp.asarray, w)
+    assert copied.unsafe_buffer_pointer() != w.unsafe_buffer_pointer()
 
 
 def test_interpret_mode_is_noticed() -> None:

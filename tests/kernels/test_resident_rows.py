@@ -47,7 +47,9 @@ def cut(monkeypatch: pytest.MonkeyPatch, columns: int, block: int = 16) -> None:
 
 
 @pytest.mark.parametrize("dtype", support.DTYPES)
-@pytest.mark.parametrize(("width", "columns"), [(512, 8192), (512, 256), (200, 8192), (300, 256)])
+@pytest.mark.parametrize(
+    ("width", "columns"), [(512, 8192), (512, 256), (200, 8192), (300, 256), (700, 512)]
+)
 def test_take(monkeypatch: pytest.MonkeyPatch, dtype: Any, width: int, columns: int) -> None:
     cut(monkeypatch, columns)
     source, rows, token, scale = case(width, dtype)
@@ -64,7 +66,9 @@ def test_take(monkeypatch: pytest.MonkeyPatch, dtype: Any, width: int, columns: 
 
 
 @pytest.mark.parametrize("dtype", support.DTYPES)
-@pytest.mark.parametrize(("width", "columns"), [(512, 8192), (512, 256), (200, 8192), (300, 128)])
+@pytest.mark.parametrize(
+    ("width", "columns"), [(512, 8192), (512, 256), (200, 8192), (300, 128), (700, 512)]
+)
 def test_add(monkeypatch: pytest.MonkeyPatch, dtype: Any, width: int, columns: int) -> None:
     cut(monkeypatch, columns)
     _, rows, token, scale = case(width, dtype)
@@ -114,6 +118,14 @@ def test_a_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch, fault: str, 
     test = test_take if check == "take" else test_add
     with pytest.raises(AssertionError):
         test(monkeypatch, jnp.float32, 512, 8192)
+
+
+def test_columns_behind_the_width_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = resident.take_kernel
+    unmasked: Any = lambda *refs, all_columns, **sizes: kernel(*refs, all_columns=0, **sizes)  # noqa: E731
+    monkeypatch.setattr(resident, "take_kernel", unmasked)
+    with pytest.raises(AssertionError):
+        test_take(monkeypatch, jnp.float32, 700, 512)
 
 
 def test_weights_of_other_rows_do_not_reach_those_of_nobody() -> None:
@@ -171,6 +183,7 @@ def test_slices_fit_and_cover_the_width(
                 assert (tokens, version) == (4096, "v4")
                 continue
             assert p.slices == 1 or p.columns % 128 == 0
-            assert width <= p.width < width + 256
+            assert p.slices % info.num_cores == 0
+            assert (p.slices - 1) * p.columns < width <= p.slices * p.columns
             needed = resident.vmem_bytes(p.token_blocks, p.block, p.columns, itemsize, adds)
             assert needed <= tiling.vmem_budget_bytes(info)
