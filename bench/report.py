@@ -45,10 +45,9 @@ _LARGE = (
     "study work/study-large --data work/study-large/data"
     " --systems narrow,dense,token,target,token-target,static --quick"
 )
-_MODELS = (
+_SIZES = (
     "tpu --kernels --chips v5e,v6e,tpu7x --dtypes bf16"
-    " --ops top_k_gating,dispatch,combine,gmm,tgmm,expert_ffn_gated,moe_layer"
-    " --shapes mixtral,qwen3,deepseek-v3,olmoe"
+    " --ops top_k_gating,dispatch,combine,gmm,tgmm,expert_ffn_gated,moe_layer --shapes "
 )
 BENCHMARKS = {
     "demo": Benchmark("story.demo", {"demo": "demo"}),
@@ -90,7 +89,12 @@ BENCHMARKS = {
         "ops", {"ops-gpu": "ops --quick --ops gmm,expert_ffn,moe_layer --shapes decode,qwen3,wmt"}
     ),
     "kernels": Benchmark(
-        "tpu.kernels", {"kernels": "tpu --kernels --quick", "kernels-models": _MODELS}
+        "tpu.kernels",
+        {
+            "kernels": "tpu --kernels --quick",
+            "kernels-models": _SIZES + "mixtral,qwen3,deepseek-v3,gpt-oss,olmoe,nllb",
+            "kernels-small": _SIZES + "decode,awkward",
+        },
     ),
     "published": Benchmark("tpu.published", {"published": "tpu --published"}),
     "model": Benchmark("tpu.model", {"tpu-model": "tpu --model wmt"}),

@@ -35,20 +35,29 @@ prepare() {
     --out "$WORK/set" --set "vocab_size=$VOCAB"
 }
 
+ended() { # folder of a training: whether it went on to STEPS; if not, what was made of it goes
+  [ -d "$1/model" ] || return 1
+  local steps
+  steps=$(tail -n 1 "$1/log.jsonl" | "$python" -c 'import json, sys; print(json.load(sys.stdin)["step"])')
+  [ "$steps" -ge "$STEPS" ] && return 0
+  rm -rf "$1/model" "$1/valid.json" "$1/test.json" "$1/translations"
+  return 1
+}
+
 train() { # system, seed
   local to=$WORK/$1-$2 encoder=$1 decoder=$1
   local narrow=()
   [ "$1" = token-target ] && encoder=token decoder=target
   [ "$1" = narrow ] && encoder=dense decoder=dense &&
     narrow=(--set "encoder_wide_d_ff=$width" --set "decoder_wide_d_ff=$width")
-  [ -d "$to/model" ] || "$python" -m taskmoe.wmt train "${data[@]}" --workdir "$to" \
+  ended "$to" || "$python" -m taskmoe.wmt train "${data[@]}" --workdir "$to" \
     --encoder "$encoder" --decoder "$decoder" --seed "$2" "${settings[@]}" \
     --set "d_ff=$width" --set "vocab_size=$VOCAB" "${narrow[@]}"
 }
 
 distilled() { # seed; the student is as wide as the dense model
   local to=$WORK/distilled-$1
-  [ -d "$to/model" ] || "$python" -m taskmoe.wmt distill "${data[@]}" --workdir "$to" \
+  ended "$to" || "$python" -m taskmoe.wmt distill "${data[@]}" --workdir "$to" \
     --teacher "$WORK/token-$1" --beam 1 --seed "$1" "${settings[@]}" \
     --set "max_sentences=$TEACHING" \
     --set "encoder_wide_d_ff=$((2 * width))" --set "decoder_wide_d_ff=$((2 * width))"

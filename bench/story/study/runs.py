@@ -101,7 +101,7 @@ def same_training(workdir: Path, systems: list[System]) -> dict[str, Any]:
     the dense one), and "taught".
     """
     found = {
-        run: _read(workdir / run / "config.json", "train", "model")
+        run: _configuration(workdir / run)
         for system in systems
         if system.name not in WHOLE
         for run in (f"{system.name}-{seed}" for seed in system.seeds)
@@ -120,6 +120,21 @@ def same_training(workdir: Path, systems: list[System]) -> dict[str, Any]:
                     "in the other runs: not the same training"
                 )
     return {"training": dense["train"], "model": mixture["model"], "taught": taught}
+
+
+def _configuration(run: Path) -> dict[str, Any]:
+    """A run's config.json, with the steps that its log ends at where the schedule keeps none."""
+    config = _read(run / "config.json", "train", "model")
+    if "steps" not in config["train"]:
+        path = run / "log.jsonl"
+        try:
+            last = path.read_text(encoding="utf-8").splitlines()[-1]
+            config["train"]["steps"] = int(json.loads(last)["step"])
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise InputError(f"{path} is damaged: {error}") from None
+    return config
 
 
 def _scores(folders: list[Path], split: str) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from taskmoe.bench.harness.view import Chart, Table, View
-from taskmoe.bench.tpu.cases import CHIPS, DIRECTIONS, DTYPES, OPS, SHAPES
+from taskmoe.bench.tpu.cases import CHIPS, DIRECTIONS, DTYPES, MODELS, OPS, SHAPES
 from taskmoe.bench.tpu.kernels import expert_bytes
 from taskmoe.bench.tpu.kernels.measure import Kernels, Row
 
@@ -56,9 +56,12 @@ def view(*results: Kernels) -> View:
 def _sizes(rows: list[Row]) -> tuple[str, str]:
     """Whose sizes these are, and the stem of their chart."""
     shapes = list(dict.fromkeys(r.shape for r in rows))
-    if len(shapes) > 1:
-        return f"{len(shapes)} models' sizes", "kernels-models"
-    return "the WMT model's size", "kernels"
+    if shapes == ["wmt"]:
+        return "the WMT model's size", "kernels"
+    if not set(shapes) <= set(MODELS):
+        return f"the sizes {' and '.join(shapes)}", "kernels-small"
+    several = len(shapes) > 1
+    return f"{len(shapes)} models' sizes" if several else f"{shapes[0]}'s sizes", "kernels-models"
 
 
 def _answer(reached: dict[str, list[float]], of: str) -> str:

@@ -278,6 +278,29 @@ def test_a_wrong_sub_network_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     assert study.alike("target", whole, support.text(4))["identical"] < 12
 
 
+def test_steps_of_a_schedule_without_an_end_are_those_of_the_log(
+    folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for config in copy.glob("*/config.json"):
+        if (config.parent / "checkpoints").exists():
+            kept = json.loads(config.read_text())
+            del kept["train"]["steps"]
+            config.write_text(json.dumps(kept))
+            (config.parent / "log.jsonl").write_text('{"step": 3}\n{"step": 40}\n')
+    assert main(words(copy, "--json", str(tmp_path / "study.json"))) == 0
+    assert json.loads((tmp_path / "study.json").read_text())["training"]["steps"] == 40
+    capsys.readouterr()
+    for text, message in (('{"step": 41}', "steps is 41, not 40"), ("{", "log.jsonl is damaged")):
+        (copy / "token-1" / "log.jsonl").write_text(text)
+        assert main(words(copy)) == 2
+        assert message in capsys.readouterr().err
+    (copy / "token-1" / "log.jsonl").unlink()
+    assert main(words(copy)) == 2
+    assert "log.jsonl: No such file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -151,7 +151,7 @@ def test_kernels_of_one_name_are_told_apart_by_their_parts() -> None:
     assert worker.model(V5E, [low], 0, [other], 0)["bundles_run"] == 7
 
 
-def test_two_results_are_told_apart() -> None:
+def test_results_are_told_apart() -> None:
     def result(*shapes: str) -> Kernels:
         case: Any = {"op": "gmm", "by": "taskmoe", "direction": "forward", "chip": V5E}
         kernel = Kernel("taskmoe_gmm", 90, 80, {"MXU": 0.5}, 0)
@@ -162,13 +162,20 @@ def test_two_results_are_told_apart() -> None:
         ]  # fmt: skip
         return Kernels({}, rows, [])
 
-    both = view(result("wmt"), result("mixtral", "qwen3"))
-    assert both.short is not None
-    assert [row[0] for row in both.short.rows] == ["the WMT model's size", "2 models' sizes"]
-    assert [row[2:] for row in both.short.rows] == [("25%", "25%", "25%"), ("25%", "38%", "50%")]
-    assert [chart.name for chart in both.charts] == ["kernels", "kernels-models"]
-    assert "25% to 50% of the roofline at 2 models' sizes" in both.answer
-    assert both.code == 0
+    all_three = view(result("wmt"), result("mixtral", "qwen3"), result("decode", "awkward"))
+    assert all_three.short is not None
+    assert [row[0] for row in all_three.short.rows] == [
+        "the WMT model's size",
+        "2 models' sizes",
+        "the sizes decode and awkward",
+    ]
+    shares = [("25%", "25%", "25%"), ("25%", "38%", "50%"), ("25%", "38%", "50%")]
+    assert [row[2:] for row in all_three.short.rows] == shares
+    names = ["kernels", "kernels-models", "kernels-small"]
+    assert [chart.name for chart in all_three.charts] == names
+    assert "25% to 50% of the roofline at 2 models' sizes" in all_three.answer
+    assert all_three.code == 0
+    assert "of the roofline at nllb's sizes" in view(result("nllb")).answer
 
 
 def test_recording_leaves_nothing_behind() -> None:
