@@ -176,8 +176,14 @@ def block_sizes(num_rows: int, top_k: int, width: int, itemsize: int) -> tuple[i
             (c for c in tilings.splits(width, range(1, 1025)) if width % c == 0 and c <= fitting),
             tilings.LANES,
         )
+    # SMEM holds two blocks of indices twice. That of TPU v3 has 16 KiB, that of others 1 MiB.
+    indices = 256 if chip().generation <= 3 else 1 << 14
     rows = least
-    while rows < min(num_rows, 128) and 2 * rows * columns * per_value <= budget:
+    while (
+        rows < min(num_rows, 128)
+        and 2 * rows * columns * per_value <= budget
+        and 2 * rows * top_k <= indices
+    ):
         rows *= 2
     return rows, columns
 

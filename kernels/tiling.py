@@ -344,12 +344,18 @@ def ffn_tiling(
         # Blocks that leave a wide MXU half empty take longer than is estimated: the last choice.
         return t.n < min(f, mxu), time, moved, t.m, -t.n
 
+    def vmem_bytes(t: Tiling) -> int:
+        return ffn_vmem_bytes(t, matrices, itemsize, weight)
+
+    least = Tiling(base, d, min(f, LANES))
+    while least.m > sublanes(itemsize) and vmem_bytes(least) > vmem_budget_bytes(info):
+        least = dataclasses.replace(least, m=round_up(least.m // 2, sublanes(itemsize)))
     return best(
         (Tiling(rows, d, bf) for rows in heights(base, m, TALLEST_FFN) for bf in splits(f)),
-        lambda t: ffn_vmem_bytes(t, matrices, itemsize, weight),
+        vmem_bytes,
         cost,
         info,
-        Tiling(base, d, min(f, LANES)),
+        least,
         matrices,
     )
 

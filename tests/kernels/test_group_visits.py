@@ -209,6 +209,15 @@ def test_chosen_blocks_fit(version: str, itemsize: int, m: int, k: int, n: int, 
         assert needed <= budget
 
 
+@pytest.mark.parametrize("version", ["v3", "v4"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("sizes", [(32768, 2048, 768, 128), (16384, 2880, 2880, 128)])
+def test_wide_experts_fit_where_vmem_is_small(version: str, itemsize: int, sizes: Any) -> None:
+    info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(version), 1)
+    t = tiling.ffn_tiling(*sizes, 3, itemsize, info)
+    assert tiling.ffn_vmem_bytes(t, 3, itemsize) <= tiling.vmem_budget_bytes(info)
+
+
 @pytest.mark.parametrize(
     ("version", "sizes", "split"),
     [

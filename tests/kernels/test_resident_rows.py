@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from taskmoe.kernels import combine, tiling
 from taskmoe.kernels import resident_rows_kernel as resident
 from taskmoe.kernels.platforms import for_chip
-from taskmoe.kernels.row_gather_kernel import gather_rows
+from taskmoe.kernels.row_gather_kernel import block_sizes, gather_rows
 from taskmoe.tests.kernels import support
 
 pytestmark = support.on_cpu
@@ -187,3 +187,12 @@ def test_slices_fit_and_cover_the_width(
             assert (p.slices - 1) * p.columns < width <= p.slices * p.columns
             needed = resident.vmem_bytes(p.token_blocks, p.block, p.columns, itemsize, adds)
             assert needed <= tiling.vmem_budget_bytes(info)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("top_k", [1, 4, 8])
+@pytest.mark.parametrize("width", [512, 2048, 2880])
+def test_indices_fit_in_the_scalar_memory_of_tpu_v3(itemsize: int, top_k: int, width: int) -> None:
+    with for_chip("v3"):
+        rows, _ = block_sizes(4096, top_k, width, itemsize)
+    assert rows * top_k <= 256
