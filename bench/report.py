@@ -41,6 +41,9 @@ class Benchmark:
 
 
 _STUDY = "study work/study-multi30k --data work/study-multi30k/data"
+_LONG = (
+    "study work/study-long --data work/study-long/data --systems dense,token,target,pruned,reaped"
+)
 _LARGE = (
     "study work/study-large --data work/study-large/data"
     " --systems narrow,dense,token,target,token-target,static --quick"
@@ -52,6 +55,7 @@ _SIZES = (
 BENCHMARKS = {
     "demo": Benchmark("story.demo", {"demo": "demo"}),
     "study": Benchmark("story.study", {"study-multi30k": _STUDY}),
+    "study-long": Benchmark("story.study", {"study-multi30k-long": _LONG}),
     "study-large": Benchmark("story.study", {"study-multi30k-large": _LARGE}),
     "ablation": Benchmark(
         "story.ablation",

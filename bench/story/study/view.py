@@ -42,8 +42,9 @@ def view(*results: Studied) -> View:
         tables.append(Table(title, HEADINGS, cells(result.rows)))
         tables += _apart(result)
         draw = functools.partial(_chart, result)
-        shown = f"Scores and sizes, {name}, d_model {size}"
-        charts.append(Chart(f"study-{name}-{size}", shown, draw))
+        steps = result.training.get("steps", 0)
+        shown = f"Scores and sizes, {name}, d_model {size}, {steps:,} steps"
+        charts.append(Chart(f"study-{name}-{size}-{steps}", shown, draw))
         said += findings(result.rows, result.bootstrap)
         about.append(_about(result))
         if result.left_out:
