@@ -198,5 +198,6 @@ def _chart(result: Kernels) -> Figure:
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_yticks(range(len(names)), names)
-    axes[0][0].legend(frameon=False, loc="lower left")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
     return figure
