@@ -6,8 +6,7 @@
 #
 # FOLDER as for study-multi30k.sh, which this calls. The learning rate falls with the root of the
 # step, so that a study that has ended goes on from its checkpoints with more STEPS. STEPS (default
-# 36600, 8 times the text), SEEDS, SYSTEMS, ALL and PHASES are taken from the environment. Two cores
-# train about 30,000 tokens a second, 8 times the text of one system in 70 minutes.
+# 36600, 8 times the text), SEEDS, SYSTEMS, ALL and PHASES are taken from the environment.
 set -euo pipefail
 export STEPS=${STEPS:-36600} SEEDS=${SEEDS:-0} ALL=${ALL:-dense token target pruned reaped}
 export SETTINGS="--set batch_tokens=4096 --set buckets=12,16,20,24,32,48

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -41,6 +42,11 @@ def chip_mesh(chip: str) -> Mesh:
     return Mesh(np.array(topology.devices[:1]), ("one",), **axes)
 
 
+def refusal(error: Exception) -> str:
+    """The error on one line, cut off, with files of installed packages named from these on."""
+    return re.sub(r"/\S*/site-packages/", "", " ".join(str(error).split()))[:500]
+
+
 def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
     """What the compiler makes of the case: `error`, or seconds and each kernel's schedule."""
     for path in dumps.iterdir():
@@ -65,7 +71,7 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
                 jitted = jax.jit(function, in_shardings=tuple(formats), out_shardings=out)
             compiled = jitted.lower(*arguments).compile()
     except Exception as error:  # a refusal, the compiler's or the library's, is a result
-        return {"error": " ".join(str(error).split())[:500]}
+        return {"error": refusal(error)}
     seconds = time.perf_counter() - start
     hlo, memory = compiled.as_text() or "", compiled.memory_analysis()
     vmem = schedule.kernel_vmem_bytes(hlo)

@@ -151,6 +151,11 @@ def test_kernels_of_one_name_are_told_apart_by_their_parts() -> None:
     assert worker.model(V5E, [low], 0, [other], 0)["bundles_run"] == 7
 
 
+def test_a_refusal_names_no_folder_of_this_machine() -> None:
+    error = ValueError("no block at\n  /home/me/lib/site-packages/jax/gmm.py:393 fits")
+    assert worker.refusal(error) == "no block at jax/gmm.py:393 fits"
+
+
 def test_results_are_told_apart() -> None:
     def result(*shapes: str) -> Kernels:
         case: Any = {"op": "gmm", "by": "taskmoe", "direction": "forward", "chip": V5E}
