@@ -4,8 +4,8 @@ Rows are sorted by group, so a tile is a slice and its result is written back in
 gather, no padding and no work for groups without rows. Tiles start where their group starts, so
 that a tile never needs two experts; rows of other groups that a tile overhangs into are masked.
 
-Groups near the mean size go as one tile that just holds them, all others by tiles of a size that
-suits any group: see `Tiles`.
+Groups that fit a tile go as one, those near the mean size as one that just holds them; only larger
+groups are cut: see `Tiles`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 class Tiles(NamedTuple):
     """How many rows a tile has, by size of its group; all static.
 
-    rows: of groups that fit no entry of `whole`, in as many tiles as it takes.
+    rows: of a group's tiles; a smaller group is one tile, a larger one takes as many as it needs.
     whole: rising sizes above `rows`; a group of more than `rows` rows that fits one is one tile.
 
     A product of all of a group's rows with its matrix packs the matrix once, and with a choice of
@@ -94,8 +94,7 @@ def for_each_tile(
     """
     first, end = bounds
     sizes = end - first
-    fits = [(sizes > tiles.rows) & (sizes <= n) for n in tiles.whole]
-    fits = [f & ~g for f, g in zip(fits, [jnp.zeros_like(sizes, bool), *fits], strict=False)]
+    whole = (tiles.rows, *tiles.whole)
 
     def tile_at(group: jax.Array, i: jax.Array | int, rows: int) -> Tile:
         begin = first[group] + i * rows
@@ -111,21 +110,21 @@ def for_each_tile(
         return per_group
 
     def in_several(group: jax.Array, state: Any) -> Any:
-        # The first tile's values start the sum: nothing is filled with zeros to be added to.
-        first_of = body(group, tile_at(group, 0, tiles.rows), state)
-
         def step(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             state, value = body(group, tile_at(group, i, tiles.rows), carry[0])
             return state, jax.tree.map(jnp.add, carry[1], value)
 
+        # A sum that starts with the first tile's values, taken before the loop, needs no zeros, but
+        # XLA then copies the group's matrices twice, for that tile and for the loop.
+        value = jax.eval_shape(lambda: body(group, tile_at(group, 0, tiles.rows), state)[1])
+        zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), value)
         count = (sizes[group] + tiles.rows - 1) // tiles.rows
-        state, value = jax.lax.fori_loop(1, count, step, first_of)
+        state, value = jax.lax.fori_loop(0, count, step, (state, zeros))
         return done(group, value, state)
 
-    rest = (sizes > 0) & ~sum(fits, start=jnp.zeros_like(sizes, bool))
-    state = _over(rest, in_several, init)
-    for rows, chosen in zip(tiles.whole, fits, strict=True):
-        state = _over(chosen, in_one(rows), state)
+    state = _over(sizes > whole[-1], in_several, init)
+    for least, rows in zip((0, *whole), whole, strict=False):
+        state = _over((sizes > least) & (sizes <= rows), in_one(rows), state)
     return state
 
 
