@@ -50,7 +50,10 @@ train() { # system, seed
   [ "$1" = token-target ] && encoder=token decoder=target
   [ "$1" = narrow ] && encoder=dense decoder=dense &&
     narrow=(--set "encoder_wide_d_ff=$width" --set "decoder_wide_d_ff=$width")
-  ended "$to" || "$python" -m taskmoe.wmt train "${data[@]}" --workdir "$to" \
+  ended "$to" && return
+  # What was made of a token-routed model is stale once that model goes on.
+  [ "$1" != token ] || rm -rf "$WORK"/{pruned,reaped,distilled}-"$2"
+  "$python" -m taskmoe.wmt train "${data[@]}" --workdir "$to" \
     --encoder "$encoder" --decoder "$decoder" --seed "$2" "${settings[@]}" \
     --set "d_ff=$width" --set "vocab_size=$VOCAB" "${narrow[@]}"
 }
