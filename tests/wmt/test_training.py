@@ -68,6 +68,12 @@ def test_training_learns_and_goes_on_bit_for_bit_where_it_was_killed(tmp_path: P
     assert all(p.tokens_per_s > 0 and p.dropped == 0 and 1 <= p.busiest <= 4 for p in reports)
     log = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in log] == losses
+    data = TrainingData.encoded(support.text(), support.tokenizer(), CONFIG)
+    batches = [data.batch(step) for step in range(60)]
+    assert sum(p.sentences for p in reports) == sum(len(b.pair) for b in batches)
+    real = sum((b.source > 0).sum() + (b.target_out > 0).sum() for b in batches)
+    assert sum(p.tokens for p in reports) == real
+    assert all(p.tokens_per_s == p.tokens / p.seconds for p in reports)
 
     environment = os.environ | {"PYTHONPATH": str(support.ROOT / ".types")}
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]

@@ -33,7 +33,8 @@ class Progress(NamedTuple):
 
     loss: nats per target token, label smoothing and auxiliary losses left out; nan where no step
       was taken.
-    tokens_per_s: source and target tokens of all processes, padding left out.
+    sentences, tokens, seconds: in all since the last report. Tokens are source and target tokens,
+      padding left out; both are those of all processes. tokens_per_s: one over the other.
     padding: share of the positions of batches that hold none. waits: share of the time that the
       loop waited for a batch.
     dropped: share of assignments that found no room; busiest: largest load of an expert times E;
@@ -45,6 +46,9 @@ class Progress(NamedTuple):
     step: int
     steps: int
     loss: float
+    sentences: int
+    tokens: int
+    seconds: float
     tokens_per_s: float
     padding: float
     waits: float
@@ -122,7 +126,7 @@ def train(
         history = History(workdir, step, validation.text if validation else None)
         with batches, Logs(workdir, tensorboard) as logs:
             pending: list[Sums] = []
-            places, waited = 0, 0.0
+            sentences, places, waited = 0, 0, 0.0
             compiled: set[tuple[int, ...]] = set()
             since = time.perf_counter()
             over = _is_over(validation, history)
@@ -130,6 +134,7 @@ def train(
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked
+                sentences += len(batch.pair) * shard[1]
                 places += (batch.source.size + batch.target_out.size) * shard[1]
                 if batch.source.shape not in compiled:
                     compiled.add(batch.source.shape)
@@ -142,7 +147,7 @@ def train(
                 due = validation is not None and validation.is_due(step, config.steps)
                 if not (save or due or len(pending) == report_every):
                     continue
-                progress = _summarise(step, config.steps, pending, since, places, waited)
+                progress = _summarise(step, config.steps, pending, since, sentences, places, waited)
                 _check(progress, pending, config, state.params if save else None, checkpoints)
                 logs.write(step, progress._asdict())
                 report(progress)
@@ -162,7 +167,7 @@ def train(
                     checkpoints.wait()
                     raise Stopped(told, f"step {step} of {config.steps} is kept in {workdir}")
                 pending, since = [], time.perf_counter()
-                places, waited = 0, 0.0
+                sentences, places, waited = 0, 0, 0.0
             if over:
                 note(
                     f"ended at step {step}: no gain in {history.without_gain()} scores; "
@@ -210,9 +215,15 @@ def _check(
 
 
 def _summarise(
-    step: int, steps: int, pending: list[Sums], since: float, places: int, waited: float
+    step: int,
+    steps: int,
+    pending: list[Sums],
+    since: float,
+    sentences: int,
+    places: int,
+    waited: float,
 ) -> Progress:
-    """places: positions of the batches. waited: seconds for them."""
+    """sentences, places: of the batches, their rows and positions. waited: seconds for them."""
     host: list[dict[str, Any]] = [jax.device_get(sums) for sums in pending]
     counted = sum(float(s["tokens"]) for s in host)
     loss = sum(float(s["loss"]) for s in host)
@@ -225,6 +236,9 @@ def _summarise(
         step,
         steps,
         loss=loss / counted if counted else float("nan"),
+        sentences=sentences,
+        tokens=tokens,
+        seconds=seconds,
         tokens_per_s=tokens / seconds,
         padding=1 - tokens / places,
         waits=waited / seconds,

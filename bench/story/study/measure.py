@@ -16,7 +16,7 @@ from taskmoe.bench.harness.timing import alternate
 from taskmoe.bench.serving import systems as serving
 from taskmoe.bench.story.study import bootstrap
 from taskmoe.bench.story.study.bootstrap import Bootstrap, Interval
-from taskmoe.bench.story.study.runs import System, finished_seeds, gather, same_training
+from taskmoe.bench.story.study.runs import System, finished_seeds, gather, same_training, spent
 from taskmoe.bench.story.study.spec import SYSTEMS, WHOLE, Spec
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.commands.shared import load, sizes_of
@@ -40,7 +40,7 @@ class Row:
     translations, identical: of extracted sub-networks, those compared and those that are the same.
     averages: test BLEU of groups of directions, as `scoring.averages` has them. over_dense,
     over_narrow: 95% intervals of the difference in mean test BLEU to these; None where translations
-    were not kept.
+    were not kept. spent: of the first seed, as `runs.spent` has it.
     """
 
     system: str
@@ -56,6 +56,7 @@ class Row:
     averages: dict[str, float] = dataclasses.field(default_factory=dict)
     over_dense: Interval | None = None
     over_narrow: Interval | None = None
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,7 @@ def measure(spec: Spec) -> Studied:
             averages=averages(s.directions, **groups),
             over_dense=bootstrap.difference(levels, s.name, "dense"),
             over_narrow=bootstrap.difference(levels, s.name, "narrow"),
+            spent=spent(spec.workdir, s.name, seeds[0]),
         )
         for s in systems
     ]

@@ -10,6 +10,7 @@ import numpy as np
 
 from taskmoe.bench.story.study.spec import WHOLE
 from taskmoe.cli.errors import InputError
+from taskmoe.wmt.commands.shared import sizes_of
 from taskmoe.wmt.config import split_pair
 from taskmoe.wmt.text.textfiles import read_lines
 
@@ -120,6 +121,30 @@ def same_training(workdir: Path, systems: list[System]) -> dict[str, Any]:
                     "in the other runs: not the same training"
                 )
     return {"training": dense["train"], "model": mixture["model"], "taught": taught}
+
+
+def spent(workdir: Path, name: str, seed: int) -> dict[str, float]:
+    """Steps, epochs, tokens and seconds of a system's training; {} where nothing tells of them.
+
+    Nothing does of pruned models, which are not trained, nor in logs of earlier versions. A run
+    that went on wrote some steps twice: the last line of a step counts.
+    """
+    run = workdir / f"{name}-{seed}"
+    path = run / "log.jsonl"
+    if not path.is_file():
+        return {}
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        last = {line["step"]: line for line in lines if "score" not in line}
+        sums = {n: sum(line[n] for line in last.values()) for n in ("tokens", "seconds")}
+        sentences = sum(line["sentences"] for line in last.values())
+    except KeyError:
+        return {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    sizes = sizes_of(run)
+    epochs = {"epochs": sentences / sum(sizes.values())} if sizes else {}
+    return {"steps": max(last, default=0), **epochs, **sums}
 
 
 def _configuration(run: Path) -> dict[str, Any]:

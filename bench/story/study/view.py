@@ -40,7 +40,7 @@ def view(*results: Studied) -> View:
         size = result.model.get("d_model", "")
         title = f"{result.sentences:,} test sentences, {len(result.rows)} systems (measured)"
         tables.append(Table(title, HEADINGS, cells(result.rows)))
-        tables += _apart(result)
+        tables += _apart(result) + _spent(result)
         draw = functools.partial(_chart, result)
         steps = result.training.get("steps", 0)
         shown = f"Scores and sizes, {name}, d_model {size}, {steps:,} steps"
@@ -132,6 +132,27 @@ def _apart(result: Studied) -> list[Table]:
     note = "" if border is None else f"High resource: trained on {border:,} sentence pairs or more."
     headings = ("system", *(GROUPS[name] for name in there))
     return [Table("Averages apart, BLEU (measured)", headings, each, note)]
+
+
+def _spent(result: Studied) -> list[Table]:
+    """What the trainings took, where their logs tell."""
+    told = [r for r in result.rows if r.spent]
+    if not told:
+        return []
+    each = [
+        (
+            SYSTEMS[r.system],
+            f"{r.valid[0]:.2f}",
+            f"{r.spent['steps']:,.0f}",
+            f"{r.spent['epochs']:.1f}" if "epochs" in r.spent else "",
+            f"{r.spent['tokens'] / 1e6:.1f}",
+            f"{r.spent['seconds'] / 60:,.0f}",
+        )
+        for r in told
+    ]
+    headings = ("system", "validation BLEU", "steps", "epochs", "million tokens", "minutes")
+    note = "Tokens of both sides, padding left out. Minutes on the machine that trained it."
+    return [Table("Trainings of the first seed (measured)", headings, each, note)]
 
 
 def over(mean: float, base: float | None, interval: Interval | None) -> str:

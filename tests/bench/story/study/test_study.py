@@ -278,6 +278,30 @@ def test_a_wrong_sub_network_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     assert study.alike("target", whole, support.text(4))["identical"] < 12
 
 
+def test_what_trainings_took(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "token-0" / "sizes.json").write_text('{"en-de": 30, "de-en": 20}')
+    lines = [
+        *({"step": s, "sentences": 40, "tokens": 1_500_000, "seconds": 90.0} for s in (2, 4, 4, 5)),
+        {"step": 5, "score": 12.0},
+    ]
+    for name in ("token-0", "dense-0"):
+        (copy / name / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (copy / "target-0" / "log.jsonl").write_text('{"step": 5, "loss": 2.0}\n')  # an old version's
+    assert main(words(copy, "--json", str(tmp_path / "study.json"))) == 0
+    rows = json.loads((tmp_path / "study.json").read_text())["rows"]
+    took = {r["system"]: r["spent"] for r in rows if r["spent"]}
+    sums = {"steps": 5, "tokens": 4_500_000, "seconds": 270.0}
+    assert took == {"dense": sums, "token": sums | {"epochs": 2.4}}
+    said = capsys.readouterr().out
+    assert "Trainings of the first seed (measured)" in said
+    assert re.search(r"token/token +│ +24\.00 +│ +5 +│ +2\.4 +│ +4\.5 +│ +4 ", said)
+    (copy / "token-0" / "log.jsonl").write_text("[1]\n")
+    assert main(words(copy)) == 2
+    assert "log.jsonl is damaged" in capsys.readouterr().err
+
+
 def test_steps_of_a_schedule_without_an_end_are_those_of_the_log(
     folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
