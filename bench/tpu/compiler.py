@@ -32,6 +32,8 @@ from taskmoe.cli.progress import bar
 WORKERS = 2
 #: How the error of a case begins whose arguments and results exceed the chip's HBM.
 TOO_LARGE = "does not fit one chip"
+#: The error of a case that has no kernel on its chip: nothing is there to count.
+NO_KERNEL = "no kernel on this chip: XLA's own operations"
 #: libtpu ends a process that loads it where this file is missing.
 CPUS_FILE = Path("/sys/devices/system/cpu/possible")
 #: The compiler asks no server about a TPU, and several may be loaded at once.
@@ -67,9 +69,9 @@ class Compiled:
     roofline_us: float | None = None
 
     @property
-    def is_too_large(self) -> bool:
-        """Whether it was not compiled because one chip cannot hold it."""
-        return self.error is not None and self.error.startswith(TOO_LARGE)
+    def is_left_out(self) -> bool:
+        """Whether its error is no failure: one chip cannot hold it, or it has no kernel there."""
+        return self.error is not None and self.error.startswith((TOO_LARGE, NO_KERNEL))
 
     @property
     def main_bundles(self) -> int:

@@ -42,7 +42,7 @@ def view(*results: Kernels) -> View:
             (of, name, f"{min(s):.0%}", f"{np.median(s):.0%}", f"{max(s):.0%}")
             for name, s in reached.items()
         ]
-        failed |= any(r.error for r in rows if r.by == "taskmoe" and not r.is_too_large)
+        failed |= any(r.error for r in rows if r.by == "taskmoe" and not r.is_left_out)
     about = (
         "Compiled for TPUs that were not there. Schedules are the compiler's; bytes and times are "
         "modelled."

@@ -27,7 +27,7 @@ from taskmoe.bench.harness.worker import serve
 from taskmoe.bench.tpu import across, inner_walk, schedule
 from taskmoe.bench.tpu import cases as kernel_cases
 from taskmoe.bench.tpu.cases import Case
-from taskmoe.bench.tpu.compiler import TOO_LARGE
+from taskmoe.bench.tpu.compiler import NO_KERNEL, TOO_LARGE
 from taskmoe.bench.tpu.grid_walk import KernelCall, recording, unwritten_zeros
 from taskmoe.bench.tpu.regions import Bundles
 from taskmoe.kernels.tiling import sublanes
@@ -75,6 +75,8 @@ def compile_case(case: Case, mesh: Mesh, dumps: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     hlo, memory = compiled.as_text() or "", compiled.memory_analysis()
     vmem = schedule.kernel_vmem_bytes(hlo)
+    if not vmem:
+        return {"error": NO_KERNEL}
     kernels = [dataclasses.asdict(kernel) for kernel in schedule.read_schedules(dumps, set(vmem))]
     return {
         "compile_s": seconds,

@@ -15,7 +15,7 @@ from taskmoe.bench.__main__ import main
 from taskmoe.bench.harness.worker import Died
 from taskmoe.bench.tpu import across, grid_walk
 from taskmoe.bench.tpu import cases as kernel_cases
-from taskmoe.bench.tpu.compiler import Compiled, Kernel, death_note
+from taskmoe.bench.tpu.compiler import NO_KERNEL, Compiled, Kernel, death_note
 from taskmoe.bench.tpu.kernels import expert_bytes, worker
 from taskmoe.bench.tpu.kernels.measure import Kernels, Row
 from taskmoe.bench.tpu.kernels.view import view
@@ -57,6 +57,16 @@ def test_a_layer_is_compiled_for_its_temporaries(tmp_path: Path) -> None:
     names = {kernel["kernel"] for kernel in backward["kernels"]}
     assert {"taskmoe_top_k_gating_backward", "taskmoe_expert_ffn_backward"} <= names
     assert "modelled_us" not in backward
+
+
+@pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
+def test_an_op_without_a_kernel_on_a_chip_is_told_and_the_rest_compiled(tmp_path: Path) -> None:
+    path = tmp_path / "tpu.json"
+    options = ["--chips", "v3", "--ops", "top_k_gating", "--dtypes", "f32", "--shapes", "decode"]
+    assert main(["tpu", "--kernels", *options, "--json", str(path)]) == 0
+    forward, backward = json.loads(path.read_text())["kernels"]
+    assert forward["error"] == NO_KERNEL
+    assert backward["kernels"]
 
 
 def test_walked_bytes_of_gmm_by_hand() -> None:
@@ -223,10 +233,10 @@ def test_what_no_chip_holds_is_said_and_not_compiled(tmp_path: Path) -> None:
     found = Compiled(**worker.compile_case(case, no_mesh, tmp_path))
     assert found.error is not None
     assert "arguments and results take 17.4 GB, its HBM is 17.2 GB" in found.error
-    assert found.is_too_large
+    assert found.is_left_out
     forward = dataclasses.replace(case, direction="forward")
     assert worker.held_bytes(forward) < 9e9  # which does fit
-    assert not Compiled(error="Mosaic refuses it").is_too_large
+    assert not Compiled(error="Mosaic refuses it").is_left_out
 
 
 @pytest.mark.parametrize(
