@@ -42,7 +42,8 @@ class Benchmark:
 
 _STUDY = "study work/study-multi30k --data work/study-multi30k/data"
 _LONG = (
-    "study work/study-long --data work/study-long/data --systems dense,token,target,pruned,reaped"
+    "study work/study-long --data work/study-long/data"
+    " --systems narrow,dense,token,target,static,pruned,reaped"
 )
 _LARGE = (
     "study work/study-large --data work/study-large/data"
