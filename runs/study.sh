@@ -38,7 +38,10 @@ prepare() {
 ended() { # folder of a training: whether it went on to STEPS; if not, what was made of it goes
   [ -d "$1/model" ] || return 1
   local steps
-  steps=$(tail -n 1 "$1/log.jsonl" | "$python" -c 'import json, sys; print(json.load(sys.stdin)["step"])')
+  steps=$(tail -n 1 "$1/log.jsonl" | "$python" -c 'import json, sys; print(json.load(sys.stdin)["step"])') || {
+    echo "$1/log.jsonl is damaged: mend it, or remove $1 to train anew" >&2
+    exit 2
+  }
   [ "$steps" -ge "$STEPS" ] && return 0
   rm -rf "$1/model" "$1/valid.json" "$1/test.json" "$1/translations"
   return 1

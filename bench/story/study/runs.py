@@ -127,39 +127,42 @@ def spent(workdir: Path, name: str, seed: int) -> dict[str, float]:
     """Steps, epochs, tokens and seconds of a system's training; {} where nothing tells of them.
 
     Nothing does of pruned models, which are not trained, nor in logs of earlier versions. A run
-    that went on wrote some steps twice: the last line of a step counts.
+    that went on wrote some steps twice: the last line of a step counts. Raises InputError where the
+    log is damaged.
     """
     run = workdir / f"{name}-{seed}"
-    path = run / "log.jsonl"
-    if not path.is_file():
+    if not (run / "log.jsonl").is_file():
         return {}
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        last = {line["step"]: line for line in lines if "score" not in line}
-        sums = {n: sum(line[n] for line in last.values()) for n in ("tokens", "seconds")}
-        sentences = sum(line["sentences"] for line in last.values())
-    except KeyError:
+    log, fields = _log(run), ("sentences", "tokens", "seconds")
+    if any(field not in line for line in log.values() for field in fields):
         return {}
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error}") from None
+    sentences, tokens, seconds = (sum(line[field] for line in log.values()) for field in fields)
     sizes = sizes_of(run)
     epochs = {"epochs": sentences / sum(sizes.values())} if sizes else {}
-    return {"steps": max(last, default=0), **epochs, **sums}
+    return {"steps": max(log), **epochs, "tokens": tokens, "seconds": seconds}
 
 
 def _configuration(run: Path) -> dict[str, Any]:
     """A run's config.json, with the steps that its log ends at where the schedule keeps none."""
     config = _read(run / "config.json", "train", "model")
     if "steps" not in config["train"]:
-        path = run / "log.jsonl"
-        try:
-            last = path.read_text(encoding="utf-8").splitlines()[-1]
-            config["train"]["steps"] = int(json.loads(last)["step"])
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise InputError(f"{path} is damaged: {error}") from None
+        config["train"]["steps"] = max(_log(run))
     return config
+
+
+def _log(run: Path) -> dict[int, dict[str, Any]]:
+    """Step -> the last report of it in a run's log; InputError where there is none."""
+    path = run / "log.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        reports = {int(line["step"]): line for line in lines if "score" not in line}
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    if not reports:
+        raise InputError(f"{path} is damaged: it has no report")
+    return reports
 
 
 def _scores(folders: list[Path], split: str) -> dict[str, dict[str, Any]]:

@@ -28,13 +28,17 @@ V5E = "v5e"
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
+def compiled(folder: Path, chip: str, op: str, dtype: str, shape: str) -> Any:
+    """Rows of what `tpu --kernels` compiles."""
+    options = ["--chips", chip, "--ops", op, "--dtypes", dtype, "--shapes", shape]
+    assert main(["tpu", "--kernels", *options, "--json", str(folder / "tpu.json")]) == 0
+    return json.loads((folder / "tpu.json").read_text())["kernels"]
+
+
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
 def test_one_kernel_is_compiled_and_modelled(tmp_path: Path, capsys: Any) -> None:
-    path = tmp_path / "tpu.json"
-    options = ["--chips", "v5e", "--ops", "gmm", "--dtypes", "bf16", "--shapes", "awkward"]
-    assert main(["tpu", "--kernels", *options, "--json", str(path)]) == 0
+    rows = compiled(tmp_path, "v5e", "gmm", "bf16", "awkward")
     assert "modelled" in capsys.readouterr().out
-    rows = json.loads(path.read_text())["kernels"]
     ours = next(row for row in rows if row["by"] == "taskmoe" and row["direction"] == "forward")
     (kernel,) = ours["kernels"]
     assert kernel["kernel"] == "taskmoe_gmm"
@@ -48,10 +52,7 @@ def test_one_kernel_is_compiled_and_modelled(tmp_path: Path, capsys: Any) -> Non
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
 def test_a_layer_is_compiled_for_its_temporaries(tmp_path: Path) -> None:
-    path = tmp_path / "tpu.json"
-    options = ["--chips", "v5e", "--ops", "moe_layer", "--dtypes", "bf16", "--shapes", "awkward"]
-    assert main(["tpu", "--kernels", *options, "--json", str(path)]) == 0
-    forward, backward = json.loads(path.read_text())["kernels"]
+    forward, backward = compiled(tmp_path, "v5e", "moe_layer", "bf16", "awkward")
     rows = 3 * 37 * 131 * 2  # of all choices of all tokens
     assert rows < forward["temporary_bytes"] < backward["temporary_bytes"] < 64 * rows
     names = {kernel["kernel"] for kernel in backward["kernels"]}
@@ -61,10 +62,7 @@ def test_a_layer_is_compiled_for_its_temporaries(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
 def test_an_op_without_a_kernel_on_a_chip_is_told_and_the_rest_compiled(tmp_path: Path) -> None:
-    path = tmp_path / "tpu.json"
-    options = ["--chips", "v3", "--ops", "top_k_gating", "--dtypes", "f32", "--shapes", "decode"]
-    assert main(["tpu", "--kernels", *options, "--json", str(path)]) == 0
-    forward, backward = json.loads(path.read_text())["kernels"]
+    forward, backward = compiled(tmp_path, "v3", "top_k_gating", "f32", "decode")
     assert forward["error"] == NO_KERNEL
     assert backward["kernels"]
 
