@@ -29,6 +29,7 @@ from taskmoe.kernels.checks import (
 from taskmoe.kernels.ffn_backward_kernel import expert_ffn_backward_mosaic
 from taskmoe.kernels.ffn_backward_tiling import is_split
 from taskmoe.kernels.ffn_kernel import expert_ffn_mosaic
+from taskmoe.kernels.ffn_tiling import FFNSizes
 from taskmoe.kernels.frozen_experts import frozen_ffn
 from taskmoe.kernels.grouped_matmul import gmm_reference
 from taskmoe.kernels.groups import Groups, check_groups
@@ -41,7 +42,7 @@ from taskmoe.kernels.options import (
     check_activation,
     hidden_units,
 )
-from taskmoe.kernels.platforms import Op, check_implementation, chip, with_plain_settings
+from taskmoe.kernels.platforms import Op, check_implementation, with_plain_settings
 from taskmoe.kernels.quantized import Quantized, as_weights, quantises_rows
 from taskmoe.kernels.tiled_ffn import (
     expert_ffn_backward_xla,
@@ -85,9 +86,8 @@ def _keeping_mosaic(
 def _backward_mosaic(
     options: FFNOptions, x: jax.Array, experts: Experts, groups: Groups, _: Any, grad: jax.Array
 ) -> tuple[jax.Array, Experts]:
-    (m, d), (e, _, f) = x.shape, experts.w_in.shape
-    sizes = m, d, f, e, 1 + _products(experts), x.dtype.itemsize
-    run = expert_ffn_backward_split if is_split(*sizes, chip()) else expert_ffn_backward_mosaic
+    split = is_split(FFNSizes.of(x, experts))
+    run = expert_ffn_backward_split if split else expert_ffn_backward_mosaic
     return run(options, x, experts, groups, grad)
 
 

@@ -32,6 +32,7 @@ from taskmoe.kernels.block_products import dot, keep
 from taskmoe.kernels.checks import result_like, vary_over, varying_axes
 from taskmoe.kernels.ffn_backward_tiling import ffn_backward_tiling, ffn_backward_vmem_bytes
 from taskmoe.kernels.ffn_kernel import where_held, with_rows
+from taskmoe.kernels.ffn_tiling import FFNSizes
 from taskmoe.kernels.group_visits import FFN_PART, Visit, Visits, visit_blocks
 from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import Activation, Experts, FFNOptions, hidden_units
@@ -43,12 +44,12 @@ from taskmoe.kernels.tiling import Tiling
 BLOCKS_APART = 4
 
 
-def cost(m: int, d: int, f: int, e: int, matrices: int, itemsize: int) -> pl.CostEstimate:
-    """FLOPs and least bytes when every expert has rows; matrices is 2, or 3 if gated."""
+def cost(s: FFNSizes) -> pl.CostEstimate:
+    """FLOPs and least bytes when every expert has rows."""
     return pl.CostEstimate(
-        flops=2 * (3 * matrices - 1) * m * d * f,
-        bytes_accessed=(3 * m * d + 2 * e * matrices * d * f) * itemsize,
-        transcendentals=m * f,
+        flops=2 * (3 * s.matrices - 1) * s.m * s.d * s.f,
+        bytes_accessed=(3 * s.m * s.d + 2 * s.e * s.matrices * s.d * s.f) * s.itemsize,
+        transcendentals=s.m * s.f,
     )
 
 
@@ -209,8 +210,8 @@ def expert_ffn_backward_mosaic(
     gradients of x and of the experts.
     """
     (m, d), (e, _, f) = x.shape, experts.w_in.shape
-    itemsize, matrices = x.dtype.itemsize, 2 if experts.w_gate is None else 3
-    t = tiling or ffn_backward_tiling(m, d, f, e, matrices, itemsize, chip())
+    sizes = FFNSizes.of(x, experts)
+    t = tiling or ffn_backward_tiling(sizes)
     walk = visit_blocks(groups, e, m, t.m, every_group=True)
     cuts = pl.cdiv(f, t.n)
     adds = cuts > 1 and chip().num_cores == 1 and pl.cdiv(m, t.m) >= BLOCKS_APART
@@ -258,9 +259,9 @@ def expert_ffn_backward_mosaic(
         ),
         compiler_params=tilings.compiler_params(
             ("arbitrary" if adds else "parallel", "arbitrary"),
-            ffn_backward_vmem_bytes(t, f, matrices, itemsize, chip()),
+            ffn_backward_vmem_bytes(t, sizes),
         ),
-        cost_estimate=cost(m, d, f, e, matrices, itemsize),
+        cost_estimate=cost(sizes),
         name="taskmoe_expert_ffn_backward",
         input_output_aliases={len(jax.tree.leaves((walk, x, dy, cut))): 1} if adds else {},
     )

@@ -24,33 +24,20 @@ from jax.experimental.pallas import tpu as pltpu
 from taskmoe.kernels import tiling as tilings
 from taskmoe.kernels.block_products import through_expert
 from taskmoe.kernels.checks import result_like
+from taskmoe.kernels.ffn_tiling import FFNSizes, ffn_tiling, ffn_vmem_bytes
 from taskmoe.kernels.group_visits import FFN_PART, Visit, Visits, mixed_rows, visit_blocks
 from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import Activation, Experts, FFNOptions
-from taskmoe.kernels.platforms import chip
 from taskmoe.kernels.quantized import Quantized, nbytes, with_scales
-from taskmoe.kernels.quantized import itemsize as itemsize_of
 from taskmoe.kernels.visit_pipeline import Blocks, visits_call
 
 
-def cost(
-    m: int,
-    d: int,
-    f: int,
-    e: int,
-    matrices: int,
-    itemsize: int,
-    weight_bytes: int | None = None,
-) -> pl.CostEstimate:
-    """FLOPs and least bytes when every expert has rows; matrices is 2, or 3 if gated.
-
-    weight_bytes: of all experts, where they are not of the rows' dtype.
-    """
-    weights = e * matrices * d * f * itemsize if weight_bytes is None else weight_bytes
+def cost(s: FFNSizes, weight_bytes: int) -> pl.CostEstimate:
+    """FLOPs and least bytes when every expert has rows; weight_bytes: of all experts."""
     return pl.CostEstimate(
-        flops=2 * matrices * m * d * f,
-        bytes_accessed=2 * m * d * itemsize + weights,
-        transcendentals=m * f,
+        flops=2 * s.matrices * s.m * s.d * s.f,
+        bytes_accessed=2 * s.m * s.d * s.itemsize + weight_bytes,
+        transcendentals=s.m * s.f,
     )
 
 
@@ -173,9 +160,8 @@ def expert_ffn_mosaic(
 ) -> jax.Array:
     """The kernel call; arguments as in `expert_ffn`, validated."""
     (m, d), (e, _, f) = x.shape, experts.w_in.shape
-    itemsize, matrices = x.dtype.itemsize, 2 if experts.w_gate is None else 3
-    weight = itemsize_of(experts.w_in)
-    t = options.tiling or tilings.ffn_tiling(m, d, f, e, matrices, itemsize, chip(), weight)
+    sizes = FFNSizes.of(x, experts)
+    t = options.tiling or ffn_tiling(sizes)
     walk = visit_blocks(groups, e, m, t.m)
     blocks = Blocks(
         grid=lambda walk: (walk.num[0], pl.cdiv(f, t.n)),
@@ -191,7 +177,7 @@ def expert_ffn_mosaic(
         out_shape=result_like(x, (m, d), x.dtype),
         scratch_shapes=[pltpu.VMEM((t.m, d), jnp.float32)],
         semantics=("arbitrary", "arbitrary"),
-        vmem_bytes=tilings.ffn_vmem_bytes(t, matrices, itemsize, weight),
-        cost_estimate=cost(m, d, f, e, matrices, itemsize, nbytes(experts[:3])),
+        vmem_bytes=ffn_vmem_bytes(t, sizes),
+        cost_estimate=cost(sizes, nbytes(experts[:3])),
         name="taskmoe_expert_ffn",
     )

@@ -48,6 +48,7 @@ from taskmoe.kernels.group_visits import (
 from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import ProductOptions
 from taskmoe.kernels.platforms import chip
+from taskmoe.kernels.product_tiling import ProductSizes, gmm_tiling, gmm_vmem_bytes
 from taskmoe.kernels.quantized import Quantized, QuantizedRows, nbytes, with_scales
 from taskmoe.kernels.quantized import itemsize as itemsize_of
 from taskmoe.kernels.visit_pipeline import Blocks, visits_call
@@ -58,13 +59,11 @@ PIECE_COLUMNS = 256
 WRITTEN = 160
 
 
-def cost(
-    m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int, rhs_bytes: int | None = None
-) -> pl.CostEstimate:
-    """FLOPs and least bytes of gmm when every group has rows; rhs_bytes: if not of rows' dtype."""
-    rhs = e * k * n * itemsize if rhs_bytes is None else rhs_bytes
-    moved = m * k * itemsize + rhs + m * n * out_itemsize
-    return pl.CostEstimate(flops=2 * m * k * n, bytes_accessed=moved, transcendentals=0)
+def cost(s: ProductSizes, rhs_bytes: int) -> pl.CostEstimate:
+    """FLOPs and least bytes of gmm when every group has rows; rhs_bytes: of one pair's rhs."""
+    moved = s.count * (s.m * s.k * s.itemsize + rhs_bytes) + s.m * s.n * s.out_itemsize
+    flops = 2 * s.count * s.m * s.k * s.n
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
 
 
 def lhs_block(width: Any, visit: Any, depth: Any, walk: Visits) -> tuple[Any, ...]:
@@ -210,14 +209,14 @@ def sum_of_gmms_mosaic(
     lhs, rhs = pairs[0]
     (m, k), count = lhs.shape, len(pairs)
     e, n = rhs.shape[0], rhs.shape[1 if options.transpose_rhs else 2]
-    itemsize, out_itemsize = itemsize_of(lhs), jnp.dtype(options.out_dtype).itemsize
-    held, dtype = itemsize_of(rhs), jnp.dtype(jnp.int8)
+    itemsizes = itemsize_of(lhs), jnp.dtype(options.out_dtype).itemsize
+    dtype = jnp.dtype(jnp.int8)
     if not isinstance(lhs, QuantizedRows):
         dtype = lhs.dtype
     elif not chip().int8_ops_per_second:
         dtype = jnp.dtype(jnp.bfloat16 if chip().generation > 3 else jnp.float32)
-    sizes = m, k, n, e, itemsize, out_itemsize, chip(), held
-    t = options.tiling or tilings.gmm_tiling(*sizes, count)
+    sizes = ProductSizes(m, k, n, e, *itemsizes, chip(), itemsize_of(rhs), count)
+    t = options.tiling or gmm_tiling(sizes)
     walk = visit_blocks(groups, e, m, t.m)
     scale_blocks = rhs.blocks if isinstance(rhs, Quantized) else 0
     mxu, scaled = chip().mxu_column_size, rhs.shape[1] // max(scale_blocks, 1)
@@ -269,7 +268,7 @@ def sum_of_gmms_mosaic(
         out_shape=result_like(groups.sizes, (m, n), options.out_dtype),
         scratch_shapes=[pltpu.VMEM((t.m, t.n), jnp.float32)] if t.k < k else [],
         semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_bytes=tilings.gmm_vmem_bytes(t, k, itemsize, out_itemsize, held, count),
-        cost_estimate=cost(m, k * count, n, e, itemsize, out_itemsize, nbytes(rhs) * count),
+        vmem_bytes=gmm_vmem_bytes(t, sizes),
+        cost_estimate=cost(sizes, nbytes(rhs)),
         name="taskmoe_gmm",
     )

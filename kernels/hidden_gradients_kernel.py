@@ -45,6 +45,7 @@ from taskmoe.kernels.ffn_backward_tiling import (
     hidden_gradients_vmem_bytes,
 )
 from taskmoe.kernels.ffn_kernel import where_held, with_rows
+from taskmoe.kernels.ffn_tiling import FFNSizes
 from taskmoe.kernels.gmm_kernel import PIECE_COLUMNS, WRITTEN, sum_of_gmms_mosaic
 from taskmoe.kernels.group_visits import (
     FFN_PART,
@@ -69,15 +70,14 @@ from taskmoe.kernels.tiling import Tiling
 from taskmoe.kernels.visit_pipeline import Blocks, visits_call
 
 
-def cost(
-    m: int, d: int, f: int, e: int, matrices: int, itemsize: int, dx_bytes: int
-) -> pl.CostEstimate:
-    """FLOPs and least bytes when every expert has rows; matrices is 2, or 3 if gated."""
-    products = 2 * matrices - 1 if dx_bytes else matrices
+def cost(s: FFNSizes, dx_bytes: int) -> pl.CostEstimate:
+    """FLOPs and least bytes when every expert has rows."""
+    products = 2 * s.matrices - 1 if dx_bytes else s.matrices
+    read_and_written = 2 * s.m * s.d + s.matrices * s.f * (s.e * s.d + s.m)
     return pl.CostEstimate(
-        flops=2 * products * m * d * f,
-        bytes_accessed=(2 * m * d + matrices * f * (e * d + m)) * itemsize + dx_bytes,
-        transcendentals=m * f,
+        flops=2 * products * s.m * s.d * s.f,
+        bytes_accessed=read_and_written * s.itemsize + dx_bytes,
+        transcendentals=s.m * s.f,
     )
 
 
@@ -184,8 +184,9 @@ def hidden_gradients(
     sizes, and whether it finds dx; None chooses.
     """
     (m, d), (e, _, f) = x.shape, experts.w_in.shape
-    itemsize, matrices = x.dtype.itemsize, 2 if experts.w_gate is None else 3
-    t, with_dx = how or hidden_gradients_tiling(m, d, f, e, matrices, itemsize, chip())
+    sizes = FFNSizes.of(x, experts)
+    itemsize, matrices = sizes.itemsize, sizes.matrices
+    t, with_dx = how or hidden_gradients_tiling(sizes)
     cuts, of_dx, dx_rows = pl.cdiv(f, t.n), None, None
     if with_dx and cuts == 1:
         of_dx, dx_rows = result_like(x, (m, d), x.dtype), pl.BlockSpec((t.m, d), rows_block)
@@ -239,8 +240,8 @@ def hidden_gradients(
         ),
         scratch_shapes=[where_held(biases, None, None, *in_vmem)],
         semantics=("parallel", "arbitrary"),
-        vmem_bytes=hidden_gradients_vmem_bytes(t, f, matrices, itemsize, with_dx),
-        cost_estimate=cost(m, d, f, e, matrices, itemsize, dx_bytes),
+        vmem_bytes=hidden_gradients_vmem_bytes(t, sizes, with_dx),
+        cost_estimate=cost(sizes, dx_bytes),
         name="taskmoe_expert_ffn_hidden_gradients",
     )
     if with_dx and cuts > 1:

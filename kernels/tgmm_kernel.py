@@ -28,6 +28,7 @@ from taskmoe.kernels.group_visits import TALLEST_PART, Visit, Visits, part_sizes
 from taskmoe.kernels.groups import Groups
 from taskmoe.kernels.options import ProductOptions
 from taskmoe.kernels.platforms import chip
+from taskmoe.kernels.product_tiling import ProductSizes, tgmm_tiling, tgmm_vmem_bytes
 from taskmoe.kernels.visit_pipeline import Blocks, visits_call
 
 #: Rows of one piece of the result.
@@ -36,10 +37,12 @@ PIECE_ROWS = 256
 WRITTEN = 160
 
 
-def cost(m: int, k: int, n: int, e: int, itemsize: int, out_itemsize: int) -> pl.CostEstimate:
+def cost(s: ProductSizes) -> pl.CostEstimate:
     """FLOPs and least bytes of tgmm when all rows belong to groups."""
-    moved = m * (k + n) * itemsize + e * k * n * out_itemsize
-    return pl.CostEstimate(flops=2 * m * k * n, bytes_accessed=moved, transcendentals=0)
+    results = s.count * s.e * s.k * s.n * s.out_itemsize
+    moved = s.m * (s.k + s.count * s.n) * s.itemsize + results
+    flops = 2 * s.count * s.m * s.k * s.n
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
 
 
 def lhs_block(width: Any, depth: Any, visit: Any, walk: Visits) -> tuple[Any, ...]:
@@ -121,7 +124,8 @@ def tgmms_mosaic(
     """`tgmm` of lhs and each of these grads, which are alike. name: of the kernel."""
     (m, k), n, e, count = lhs.shape, grads[0].shape[1], options.num_groups, len(grads)
     itemsize, out_itemsize = lhs.dtype.itemsize, jnp.dtype(options.out_dtype).itemsize
-    t = options.tiling or tilings.tgmm_tiling(m, k, n, e, itemsize, out_itemsize, chip(), count)
+    sizes = ProductSizes(m, k, n, e, itemsize, out_itemsize, chip(), count=count)
+    t = options.tiling or tgmm_tiling(sizes)
     walk = visit_groups(groups, e, m, t.m)
     blocks = Blocks(
         grid=lambda walk: (pl.cdiv(n, t.n), pl.cdiv(k, t.k), walk.num[0]),
@@ -151,8 +155,8 @@ def tgmms_mosaic(
         out_shape=([result_like(lhs, (e, k, n), options.out_dtype)] * count,),
         scratch_shapes=[[pltpu.VMEM((t.k, t.n), jnp.float32)] * count],
         semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_bytes=tilings.tgmm_vmem_bytes(t, itemsize, out_itemsize, count),
-        cost_estimate=cost(m, k, n * count, e, itemsize, out_itemsize),
+        vmem_bytes=tgmm_vmem_bytes(t, sizes),
+        cost_estimate=cost(sizes),
         name=name,
     )
     return found

@@ -15,6 +15,8 @@ from taskmoe.bench.tpu.compiler import compile_all
 from taskmoe.bench.tune.spec import Spec
 from taskmoe.cli.errors import InputError
 from taskmoe.kernels import tiling
+from taskmoe.kernels.ffn_tiling import FFNSizes, ffn_tiling
+from taskmoe.kernels.product_tiling import ProductSizes, gmm_tiling, tgmm_tiling
 from taskmoe.kernels.tiling import Tiling
 
 
@@ -60,11 +62,11 @@ def rule(spec: Spec) -> Tiling:
     m, d, f, e = s.tokens * s.top_k, s.d_model, s.d_ff, s.experts
     itemsize = jnp.dtype(DTYPES[spec.dtype]).itemsize
     if spec.op in ("gmm", "tgmm"):
-        choose = tiling.gmm_tiling if spec.op == "gmm" else tiling.tgmm_tiling
-        return choose(m, d, f, e, itemsize, itemsize, info)
+        choose = gmm_tiling if spec.op == "gmm" else tgmm_tiling
+        return choose(ProductSizes(m, d, f, e, itemsize, itemsize, info))
     matrices = 3 if spec.op == "expert_ffn_gated" else 2
     held = 1 if spec.op == "expert_ffn_int8" else itemsize
-    return tiling.ffn_tiling(m, d, f, e, matrices, itemsize, info, held)
+    return ffn_tiling(FFNSizes(m, d, f, e, matrices, itemsize, info, held))
 
 
 def neighbours(spec: Spec, chosen: Tiling) -> list[Tiling]:

@@ -12,7 +12,14 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from taskmoe.kernels import block_products, ffn_backward_tiling, tiling
+from taskmoe.kernels import (
+    block_products,
+    ffn_backward_tiling,
+    ffn_tiling,
+    product_tiling,
+    tiling,
+)
+from taskmoe.kernels.ffn_tiling import FFNSizes
 from taskmoe.kernels.group_visits import (
     Visit,
     Visits,
@@ -175,7 +182,7 @@ def test_expert_ffn_moves_hardly_more_than_it_must(rows: int, pattern: str) -> N
         sizes = [rows // e] * e
     else:
         sizes = np.random.default_rng(0).multinomial(rows, share).tolist()
-    t = tiling.ffn_tiling(rows, d, f, e, 2, itemsize, V5E)
+    t = ffn_tiling.ffn_tiling(FFNSizes(rows, d, f, e, 2, itemsize, V5E))
     assert t.n == f
     visits = walk_of(sizes, 0, e, rows, t.m, "blocks")
     matrices = fetches([g for g, _ in visits]) * 2 * d * f * itemsize
@@ -192,20 +199,20 @@ def test_expert_ffn_moves_hardly_more_than_it_must(rows: int, pattern: str) -> N
 def test_chosen_blocks_fit(version: str, itemsize: int, m: int, k: int, n: int, e: int) -> None:
     info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(version), 1)
     budget = tiling.vmem_budget_bytes(info)
-    t = tiling.gmm_tiling(m, k, n, e, itemsize, itemsize, info)
-    assert tiling.gmm_vmem_bytes(t, k, itemsize, itemsize) <= budget
-    t = tiling.tgmm_tiling(m, k, n, e, itemsize, itemsize, info)
-    assert tiling.tgmm_vmem_bytes(t, itemsize, itemsize) <= budget
+    product = product_tiling.ProductSizes(m, k, n, e, itemsize, itemsize, info)
+    t = product_tiling.gmm_tiling(product)
+    assert product_tiling.gmm_vmem_bytes(t, product) <= budget
+    t = product_tiling.tgmm_tiling(product)
+    assert product_tiling.tgmm_vmem_bytes(t, product) <= budget
     for matrices in (2, 3):
-        t = tiling.ffn_tiling(m, k, n, e, matrices, itemsize, info)
-        assert tiling.ffn_vmem_bytes(t, matrices, itemsize) <= budget
-        t = ffn_backward_tiling.ffn_backward_tiling(m, k, n, e, matrices, itemsize, info)
-        needed = ffn_backward_tiling.ffn_backward_vmem_bytes(t, n, matrices, itemsize, info)
+        sizes = FFNSizes(m, k, n, e, matrices, itemsize, info)
+        t = ffn_tiling.ffn_tiling(sizes)
+        assert ffn_tiling.ffn_vmem_bytes(t, sizes) <= budget
+        t = ffn_backward_tiling.ffn_backward_tiling(sizes)
+        needed = ffn_backward_tiling.ffn_backward_vmem_bytes(t, sizes)
         assert needed <= info.vmem_capacity_bytes
-        how = ffn_backward_tiling.hidden_gradients_tiling(m, k, n, e, matrices, itemsize, info)
-        needed = ffn_backward_tiling.hidden_gradients_vmem_bytes(
-            how[0], n, matrices, itemsize, how[1]
-        )
+        t, with_dx = ffn_backward_tiling.hidden_gradients_tiling(sizes)
+        needed = ffn_backward_tiling.hidden_gradients_vmem_bytes(t, sizes, with_dx)
         assert needed <= budget
 
 
@@ -214,8 +221,9 @@ def test_chosen_blocks_fit(version: str, itemsize: int, m: int, k: int, n: int, 
 @pytest.mark.parametrize("sizes", [(32768, 2048, 768, 128), (16384, 2880, 2880, 128)])
 def test_wide_experts_fit_where_vmem_is_small(version: str, itemsize: int, sizes: Any) -> None:
     info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(version), 1)
-    t = tiling.ffn_tiling(*sizes, 3, itemsize, info)
-    assert tiling.ffn_vmem_bytes(t, 3, itemsize) <= tiling.vmem_budget_bytes(info)
+    network = FFNSizes(*sizes, 3, itemsize, info)
+    t = ffn_tiling.ffn_tiling(network)
+    assert ffn_tiling.ffn_vmem_bytes(t, network) <= tiling.vmem_budget_bytes(info)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +240,7 @@ def test_the_backward_is_split_where_that_is_faster(
     version: str, sizes: tuple[int, int, int, int], split: bool
 ) -> None:
     info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(version), 1)
-    assert ffn_backward_tiling.is_split(*sizes, 3, 2, info) == split
+    assert ffn_backward_tiling.is_split(FFNSizes(*sizes, 3, 2, info)) == split
 
 
 def test_sizes_below_zero_and_beyond_the_rows_are_cut_off() -> None:

@@ -51,7 +51,7 @@ def view(*results: Studied) -> View:
             seeds = ", ".join(map(str, result.left_out))
             said.append(f"left out, as not all systems have a test.json of it: seed {seeds}")
     wrong = any(r.translations != r.identical for result in results for r in result.rows)
-    answer = " ".join(_answer(result.rows) for result in results)
+    answer = " ".join(map(_answer, results))
     return View(answer, " ".join(about), tables, charts, said, tables[0].only(SHORT), int(wrong))
 
 
@@ -59,10 +59,13 @@ def _bleu(rows: Sequence[Row]) -> dict[str, float]:
     return {r.system: float(np.mean(r.test)) for r in rows}
 
 
-def _answer(rows: Sequence[Row]) -> str:
-    bleu = _bleu(rows)
+def _answer(result: Studied) -> str:
+    bleu = _bleu(result.rows)
     best = max(bleu, key=lambda name: bleu[name])
-    said = f"The best system is {SYSTEMS[best]}, with {bleu[best]:.2f} BLEU."
+    where = ""
+    if model := result.model:
+        where = f" with d_model {model['d_model']} after {result.training['steps']:,} steps"
+    said = f"The best system{where} is {SYSTEMS[best]}, with {bleu[best]:.2f} BLEU."
     for name, what in (("target", "by target"), ("token", "by token")):
         if name in bleu:
             over = f"{bleu[name] - bleu['dense']:+.2f} over the dense model of equal compute"

@@ -11,6 +11,7 @@ from taskmoe.bench.tpu.compiler import Compiled, Kernel
 from taskmoe.bench.tune import measure as tune
 from taskmoe.bench.tune.spec import Spec
 from taskmoe.kernels import tiling
+from taskmoe.kernels.ffn_tiling import FFNSizes, ffn_tiling
 
 SPEC = Spec("v6e", "gmm", "qwen3", "bf16", 40)
 
@@ -65,7 +66,7 @@ def test_the_estimate_wants_pieces_as_wide_as_the_mxu() -> None:
     info = chip_info("v6e")
     assert tiling.tiles_of(2048, 128, 256) == 2 * tiling.tiles_of(2048, 256, 256)
     assert tiling.tiles_of(896, 896, 256) == 4
-    t = tiling.ffn_tiling(8192, 7168, 2048, 64, 3, 2, info)
+    t = ffn_tiling(FFNSizes(8192, 7168, 2048, 64, 3, 2, info))
     assert t.n % 256 == 0
 
 
