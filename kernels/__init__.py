@@ -13,6 +13,7 @@ from taskmoe.kernels.platforms import for_chip
 from taskmoe.kernels.quantized import Quantized, dequantize, quantize
 from taskmoe.kernels.router import ROUTERS, Router
 from taskmoe.kernels.row_movement import combine, dispatch
+from taskmoe.kernels.tiling import Tiling
 
 #: The only place of the version: setup.py reads it here, the other packages show it.
 __version__ = "0.2.0"
@@ -23,6 +24,7 @@ __all__ = [
     "Quantized",
     "Router",
     "RowPlan",
+    "Tiling",
     "combine",
     "dequantize",
     "dispatch",

@@ -6,6 +6,7 @@ brought to one set of varying axes, so that custom gradients see operands of one
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def check_shape(name: str, x: Any, shape: Sequence[int | str]) -> None:
@@ -34,11 +37,7 @@ def as_floats(name: str, x: Any, like: tuple[str, jax.Array] | None = None) -> j
     """
     if not isinstance(x, jax.Array):  # asarray copies one that is differentiated outside of jax.jit
         x = jnp.asarray(x)
-    if x.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
-        message = f"{name} must be bfloat16 or float32, got {x.dtype}"
-        if x.dtype == jnp.float16:  # no TPU multiplies it, and its range is too small for logits
-            message += f": cast it, {name}.astype(jax.numpy.bfloat16)"
-        raise TypeError(message)
+    check_floats(name, x.dtype)
     if like is not None and x.dtype != like[1].dtype:
         wanted = f"{name}.astype({like[0]}.dtype)"
         raise TypeError(
@@ -46,6 +45,16 @@ def as_floats(name: str, x: Any, like: tuple[str, jax.Array] | None = None) -> j
             f"them, such as {wanted}"
         )
     return x
+
+
+def check_floats(name: str, dtype: Any) -> None:
+    """TypeError unless the dtype is bf16, f32 or f64."""
+    if dtype in (jnp.bfloat16, jnp.float32, jnp.float64):
+        return
+    message = f"{name} must be bfloat16 or float32, got {dtype}"
+    if dtype == jnp.float16:  # no TPU multiplies it, and its range is too small for logits
+        message += f": cast it, {name}.astype(jax.numpy.bfloat16)"
+    raise TypeError(message)
 
 
 def as_integers(name: str, x: Any) -> jax.Array:
@@ -62,13 +71,36 @@ def as_integers(name: str, x: Any) -> jax.Array:
     return x.astype(jnp.int32)
 
 
-def as_size(name: str, value: Any) -> Any:
-    """The value as an int of at least 1, or a symbolic dimension; ValueError for anything else."""
+def as_size(name: str, value: Any, least: int = 1) -> Any:
+    """The value as an int of at least this, or a symbolic dimension; ValueError for another."""
     if jax.export.is_symbolic_dim(value):
         return value
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
     return operator.index(value)
+
+
+def as_dtype(name: str, value: Any, *known: Any) -> Any:
+    """The value as one of the known dtypes; TypeError for another, or float64 in 32-bit mode."""
+    config: Any = jax.config
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    wide = dtype == jnp.float64 and not config.jax_enable_x64
+    if dtype is None or wide or dtype not in known:
+        fit = [str(jnp.dtype(d)) for d in known if config.jax_enable_x64 or d != jnp.float64]
+        more = ": it wants jax_enable_x64" if wide else ""
+        raise TypeError(f"{name} must be {' or '.join(fit)}, got {value!r}{more}")
+    return dtype
+
+
+def as_number(name: str, value: Any) -> float:
+    """The value as a finite float; ValueError for anything else."""
+    real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not real or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
 
 
 def match_varying(*arrays: Any) -> tuple[Any, ...]:
@@ -84,6 +116,15 @@ def vary_over(x: jax.Array, axes: Iterable[Any]) -> jax.Array:
     """X as an array that may differ between devices along these manual mesh axes."""
     missing = frozenset(axes) - varying_axes(x)
     return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
+def everywhere(x: Any, index: Any = None) -> Any:
+    """X, or x[index]; on all devices of its mesh where x is explicitly sharded."""
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return x if index is None else x[index]
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.sharding.reshard(x, whole) if index is None else x.at[index].get(out_sharding=whole)
 
 
 def varying_axes(x: jax.Array) -> frozenset[Any]:

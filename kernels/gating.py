@@ -23,6 +23,7 @@ from taskmoe.kernels.checks import (
     as_integers,
     as_size,
     check_shape,
+    everywhere,
     match_varying,
 )
 from taskmoe.kernels.gating_kernel import gating_backward_mosaic, gating_mosaic
@@ -302,9 +303,10 @@ def given_gating(
     check_shape("weights", weights, experts.shape)
     num_experts = as_size("num_experts", num_experts)
     tokens, top_k = experts.shape
-    valid = jnp.ones((tokens,), jnp.bool_) if valid is None else jnp.asarray(valid)
-    check_shape("valid", valid, (tokens,))
-    experts, weights, valid = match_varying(experts, weights, valid)
+    if top_k == 0:
+        raise ValueError(f"experts must be [T, k] with k of at least 1, got {list(experts.shape)}")
+    valid = jnp.ones((tokens,), jnp.bool_) if valid is None else _as_valid(valid, tokens)
+    experts, weights, valid = map(everywhere, match_varying(experts, weights, valid))
     with plain_settings():
         held = valid[:, None] & (experts >= 0) & (experts < num_experts)
         chosen = jnp.where(held, experts, 0)
@@ -318,8 +320,16 @@ def given_gating(
             slots=jnp.where(held, slots, -1),
             counts=counts,
             mean_probs=sums / jnp.maximum(jnp.sum(valid), 1),
-            z_loss=jnp.zeros_like(kept[0, 0]),
+            z_loss=jnp.zeros_like(sums, shape=()),
         )
+
+
+def _as_valid(valid: Any, tokens: Any) -> jax.Array:
+    valid = jnp.asarray(valid)
+    check_shape("valid", valid, (tokens,))
+    if valid.dtype != jnp.bool_:
+        raise TypeError(f"valid must be bool, got {valid.dtype}")
+    return valid
 
 
 def top_k_gating(
@@ -371,10 +381,7 @@ def top_k_gating(
         bias = as_floats("bias", bias).astype(accumulator(logits.dtype))
         check_shape("bias", bias, (num_experts,))
     if valid is not None:
-        valid = jnp.asarray(valid)
-        check_shape("valid", valid, (num_tokens,))
-        if valid.dtype != jnp.bool_:
-            raise TypeError(f"valid must be bool, got {valid.dtype}")
+        valid = _as_valid(valid, num_tokens)
     check_implementation(implementation)
     logits, valid, bias = match_varying(logits, valid, bias)
     if implementation == "reference" or num_tokens == 0:

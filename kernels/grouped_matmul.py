@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from taskmoe.kernels import ragged_products
 from taskmoe.kernels.checks import (
     accumulator,
+    as_dtype,
     as_floats,
     as_integers,
     as_size,
@@ -240,7 +241,7 @@ def tgmm(
     grad: [M, N], same dtype.
     group_sizes: [G] i32, rows of each group; negative counts as 0, rows past M are cut off.
     num_groups: E, groups in the result; None means all G.
-    group_offset: scalar i32, the group that out[0] belongs to; None means 0.
+    group_offset: scalar i32, the group that out[0] belongs to; None means 0 and wants E == G.
     preferred_element_type: dtype of the result, lhs's if None. Sums are f32 always.
     tiling: a `Tiling` that overrides the kernel's choice of block sizes ("mosaic" only).
     implementation: as in `gmm`.
@@ -280,7 +281,5 @@ def tgmm(
 def _out_dtype(preferred: Any, lhs: jax.Array) -> Any:
     if preferred is None:
         return lhs.dtype
-    dtype = jnp.dtype(preferred)
-    if dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
-        raise TypeError(f"preferred_element_type must be bfloat16 or float32, got {dtype}")
-    return dtype
+    known = jnp.bfloat16, jnp.float32, jnp.float64
+    return as_dtype("preferred_element_type", preferred, *known)

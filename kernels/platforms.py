@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
 from taskmoe.kernels.checks import result_like
@@ -83,7 +83,7 @@ def for_chip(name: str) -> contextlib.AbstractContextManager[Any]:
     tells its chip by itself and must not be entered beside this. ValueError for another name.
     """
     if name not in CHIPS:
-        raise ValueError(f"chip must be one of {', '.join(CHIPS)}, got {name!r}")
+        raise ValueError(f"name must be one of {', '.join(CHIPS)}, got {name!r}")
     return jax.sharding.use_abstract_mesh(_empty_mesh(CHIPS[name]))
 
 
@@ -315,6 +315,16 @@ def _batched(arrays: Any, axes: Any, *, call: Call) -> tuple[list[jax.Array], li
 
 
 batching.primitive_batchers[taskmoe_op] = _batched
+
+
+def _no_derivative(*arrays: Any, call: Call) -> Any:
+    raise NotImplementedError(
+        f"{call.op.name} has gradients of reverse mode (jax.grad, jax.vjp), and no derivative in "
+        "forward mode or of its gradient"
+    )
+
+
+ad.primitive_jvps[taskmoe_op] = _no_derivative
 
 
 def _lower(platform: str, context: Any, *operands: Any, call: Call) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from taskmoe.kernels.checks import as_floats
+from taskmoe.kernels.checks import as_dtype, as_floats, as_size
 from taskmoe.kernels.platforms import with_plain_settings
 
 #: Dtypes of values, and the largest that is used of each.
@@ -88,11 +88,9 @@ def quantize(
     if w.ndim < 2 or 0 in w.shape:
         raise ValueError(f"w must be matrices [..., K, N] that are not empty, got {list(w.shape)}")
     depth, width = w.shape[-2:]
-    kind = jnp.dtype(dtype)
-    if kind not in LARGEST:
-        raise TypeError(f"dtype must be int8 or float8_e4m3fn, got {kind}")
-    block = depth if block is None else block
-    if block < 1 or depth % block or (block != depth and block % BLOCK_MULTIPLE):
+    kind = as_dtype("dtype", dtype, *LARGEST)
+    block = depth if block is None else as_size("block", block)
+    if depth % block or (block != depth and block % BLOCK_MULTIPLE):
         raise ValueError(
             f"block must be K={depth} or a multiple of {BLOCK_MULTIPLE} that divides it, "
             f"got {block}"
@@ -105,7 +103,13 @@ def quantize(
 
 @with_plain_settings
 def dequantize(w: Quantized, dtype: Any = jnp.float32) -> jax.Array:
-    """The matrices [..., K, N] that a `Quantized` stands for, in this dtype."""
+    """The matrices [..., K, N] that a `Quantized` stands for, in this dtype of floats.
+
+    Raises TypeError for another w or dtype.
+    """
+    if not isinstance(w, Quantized):
+        raise TypeError(f"w must be Quantized, got {type(w).__name__}")
+    dtype = as_dtype("dtype", dtype, jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
     exact = jnp.promote_types(dtype, jnp.float32)
     cut = w.values.reshape(*w.shape[:-2], w.blocks, -1, w.shape[-1])
     return (cut.astype(exact) * w.scales.astype(exact)).astype(dtype).reshape(w.shape)

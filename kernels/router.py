@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from taskmoe.kernels.checks import as_number, as_size
+
 Scores = Literal["softmax", "sigmoid", "sqrt_softplus"]
 GroupScore = Literal["max", "top2"]
 #: Added to the sum that weights are divided by, as DeepSeek does.
@@ -55,7 +57,9 @@ class Router:
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {found!r}")
         if self.weighs not in ("output", "input"):
             raise ValueError(f"weighs must be 'output' or 'input', got {self.weighs!r}")
-        if not self.scale > 0:
+        as_size("groups", self.groups)
+        as_size("kept_groups", self.kept_groups)
+        if not as_number("scale", self.scale) > 0:
             raise ValueError(f"scale must be above 0, got {self.scale}")
         if not 1 <= self.kept_groups <= self.groups:
             raise ValueError(

@@ -12,8 +12,9 @@ from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.extraction import FFNParams, extract, extract_tasks, ffn, prune
 from taskmoe.moe.formats import row_major
 from taskmoe.moe.gates import Chosen
-from taskmoe.moe.layer import apply, init
+from taskmoe.moe.layer import apply
 from taskmoe.moe.mesh import MeshAxes, param_specs
+from taskmoe.moe.parameters import init
 from taskmoe.moe.quantization import quantize
 from taskmoe.moe.routers import sparse_mixer
 

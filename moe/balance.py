@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from taskmoe.kernels import Gating
+from taskmoe.kernels.checks import as_floats, check_shape
 from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.gates import probabilities
 
@@ -15,9 +16,12 @@ def balance_bias(bias: jax.Array, load: jax.Array, rate: float = 1e-3) -> jax.Ar
 
         b_e + rate * sign(mean(load) - load_e)
 
-    bias: [E], `params["choice_bias"]`. load: [E], of `Metrics`. Wang et al. 2024, Auxiliary-loss-
-    free load balancing (arXiv 2408.15664).
+    bias: [E], `params["choice_bias"]`. load: [E], of `Metrics`. Raises ValueError or TypeError
+    where they do not fit. Wang et al. 2024, Auxiliary-loss-free load balancing (arXiv 2408.15664).
     """
+    bias, load = as_floats("bias", bias), as_floats("load", load)
+    check_shape("bias", bias, ("E",))
+    check_shape("load", load, bias.shape)
     return bias + rate * jnp.sign(jnp.mean(load) - load).astype(bias.dtype)
 
 

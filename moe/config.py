@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
 from taskmoe.kernels import ROUTERS, Router
+from taskmoe.kernels.checks import as_number, as_size
 from taskmoe.kernels.options import Activation, check_activation
 from taskmoe.moe.routers import ROUTER_FUNCTIONS, RouterFunction
 
@@ -104,13 +108,19 @@ class MoEConfig:
     z_loss_weight: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name, kind in (("table", int), ("table_weights", float)):  # lists have no hash
-            if (rows := getattr(self, name)) is not None:
-                rows = tuple(tuple(kind(value) for value in row) for row in rows)
-                object.__setattr__(self, name, rows)
         for name in ("d_model", "d_ff", "num_experts", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            as_size(name, getattr(self, name))
+        for name in ("num_tasks", "shared"):
+            as_size(name, getattr(self, name), least=0)
+        if self.group_size is not None:
+            as_size("group_size", self.group_size)
+        for name in ("capacity_factor", "buffer_factor", "gate_norm"):
+            if getattr(self, name) is not None:
+                as_number(name, getattr(self, name))
+        for name in ("jitter", "load_balance_weight", "z_loss_weight"):
+            as_number(name, getattr(self, name))
+        for name, kind in (("table", operator.index), ("table_weights", float)):
+            object.__setattr__(self, name, _rows(name, getattr(self, name), kind))
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k must be at most num_experts={self.num_experts}, got {self.top_k}"
@@ -118,7 +128,8 @@ class MoEConfig:
         if self.routing not in get_args(Routing):
             raise ValueError(f"routing must be one of {get_args(Routing)}, got {self.routing!r}")
         known = (*ROUTERS, *ROUTER_FUNCTIONS)
-        if isinstance(self.router, str) and self.router not in known:
+        named = self.router in known if isinstance(self.router, str) else callable(self.router)
+        if not (named or self.router is None or isinstance(self.router, Router)):
             raise ValueError(
                 f"router must be a Router, None or one of {', '.join(known)}, or a function, "
                 f"got {self.router!r}"
@@ -155,10 +166,9 @@ class MoEConfig:
                 "buffer_factor must be above 0 without a capacity_factor and None with one, got "
                 f"{self.buffer_factor} with capacity_factor={self.capacity_factor}"
             )
-        if self.group_size is not None and (self.capacity_factor is None or self.group_size < 1):
+        if self.group_size is not None and self.capacity_factor is None:
             raise ValueError(
-                "group_size must be at least 1 with a capacity_factor and None without, got "
-                f"{self.group_size} with capacity_factor={self.capacity_factor}"
+                f"group_size must be None without a capacity_factor, got {self.group_size}"
             )
         if self.second_policy not in get_args(SecondPolicy):
             raise ValueError(
@@ -213,8 +223,6 @@ class MoEConfig:
             raise ValueError("expert_scale must be False with routing='given': scale the weights")
         if self.renormalise and self.capacity_factor is None:
             raise ValueError("renormalise must be False without a capacity_factor")
-        if self.shared < 0:
-            raise ValueError(f"shared must be at least 0, got {self.shared}")
         if self.shared_gate and not self.shared:
             raise ValueError("shared_gate must be False without a shared expert (shared=0)")
         if self.balance not in get_args(Balance):
@@ -244,8 +252,19 @@ class MoEConfig:
             return
         if len(weights) != len(self.table) or any(len(row) != self.top_k for row in weights):
             raise ValueError("table_weights must have the table's shape")
-        if any(min(row) <= 0 for row in weights):
+        if not all(0 < weight < math.inf for row in weights for weight in row):
             raise ValueError(f"table_weights must be positive, got {weights}")
+
+
+def _rows(name: str, rows: Any, kind: Callable[[Any], Any]) -> Any:
+    """Rows as tuples of tuples, for lists have no hash; None stays None."""
+    if rows is None:
+        return None
+    try:
+        return tuple(tuple(kind(value) for value in row) for row in rows)
+    except (TypeError, ValueError):
+        what = "integers" if name == "table" else "numbers"
+        raise ValueError(f"{name} must be rows of {what}, a row a task, got {rows!r}") from None
 
 
 class Metrics(NamedTuple):

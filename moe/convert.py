@@ -14,14 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from taskmoe.moe.config import MoEConfig
-from taskmoe.moe.gates import Params
-from taskmoe.moe.layer import init
 from taskmoe.moe.layouts import EXPERT, LAYOUTS, Layout, Stored
+from taskmoe.moe.parameters import Params, shapes
 from taskmoe.moe.tensor_files import TensorFolder
 
 
@@ -29,7 +27,7 @@ def layers(source: str | Path | Mapping[str, np.ndarray], model: str) -> list[st
     """What the names of each layer's tensors begin with, in order.
 
     source: a checkpoint's folder, or tensors by name. model: one of `taskmoe.kernels.ROUTERS`, or
-      "phimoe" or "gemma4". Raises ValueError where there is no layer, or model is another.
+      "phimoe". Raises ValueError where there is no layer, or model is another.
     """
     tensors = _tensors(source)
     layout = _layout(model)
@@ -59,10 +57,10 @@ def read(
     """
     tensors, layout = _tensors(source), _layout(model)
     start = _start(tensors, model, layer)
-    shapes = {name: tuple(value.shape) for name, value in _shapes(config).items()}
+    wanted = shapes(config)
     params: Params = {}
     for stored in layout.tensors:
-        if not set(stored.ours) <= set(shapes):
+        if not set(stored.ours) <= set(wanted):
             if start + stored.names(1)[0] in tensors:
                 raise ValueError(
                     f"{_where(tensors, start + stored.names(1)[0])}: "
@@ -70,8 +68,8 @@ def read(
                     "configuration has not"
                 )
             continue
-        params |= _read(tensors, stored, start, shapes, config.num_experts)
-    if missing := sorted(set(shapes) - set(params)):
+        params |= _read(tensors, stored, start, wanted, config.num_experts)
+    if missing := sorted(set(wanted) - set(params)):
         raise ValueError(f"config must have nothing that {model} has not, got {', '.join(missing)}")
     return params
 
@@ -176,10 +174,6 @@ def _start(tensors: Mapping[str, np.ndarray], model: str, layer: int | str) -> s
     if not 0 <= layer < len(found):
         raise ValueError(f"layer must be in [0, {len(found)}), got {layer}")
     return found[layer]
-
-
-def _shapes(config: MoEConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    return jax.eval_shape(lambda: init(jax.random.key(0), config))
 
 
 def _where(tensors: Mapping[str, np.ndarray], name: str | None = None) -> str:

@@ -21,9 +21,10 @@ from taskmoe.moe.balance import metrics, sequence_balance
 from taskmoe.moe.config import Metrics, MoEConfig
 from taskmoe.moe.exchange import STRATEGIES, choose
 from taskmoe.moe.extraction import dense_ffn, fold, shared_ffn
-from taskmoe.moe.gates import Chosen, Params, Told, gate, task_logits
-from taskmoe.moe.mesh import EXPERT_PARAMS, Layout
+from taskmoe.moe.gates import Chosen, Told, gate, task_logits
+from taskmoe.moe.mesh import Layout
 from taskmoe.moe.nested import nested_shard_map
+from taskmoe.moe.parameters import EXPERT_PARAMS, Params
 from taskmoe.moe.routing import Noise, assign, unit_logits, weigh_input
 from taskmoe.moe.travel import Job, Peers, run_here
 

@@ -24,13 +24,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from taskmoe.kernels import Router
-from taskmoe.kernels.checks import as_floats
-from taskmoe.kernels.options import Activation, hidden_units
+from taskmoe.kernels.checks import as_floats, as_size, everywhere
+from taskmoe.kernels.options import Activation, check_activation, hidden_units
 from taskmoe.kernels.platforms import with_plain_settings
 from taskmoe.kernels.quantized import Quantized, dense, product, quantises_rows
 from taskmoe.moe.config import MoEConfig
-from taskmoe.moe.gates import Params, gate, task_logits, unscaled_gate
-from taskmoe.moe.mesh import EXPERT_PARAMS, SHARED_PARAMS
+from taskmoe.moe.gates import gate, task_logits, unscaled_gate
+from taskmoe.moe.parameters import EXPERT_PARAMS, SHARED_PARAMS, Params, check_params
 
 
 @jax.tree_util.register_dataclass
@@ -63,8 +63,14 @@ def ffn(params: FFNParams, x: jax.Array) -> jax.Array:
     """Apply a dense feed-forward layer: `act(x W_in) W_out`, or gated.
 
     x: [..., D] bf16|f32. Returns [..., D] in x's dtype. Products accumulate in float32.
+    Raises ValueError or TypeError that names the argument where one does not fit.
     """
+    if not isinstance(params, FFNParams):
+        raise TypeError(f"params must be FFNParams, got {type(params).__name__}")
+    check_activation(params.activation, params.w_gate is not None)
     x = as_floats("x", x)
+    if x.shape[-1:] != params.w_in.shape[:1]:
+        raise ValueError(f"x must be [..., D] with D={params.w_in.shape[0]}, got {list(x.shape)}")
     for name in ("w_in", "w_out", "w_gate"):
         if (w := getattr(params, name)) is not None and not isinstance(w, Quantized):
             as_floats(f"params.{name}", w, ("x", x))
@@ -92,17 +98,19 @@ def extract(params: Params, config: MoEConfig, task: ArrayLike) -> FFNParams:
     """The dense FFN of width `top_k * d_ff` that equals the layer for one task.
 
     params: what `init` made for routing "task" or "static".
-    task: id of a task. A traced id out of range clamps.
+    task: id of a task, an integer. A traced id out of range clamps.
     Returns FFNParams with w_in [D, k*F] and w_out [k*F, D], gates folded into w_out.
-    Raises ValueError if the layer does not route by task or a concrete id is out of range.
+    Raises ValueError or TypeError if the layer does not route by task, a concrete id is out of
+    range, or an argument does not fit.
     """
-    _check_task(config, task)
-    return _extract(params, jnp.asarray(task), config)
+    check_params(params, config)
+    return _extract(params, jnp.asarray(_task_id(config, task)), config)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 @with_plain_settings
 def _extract(params: Params, task: jax.Array, config: MoEConfig) -> FFNParams:
+    params = _gathered(params)
     logits = task_logits(params, config)[jnp.clip(task, 0, config.tasks - 1)]
     gating = gate(config, params, logits[None], jnp.ones(1, bool))
     return fold(params, config, gating.experts[0], gating.weights[0])
@@ -115,13 +123,14 @@ def extract_tasks(
     """A smaller layer for several tasks: the union of their experts, and a table task -> experts.
 
     params: concrete arrays (not traced: how many experts remain depends on their values).
-    tasks: ids, each once; task i of the result is tasks[i].
+    tasks: ids, each once, concrete; task i of the result is tasks[i].
     Returns parameters and a configuration with routing "static", for `apply`, `extract` and
     `extract_tasks` again. Outputs equal the whole layer's; there is nothing left to learn in its
-    gates. Raises ValueError if the layer does not route by task or an id is out of range or twice.
+    gates. Raises ValueError or TypeError as `extract` does, and where an id is there twice.
     """
-    for task in tasks:
-        _check_task(config, task)
+    check_params(params, config)
+    params = _gathered(params)
+    tasks = [int(_task_id(config, task)) for task in tasks]
     if not tasks or len(set(tasks)) != len(tasks):
         raise ValueError(f"tasks must be one or more different ids, got {tuple(tasks)}")
     logits = task_logits(params, config)[jnp.asarray(tasks)]
@@ -157,6 +166,7 @@ def prune(
 
     Koishekenov et al. 2022, Memory-efficient NLLB-200 (arXiv 2212.09811).
     """
+    check_params(params, config)
     if config.chosen_by.groups > 1:
         raise ValueError("router must have one group to prune: its groups must stay equal")
     if config.by_task or config.routing == "given":
@@ -167,17 +177,22 @@ def prune(
     load = np.asarray(usage, np.float64)
     if load.shape != (config.num_experts,):
         raise ValueError(f"usage must be [{config.num_experts}], got {list(load.shape)}")
-    if not config.top_k <= keep <= config.num_experts:
+    if not config.top_k <= as_size("keep", keep) <= config.num_experts:
         raise ValueError(f"keep must be in [{config.top_k}, {config.num_experts}], got {keep}")
     kept = np.sort(np.argsort(-load, kind="stable")[:keep])
     return _keep_experts(params, kept), dataclasses.replace(config, num_experts=keep)
+
+
+def _gathered(params: Params) -> Params:
+    """Parameters of which all but the experts' own are on all devices."""
+    return {n: w if n in EXPERT_PARAMS else everywhere(w) for n, w in params.items()}
 
 
 def _keep_experts(params: Params, kept: np.ndarray) -> Params:
     """Parameters with these experts only; a gate keeps their columns, task embeddings go."""
     own = (*EXPERT_PARAMS, "expert_scale")
     held = {name: params[name] for name in own if name in params}
-    small: Params = jax.tree.map(lambda w: w[kept], held)  # both parts of what is quantised
+    small: Params = jax.tree.map(lambda w: everywhere(w, kept), held)  # and both parts of Quantized
     small |= {name: params[name] for name in SHARED_PARAMS if name in params}
     if "task_embedding" not in params and "gate" in params:
         small["gate"] = params["gate"][:, kept]
@@ -187,14 +202,19 @@ def _keep_experts(params: Params, kept: np.ndarray) -> Params:
     return small
 
 
-def _check_task(config: MoEConfig, task: ArrayLike) -> None:
+def _task_id(config: MoEConfig, task: Any) -> Any:
+    """The id as an array []; raises as `extract` says."""
     if not config.by_task:
         raise ValueError(
             f"routing must be 'task' or 'static' to extract a task, got {config.routing!r}: "
             "the experts of other routings are not constant"
         )
-    if isinstance(task, int | np.integer) and not 0 <= task < config.tasks:
-        raise ValueError(f"task must be in [0, {config.tasks}), got {task}")
+    task = task if isinstance(task, jax.Array) else np.asarray(task)
+    if task.shape != () or not jnp.issubdtype(task.dtype, jnp.integer):
+        raise TypeError(f"task must be one integer, got {task.dtype} {list(task.shape)}")
+    if not isinstance(task, jax.core.Tracer) and not 0 <= int(task) < config.tasks:
+        raise ValueError(f"task must be in [0, {config.tasks}), got {int(task)}")
+    return task
 
 
 def fold(params: Params, config: MoEConfig, experts: jax.Array, weights: jax.Array) -> FFNParams:
@@ -208,20 +228,20 @@ def fold(params: Params, config: MoEConfig, experts: jax.Array, weights: jax.Arr
 
     def side_by_side(name: str) -> Any:  # [E, D, F] -> [D, k*F]
         def join(w: jax.Array) -> jax.Array:  # so with scales, [E, D/block, 1, F]
-            return jnp.moveaxis(w[experts], 0, -2).reshape(*w.shape[1:-1], -1)
+            return jnp.moveaxis(everywhere(w, experts), 0, -2).reshape(*w.shape[1:-1], -1)
 
         joined = jax.tree.map(join, params[name])
         return joined if of_input is None else _times(joined, of_input)
 
     def flat(name: str) -> jax.Array | None:  # [E, F] -> [k*F]
-        return params[name][experts].reshape(-1) if name in params else None
+        return everywhere(params[name], experts).reshape(-1) if name in params else None
 
     def weighted(w: jax.Array) -> jax.Array:  # [E, D]
         each = weights.reshape(-1, *[1] * (w.ndim - 1))
-        return w[experts].astype(jnp.float32) * each
+        return everywhere(w, experts).astype(jnp.float32) * each
 
     b_out = params.get("b_out")
-    chosen = jax.tree.map(lambda w: w[experts], params["w_out"])
+    chosen = jax.tree.map(lambda w: everywhere(w, experts), params["w_out"])
     w_out = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), _times(chosen, weights))
     routed = FFNParams(
         w_in=side_by_side("w_in"),

@@ -12,9 +12,8 @@ from taskmoe.kernels import Gating, given_gating, top_k_gating
 from taskmoe.kernels.checks import accumulator
 from taskmoe.kernels.router import denominator, score, weigh
 from taskmoe.moe.config import MoEConfig
+from taskmoe.moe.parameters import Params
 from taskmoe.moe.routers import RouterFunction
-
-Params = dict[str, jax.Array]
 
 
 class Chosen(NamedTuple):

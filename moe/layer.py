@@ -15,72 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from taskmoe.kernels.checks import as_floats
+from taskmoe.kernels.checks import as_floats, check_shape
 from taskmoe.kernels.platforms import check_implementation, with_plain_settings
 from taskmoe.kernels.quantized import as_weights
 from taskmoe.moe.config import MoEConfig
 from taskmoe.moe.exchange import STRATEGIES
 from taskmoe.moe.expert_parallel import Batch, apply_here, apply_on_mesh, apply_one_task
-from taskmoe.moe.gates import Params, Told
-from taskmoe.moe.mesh import EXPERT_PARAMS, MeshAxes, find_layout
+from taskmoe.moe.gates import Told
+from taskmoe.moe.mesh import MeshAxes, check_mesh, cut_already, find_layout
+from taskmoe.moe.parameters import EXPERT_PARAMS, Params, check_params
 from taskmoe.moe.routing import draw_noise
-
-
-@with_plain_settings
-def init(key: jax.Array, config: MoEConfig, dtype: Any = jnp.float32) -> Params:
-    """Fresh parameters of one layer.
-
-    Returns gate [D, E] (not with routing "static" and "given"), w_in [E, D, F], w_out [E, F, D];
-    with `gated` w_gate [E, D, F]; with routing "task" task_embedding [num_tasks, D]; gate_bias and
-    choice_bias [E], and of biased experts b_in [E, F], b_out [E, D] and b_gate [E, F], zeros;
-    gate_scale [D] with `gate_norm` and expert_scale [E], ones; of a shared expert shared_in
-    [D, shared], shared_out [shared, D], with `gated` shared_gate_in [D, shared] and with
-    `shared_gate` shared_gate [D, 1].
-    Experts are drawn with variance 1/fan_in.
-    """
-    names = ["gate", "w_in", "w_out", "w_gate", "task_embedding"]
-    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-    d, f, e = config.d_model, config.d_ff, config.num_experts
-    shapes = {"gate": (d, e), "w_in": (e, d, f), "w_out": (e, f, d)}
-    if config.routing in ("static", "given"):
-        del shapes["gate"]
-    if config.gated:
-        shapes["w_gate"] = (e, d, f)
-    params = {
-        name: jax.random.normal(keys[name], shape, dtype) * (shape[-2] ** -0.5)
-        for name, shape in shapes.items()
-    }
-    if config.routing == "task":
-        # Unit variance gives gate logits of unit variance, as normalised tokens have.
-        shape = (config.num_tasks, d)
-        params["task_embedding"] = jax.random.normal(keys["task_embedding"], shape, dtype)
-    for name in ("gate_bias", "choice_bias"):
-        if getattr(config, name):
-            params[name] = jnp.zeros((e,), dtype)
-    if config.biases:
-        widths = {"b_in": f, "b_out": d} | ({"b_gate": f} if config.gated else {})
-        params |= {name: jnp.zeros((e, width), dtype) for name, width in widths.items()}
-    if config.gate_norm is not None:
-        params["gate_scale"] = jnp.ones((d,), dtype)
-    if config.expert_scale:
-        params["expert_scale"] = jnp.ones((e,), dtype)
-    return params | _shared(jax.random.fold_in(key, 1), config, dtype)
-
-
-def _shared(key: jax.Array, config: MoEConfig, dtype: Any) -> Params:
-    d, f = config.d_model, config.shared
-    if not f:
-        return {}
-    shapes = {"shared_in": (d, f), "shared_out": (f, d)}
-    if config.gated:
-        shapes["shared_gate_in"] = (d, f)
-    if config.shared_gate:
-        shapes["shared_gate"] = (d, 1)
-    keys = jax.random.split(key, len(shapes))
-    return {
-        name: jax.random.normal(key, shape, dtype) * (shape[0] ** -0.5)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
 
 
 def apply(
@@ -123,8 +67,9 @@ def apply(
     mesh: experts are spread over its axis "expert", sequences over all its axes, and rows travel
       between the devices of that axis. A batch that it does not divide is padded by sequences that
       count nowhere. None is the mesh of `jax.set_mesh` or of an outer `jax.shard_map` where that
-      has such an axis, and one device where not. In an outer `jax.shard_map` that cuts the experts'
-      axis, `params` hold the device's own experts; where they hold all, nothing travels.
+      has such an axis or `axes` are given, and one device where not. In an outer `jax.shard_map`
+      that cuts the experts' axis, `params` hold the device's own experts; where they hold all,
+      nothing travels.
     axes: a `MeshAxes`, where the mesh's axes have other names or purposes: which carry the batch,
       the experts, and the hidden units of each expert.
     strategy: how rows travel: "all_to_all", "ragged", "all_gather", "mosaic" (remote DMA by Pallas
@@ -142,16 +87,17 @@ def apply(
     x = as_floats("x", x)
     valid = jnp.ones(x.shape[:2], bool) if valid is None else jnp.asarray(valid)
     task = None if task is None else jnp.asarray(task)
-    sentence = None if sentence is None else jnp.asarray(sentence)
+    sentence = None if sentence is None else as_floats("sentence", sentence)
     experts = None if experts is None else jnp.asarray(experts)
-    weights = None if weights is None else jnp.asarray(weights)
-    gate_input = None if gate_input is None else jnp.asarray(gate_input)
+    weights = None if weights is None else as_floats("weights", weights)
+    gate_input = None if gate_input is None else as_floats("gate_input", gate_input)
     _check(config, x, valid, task, sentence)
     _check_chosen(config, x, experts, weights)
     if gate_input is not None:
         _check_gate_input(config, x, gate_input)
     chosen = None if experts is None else Told(experts, weights)
     check_implementation(implementation)
+    check_mesh(mesh, axes)
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
     batch = Batch(x, valid, task, sentence, told=chosen, gate_input=gate_input)
@@ -175,6 +121,7 @@ class Options(NamedTuple):
 def _apply(params: Params, batch: Batch, key: jax.Array | None, options: Options) -> Any:
     """`apply`, validated; jitted, so that calls at a prompt compile once."""
     config, implementation = options.config, options.implementation
+    check_params(params, config, *cut_already(options.axes))
     for name in (*EXPERT_PARAMS, "shared_in", "shared_gate_in", "shared_out"):
         if name in params:
             as_weights(f"params[{name!r}]", params[name], ("x", batch.x))
@@ -228,10 +175,7 @@ def _check(
             raise ValueError(
                 f"sentence must be given with routing='sentence' only, got {config.routing!r}"
             )
-        if sentence.shape != (x.shape[0], x.shape[2]):
-            raise ValueError(
-                f"sentence must be {[x.shape[0], x.shape[2]]}, got {list(sentence.shape)}"
-            )
+        check_shape("sentence", sentence, (x.shape[0], x.shape[2]))
 
 
 def _check_gate_input(config: MoEConfig, x: jax.Array, gate_input: jax.Array) -> None:
@@ -239,11 +183,7 @@ def _check_gate_input(config: MoEConfig, x: jax.Array, gate_input: jax.Array) ->
         raise ValueError(
             f"gate_input must be given with routing='token' only, got {config.routing!r}"
         )
-    if gate_input.shape != x.shape or not jnp.issubdtype(gate_input.dtype, jnp.floating):
-        raise ValueError(
-            f"gate_input must be floats {list(x.shape)}, got {gate_input.dtype} "
-            f"{list(gate_input.shape)}"
-        )
+    check_shape("gate_input", gate_input, x.shape)
 
 
 def _check_chosen(

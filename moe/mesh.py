@@ -28,10 +28,6 @@ from taskmoe.moe.config import MoEConfig
 
 #: The experts' axis unless another is named.
 EXPERT_AXIS = "expert"
-#: Parameters that are spread over the experts' axis; an expert's own, but for its scale.
-EXPERT_PARAMS = ("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")
-#: Of the expert that every token passes; every device has it.
-SHARED_PARAMS = ("shared_in", "shared_out", "shared_gate_in", "shared_gate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +157,9 @@ def find_layout(
 ) -> Layout | None:
     """Where the layer runs: on this mesh, the one in use, or that of an explicit x; None for none.
 
-    A mesh that nobody gave counts only if it has the experts' axis, or if x is explicitly sharded
-    on it: then sequences stay where they are, and every device has all experts.
+    A mesh that nobody gave, with axes that nobody gave, counts only if it has the experts' axis, or
+    if x is explicitly sharded on it: then sequences stay where they are, and every device has all
+    experts.
     ValueError where the axes do not fit the mesh or the configuration.
     """
     wanted, given = axes or MeshAxes(), mesh is not None
@@ -175,7 +172,7 @@ def find_layout(
     if mesh.empty:
         return None
     free = tuple(name for name in mesh.axis_names if name not in manual)
-    if not given and wanted.expert not in mesh.axis_names:
+    if not given and axes is None and wanted.expert not in mesh.axis_names:
         return _where_x_is(mesh, free, x)
     if not given and wanted.expert in manual and params["w_in"].shape[0] == config.num_experts:
         return None  # inside the caller's own shard_map, and every device has all experts
@@ -188,6 +185,25 @@ def find_layout(
     if wanted.expert is not None and wanted.expert not in batch:
         batch = (*batch, wanted.expert)
     return Layout(mesh, batch, wanted.expert, hidden, free, *_devices(mesh))
+
+
+def check_mesh(mesh: Any, axes: Any) -> None:
+    """TypeError unless these are what `apply` takes."""
+    if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh or None, got {type(mesh).__name__}")
+    if axes is not None and not isinstance(axes, MeshAxes):
+        raise TypeError(f"axes must be a MeshAxes or None, got {type(axes).__name__}")
+
+
+def cut_already(axes: MeshAxes | None) -> tuple[int, int]:
+    """Devices of the caller's own `jax.shard_map` over which experts, and hidden units, lie."""
+    wanted, current = axes or MeshAxes(), jax.sharding.get_abstract_mesh()
+    manual = _manual(current)
+    experts, hidden = (
+        math.prod(current.shape[name] for name in _names(names) if name in manual)
+        for names in (wanted.expert, wanted.hidden)
+    )
+    return experts, hidden
 
 
 def _where_x_is(mesh: Any, free: tuple[str, ...], x: jax.Array) -> Layout | None:

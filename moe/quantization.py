@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from taskmoe.kernels import quantized
-from taskmoe.moe.gates import Params
+from taskmoe.moe.parameters import Params
 
 #: Parameters that are quantised.
 MATRICES = ("w_in", "w_gate", "w_out")

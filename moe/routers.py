@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from taskmoe.kernels.checks import as_floats, as_size, check_shape
 from taskmoe.kernels.platforms import with_plain_settings
 
 RouterFunction = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -29,10 +30,16 @@ def sparse_mixer(
     where the draw is not the best: Heun's third-order estimate of the gate's gradient, which stays
     that of p[e_j]. A layer takes what was drawn by routing "given".
 
-    logits: [U, E] f32. Returns experts [U, k] i32, in the order of choice, and weights [U, k] f32.
+    logits: [U, E] bf16|f32. top_k: from 1 to E. Returns experts [U, k] i32, in the order of choice,
+    and weights [U, k] in logits' dtype. Raises ValueError or TypeError where an argument does not
+    fit.
 
     Liu et al. 2024, GRIN (arXiv 2409.12136); PhiMoE.
     """
+    logits = as_floats("logits", logits)
+    check_shape("logits", logits, ("U", "E"))
+    if as_size("top_k", top_k) > logits.shape[1]:
+        raise ValueError(f"top_k must be at most E={logits.shape[1]}, got {top_k}")
     lane = jnp.arange(logits.shape[1])
     left = jnp.ones(logits.shape, bool)
     experts, weights = [], []

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from taskmoe.kernels import Gating, RowPlan, row_plan
 from taskmoe.moe.config import MoEConfig
-from taskmoe.moe.gates import Params, Told, gate_group, gate_logits, task_logits
+from taskmoe.moe.gates import Told, gate_group, gate_logits, task_logits
+from taskmoe.moe.parameters import Params
 
 
 class Noise(NamedTuple):
@@ -179,4 +180,9 @@ def capacity(config: MoEConfig, units: int) -> int | None:
     """Rows an expert has room for among `units` routed together; None when dropless."""
     if config.capacity_factor is None:
         return None
+    if jax.export.is_symbolic_dim(units):
+        raise ValueError(
+            f"capacity_factor must be None, or have a group_size, where a symbolic number of units "
+            f"is routed together ({units}), got {config.capacity_factor}: or export for fixed sizes"
+        )
     return math.ceil(config.capacity_factor * config.top_k * units / config.num_experts)

@@ -15,7 +15,7 @@ from taskmoe.kernels.exchange_kernel import exchange_rows
 from taskmoe.kernels.exchange_plan import neighbours, segments_there
 from taskmoe.kernels.options import Experts
 from taskmoe.moe.config import MoEConfig
-from taskmoe.moe.gates import Params
+from taskmoe.moe.parameters import Params
 from taskmoe.moe.routing import Assignment, capacity
 
 

@@ -17,8 +17,8 @@ from taskmoe.tests.kernels import support
 
 def test_public_names() -> None:
     assert sorted(taskmoe.kernels.__all__) == [
-        "Gating", "Quantized", "ROUTERS", "Router", "RowPlan", "combine", "dequantize", "dispatch",
-        "expert_ffn", "for_chip", "given_gating", "gmm", "quantize", "row_plan", "tgmm",
+        "Gating", "Quantized", "ROUTERS", "Router", "RowPlan", "Tiling", "combine", "dequantize",
+        "dispatch", "expert_ffn", "for_chip", "given_gating", "gmm", "quantize", "row_plan", "tgmm",
         "top_k_gating",
     ]  # fmt: skip
     assert all(getattr(taskmoe.kernels, name).__doc__ for name in taskmoe.kernels.__all__)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taskmoe.kernels import ROUTERS, Gating, Router, row_plan, top_k_gating
+from taskmoe.kernels import ROUTERS, Gating, Router, given_gating, row_plan, top_k_gating
 from taskmoe.tests.kernels import support
 
 ALL = ["reference", "xla", "mosaic"]
@@ -322,6 +322,30 @@ def test_errors_name_the_argument(
 ) -> None:
     with pytest.raises(error, match=message):
         top_k_gating(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("experts", "valid", "error", "message"),
+    [
+        ((3, 2), [1, 0, 2], TypeError, "valid must be bool, got int"),
+        ((3, 2), [1.0, 0.0, 1.0], TypeError, "valid must be bool, got float"),
+        ((3, 0), None, ValueError, r"experts must be \[T, k\] with k of at least 1, got \[3, 0\]"),
+    ],
+)
+def test_given_gating_errors_name_the_argument(
+    experts: tuple[int, int], valid: Any, error: type[Exception], message: str
+) -> None:
+    valid = None if valid is None else jnp.array(valid)
+    with pytest.raises(error, match=message):
+        given_gating(jnp.zeros(experts, int), jnp.ones(experts), 4, valid=valid)
+
+
+def test_given_gating_of_no_tokens() -> None:
+    found = given_gating(jnp.zeros((0, 2), int), jnp.ones((0, 2)), 4)
+    assert found.experts.shape == found.weights.shape == found.slots.shape == (0, 2)
+    assert found.counts.tolist() == [[0] * 4] * 2
+    assert found.mean_probs.tolist() == [0.0] * 4
+    assert found.z_loss.shape == ()
 
 
 def test_row_plan_errors_name_the_argument() -> None:

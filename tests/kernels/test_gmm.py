@@ -326,6 +326,8 @@ def test_a_planted_fault_is_caught(implementation: str, fault: str) -> None:
         ({"implementation": "cuda"}, ValueError, "implementation must be one of 'mosaic'"),
         ({"implementation": "mosaic"}, ValueError, "runs on TPU, or inside"),
         ({"preferred_element_type": jnp.int8}, TypeError, "preferred_element_type must be"),
+        ({"preferred_element_type": "foo"}, TypeError, "preferred_element_type .*got 'foo'"),
+        ({"preferred_element_type": "float64"}, TypeError, "it wants jax_enable_x64"),
         ({"tiling": (8, 8, 8)}, TypeError, "tiling must be a Tiling"),
         ({"tiling": Tiling(12, 128, 128)}, ValueError, "tiling.m must be"),
         ({"tiling": Tiling(16, 6, 100)}, ValueError, "tiling.n must be"),

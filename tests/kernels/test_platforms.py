@@ -103,7 +103,7 @@ def test_the_chip_can_be_named() -> None:
     with for_chip("v6e"):
         assert seen() == (6, 128)
         assert found(exported("tpu").mlir_module()) == {"tpu_custom_call"}
-    with pytest.raises(ValueError, match=r"chip must be one of v3, v4, .*got 'v9'"):
+    with pytest.raises(ValueError, match=r"name must be one of v3, v4, .*got 'v9'"):
         for_chip("v9")
 
 

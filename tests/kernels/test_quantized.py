@@ -276,7 +276,9 @@ def test_a_shard_holds_some_of_the_groups() -> None:
     [
         ({"w": jnp.zeros(3)}, ValueError, r"w must be matrices \[..., K, N\].*got \[3\]"),
         ({"w": jnp.zeros((2, 3), jnp.int8)}, TypeError, "w must be bfloat16 or float32, got int8"),
-        ({"dtype": "int4"}, TypeError, "dtype must be int8 or float8_e4m3fn, got int4"),
+        ({"dtype": "int4"}, TypeError, "dtype must be int8 or float8_e4m3fn, got 'int4'"),
+        ({"dtype": "foo"}, TypeError, "dtype must be int8 or float8_e4m3fn, got 'foo'"),
+        ({"block": "a"}, ValueError, "block must be an int of at least 1, got 'a'"),
         ({"block": 64}, ValueError, "block must be K=256 or a multiple of 128.*got 64"),
         ({"block": 384}, ValueError, "block must be K=256 or a multiple of 128.*got 384"),
         ({"activations": "int4"}, ValueError, "activations must be None or 'int8', got 'int4'"),
@@ -290,6 +292,13 @@ def test_a_shard_holds_some_of_the_groups() -> None:
 def test_errors_of_quantize(arguments: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         quantize(**({"w": jnp.ones((2, 256, 6))} | arguments))
+
+
+def test_errors_of_dequantize() -> None:
+    with pytest.raises(TypeError, match="w must be Quantized, got "):
+        dequantize(jnp.ones((2, 256, 6)))
+    with pytest.raises(TypeError, match="dtype must be bfloat16 or float16 or float32, got 'foo'"):
+        dequantize(quantize(jnp.ones((2, 256, 6))), "foo")
 
 
 def test_errors_of_the_ops() -> None:

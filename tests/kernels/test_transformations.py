@@ -70,8 +70,23 @@ OPS = {
 }
 
 
+@pytest.mark.parametrize("op", ["gmm", "top_k_gating", "expert_ffn"])
+def test_forward_mode_and_second_derivatives_are_refused(op: str) -> None:
+    run = functools.partial(OPS[op].run, "xla")
+    args = tuple(0.3 * support.normal(i, shape) for i, shape in enumerate(OPS[op].shapes))
+
+    def total(*args: Any) -> Any:
+        floats = [x for x in jax.tree.leaves(run(*args)) if x.dtype == np.float32]
+        return sum(jax.numpy.sum(x**2) for x in floats)
+
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(total, args, args)
+    with pytest.raises((TypeError, NotImplementedError), match="forward"):
+        jax.jvp(jax.grad(total), args, args)
+
+
 def test_every_op_is_here() -> None:
-    others = {"Gating", "Quantized", "ROUTERS", "Router", "RowPlan", "for_chip"}
+    others = {"Gating", "Quantized", "ROUTERS", "Router", "RowPlan", "Tiling", "for_chip"}
     assert set(ops.__all__) - others == set(OPS)
 
 

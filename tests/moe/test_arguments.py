@@ -11,10 +11,26 @@ from taskmoe import moe
 from taskmoe.tests.moe import support
 
 FIELDS = [
-    ({"d_model": 0}, "d_model must be at least 1, got 0"),
-    ({"d_ff": -1}, "d_ff must be at least 1, got -1"),
-    ({"num_experts": 0}, "num_experts must be at least 1"),
-    ({"top_k": 0}, "top_k must be at least 1"),
+    ({"d_model": 0}, "d_model must be an int of at least 1, got 0"),
+    ({"d_ff": -1}, "d_ff must be an int of at least 1, got -1"),
+    ({"num_experts": 0}, "num_experts must be an int of at least 1"),
+    ({"top_k": 0}, "top_k must be an int of at least 1"),
+    ({"top_k": None}, "top_k must be an int of at least 1, got None"),
+    ({"d_model": 6.5}, "d_model must be an int of at least 1, got 6.5"),
+    ({"num_tasks": -1}, "num_tasks must be an int of at least 0, got -1"),
+    ({"router": 3}, "router must be a Router, None or one of .*, got 3"),
+    ({"router": ["mixtral"]}, r"router must be a Router, None .*got \['mixtral'\]"),
+    ({"capacity_factor": "1"}, "capacity_factor must be a finite number, got '1'"),
+    ({"capacity_factor": float("nan")}, "capacity_factor must be a finite number, got nan"),
+    ({"buffer_factor": float("inf")}, "buffer_factor must be a finite number, got inf"),
+    ({"jitter": None}, "jitter must be a finite number, got None"),
+    ({"z_loss_weight": "a"}, "z_loss_weight must be a finite number, got 'a'"),
+    ({"routing": "static", "table": [0, 1]}, r"table must be rows of integers.*got \[0, 1\]"),
+    ({"routing": "static", "table": [[0, 1.9]]}, "table must be rows of integers"),
+    (
+        {"routing": "static", "table": [[0, 1]], "table_weights": [[float("nan"), 1]]},
+        "table_weights must be positive",
+    ),
     ({"top_k": 5}, "top_k must be at most num_experts=4, got 5"),
     ({"routing": "word"}, "routing must be one of .*'word'"),
     ({"activation": "tanh"}, "activation must be one of .*'tanh'"),
@@ -49,8 +65,12 @@ CALLS: list[tuple[Any, Any, type[Exception], str]] = [
     (TASK, {"task": np.zeros(3, int)}, ValueError, r"task must be a scalar or \[2\], got \[3\]"),
     (TASK, {"task": np.zeros(2)}, TypeError, "task must be of an integer dtype, got float"),
     (TASK, {"task": 0, "sentence": X[:, 0]}, ValueError, "sentence must be given with routing"),
-    ({"routing": "sentence"}, {"sentence": X}, ValueError, r"sentence must be \[2, 6\]"),
+    ({"routing": "sentence"}, {"sentence": X}, ValueError, r"sentence must have shape \[2, 6\]"),
+    ({"routing": "sentence"}, {"sentence": X[:, 0].astype(int)}, TypeError, "sentence must be bf"),
+    ({}, {"gate_input": X.astype(np.float16)}, TypeError, "gate_input must be bfloat16 or float32"),
     ({}, {"implementation": "magic"}, ValueError, "implementation"),
+    ({}, {"mesh": jax.devices()}, TypeError, "mesh must be a jax.sharding.Mesh or None, got list"),
+    ({}, {"axes": "expert"}, TypeError, "axes must be a MeshAxes or None, got str"),
 ]
 
 
@@ -117,3 +137,13 @@ def test_experts_have_the_dtype_of_x_and_gates_any(routing: Any) -> None:
         moe.apply(params, config, X.astype(jnp.float16), task=task)
     quantised = moe.quantize(params)
     assert moe.apply(quantised, config, x, task=task)[0].dtype == jnp.bfloat16
+
+
+def test_a_capacity_of_a_symbolic_number_of_tokens_is_an_error() -> None:
+    config = support.make(capacity_factor=1.25)
+    (size,) = jax.export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((size, 3, 6), jnp.float32)
+    params = support.params(config)
+    run = jax.jit(lambda x: moe.apply(params, config, x)[0])
+    with pytest.raises(ValueError, match=r"capacity_factor must be None.*symbolic.*got 1\.25"):
+        jax.export.export(run)(x)

@@ -77,11 +77,27 @@ def test_a_traced_task_extracts_under_jit() -> None:
     jax.tree.map(np.testing.assert_array_equal, clamped, found)
 
 
-@pytest.mark.parametrize("task", [-1, 3, np.int32(3)])
+@pytest.mark.parametrize("task", [-1, 3, np.int32(3), np.array(-1), jnp.array(3)])
 def test_a_task_that_is_not_there_is_an_error(task: Any) -> None:
     config = support.make(routing="task")
     with pytest.raises(ValueError, match=r"task must be in \[0, 3\), got"):
         moe.extract(support.params(config), config, task)
+
+
+@pytest.mark.parametrize("task", [True, 1.0, [0, 1], np.array([1])])
+def test_what_is_no_task_is_an_error(task: Any) -> None:
+    config = support.make(routing="task")
+    with pytest.raises(TypeError, match="task must be one integer, got"):
+        moe.extract(support.params(config), config, task)
+
+
+def test_tasks_may_be_an_array() -> None:
+    config = support.make(routing="task")
+    wanted = moe.extract_tasks(support.params(config), config, [2, 0])
+    for tasks in (np.array([2, 0]), jnp.array([2, 0]), [jnp.array(2), np.int64(0)]):
+        found = moe.extract_tasks(support.params(config), config, tasks)
+        assert found[1] == wanted[1]
+        jax.tree.map(np.testing.assert_array_equal, found[0], wanted[0])
 
 
 @pytest.mark.parametrize("routing", ["token", "sentence"])
@@ -91,3 +107,16 @@ def test_only_task_routing_has_sub_networks(routing: Any) -> None:
         ValueError, match=f"routing must be 'task' or 'static' to extract.*{routing}"
     ):
         moe.extract(support.params(config), config, 0)
+
+
+def test_ffn_names_the_argument_that_does_not_fit() -> None:
+    config = support.make(routing="task")
+    small = moe.extract(support.params(config), config, 0)
+    with pytest.raises(TypeError, match="params must be FFNParams, got dict"):
+        moe.ffn({}, jnp.ones((2, 6)))
+    for wrong in (jnp.ones((2, 7)), jnp.ones(())):
+        with pytest.raises(ValueError, match=r"x must be \[..., D\] with D=6, got"):
+            moe.ffn(small, wrong)
+    for name in ("tanh", "gpt_oss"):  # the second wants gated experts
+        with pytest.raises(ValueError, match=f"activation must be one of .*got '{name}'"):
+            moe.ffn(dataclasses.replace(small, activation=name), jnp.ones((2, 6)))

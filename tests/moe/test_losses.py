@@ -110,3 +110,10 @@ def test_one_hot_traffic_drops_what_does_not_fit() -> None:
     np.testing.assert_array_equal(report.load, [0.5, 0.5, 0, 0])  # before any capacity
     assert y[0].any(axis=-1).all()
     assert not y[1].any()
+
+
+def test_a_load_of_other_experts_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"load must have shape \[4\], got \[3\]"):
+        moe.balance_bias(jnp.zeros(4), jnp.ones(3))
+    with pytest.raises(TypeError, match="bias must be bfloat16 or float32, got int"):
+        moe.balance_bias(jnp.zeros(4, int), jnp.ones(4))

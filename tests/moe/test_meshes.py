@@ -1,5 +1,7 @@
 """The layer on the meshes of frameworks: outputs and gradients are those of one device."""
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -96,6 +98,25 @@ def test_the_mesh_in_use_is_taken() -> None:
         support.check(jax.jit(all_of(CONFIG))(support.params(CONFIG), batch(4)), wanted(4))
 
 
+def test_axes_that_are_given_count_on_the_mesh_in_use() -> None:
+    """Hidden units cut, experts everywhere: parts are added up, and nothing else travels."""
+    mesh, axes = mesh_of(("data", 2), ("wide", 4)), moe.MeshAxes("data", None, "wide")
+    specs = moe.param_specs(support.params(CONFIG), axes)
+    placed = {
+        name: jax.device_put(w, NamedSharding(mesh, specs[name]))
+        for name, w in support.params(CONFIG).items()
+    }
+    with jax.set_mesh(mesh):
+        x = jax.device_put(batch(4), NamedSharding(mesh, P("data")))
+        run = jax.jit(lambda p, x: moe.apply(p, CONFIG, x, axes=axes))
+        text = run.lower(placed, x).compile().as_text()
+        assert "all-reduce" in text
+        assert "all-gather" not in text
+        support.check(jax.jit(all_of(CONFIG, axes=axes))(placed, x), wanted(4))
+        with pytest.raises(ValueError, match=r"mesh must have an axis 'expert' \(axes.expert\)"):
+            moe.apply(placed, CONFIG, x, axes=moe.MeshAxes())
+
+
 def within(whole: Mesh, manual: set[str], x_spec: P, param_specs: Any, **options: Any) -> Any:
     """All of the layer inside a `jax.shard_map` that cuts some axes only."""
 
@@ -184,6 +205,26 @@ def test_explicit_sharding(axes: Any, in_use: bool) -> None:
         have = run(placed, x)
     assert have[1][0].sharding.spec[0] == "data"
     support.check(have, wanted(8))
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_sub_networks_of_explicitly_sharded_layers(in_use: bool) -> None:
+    mesh = mesh_of(("wide", 2), ("expert", 4), kind=AxisType.Explicit)
+    axes = moe.MeshAxes(hidden="wide")
+
+    def both(config: moe.MoEConfig, cut: Any) -> None:
+        params = support.params(config)
+        specs = moe.param_specs(params, axes)
+        placed = {n: jax.device_put(w, NamedSharding(mesh, specs[n])) for n, w in params.items()}
+        with jax.set_mesh(mesh) if in_use else contextlib.nullcontext():
+            found = jax.device_get(cut(placed))
+        jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(cut(params)))
+
+    by_task = dataclasses.replace(TASKS, shared=4, biases=True, gated=True)
+    both(by_task, lambda params: moe.extract(params, by_task, 1))
+    both(by_task, lambda params: moe.extract_tasks(params, by_task, [2, 0])[0])
+    usage = np.arange(float(CONFIG.num_experts))
+    both(CONFIG, lambda params: moe.prune(params, CONFIG, usage, 2)[0])
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

@@ -186,7 +186,7 @@ def test_it_takes_bfloat16() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"shared": -1}, "shared must be at least 0, got -1"),
+        ({"shared": -1}, "shared must be an int of at least 0, got -1"),
         ({"shared_gate": True}, "shared_gate must be False without a shared expert"),
     ],
 )

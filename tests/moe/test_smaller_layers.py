@@ -140,7 +140,7 @@ def test_wrong_calls_name_what_fits(call: Any, message: str) -> None:
             {"routing": "static", "table": ((0, 1),), "table_weights": ((0.5, 0.0),)},
             "must be positive, got",
         ),
-        ({"group_size": 4}, "group_size must be at least 1 with a capacity_factor"),
+        ({"group_size": 4}, "group_size must be None without a capacity_factor"),
         ({"second_policy": "first"}, "second_policy must be one of"),
         ({"second_policy": "random"}, "give a capacity_factor"),
         ({**TASKS, "second_policy": "sampling"}, "second_policy must be 'all' with routing='task'"),

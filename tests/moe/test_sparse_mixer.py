@@ -137,3 +137,19 @@ def test_the_draw_is_that_of_transformers() -> None:
     np.testing.assert_allclose(have[1], weights.detach().numpy(), atol=1e-4)  # 1/3 there is 0.3333
     got = jax.grad(lambda z: jnp.sum(mixed(z, key=KEY)[1] * upstream))(logits)
     np.testing.assert_allclose(got, z.grad.numpy(), rtol=0, atol=1e-6 * np.abs(got).max())
+
+
+@pytest.mark.parametrize(
+    ("logits", "top_k", "error", "message"),
+    [
+        (jnp.ones((2, 4)), 5, ValueError, "top_k must be at most E=4, got 5"),
+        (jnp.ones((2, 4)), 0, ValueError, "top_k must be an int of at least 1, got 0"),
+        (jnp.ones(4), 1, ValueError, r"logits must have shape \[U, E\], got \[4\]"),
+        (jnp.ones((2, 4), int), 1, TypeError, "logits must be bfloat16 or float32, got int"),
+    ],
+)
+def test_errors_name_the_argument(
+    logits: Any, top_k: int, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        moe.sparse_mixer(logits, top_k)

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from taskmoe.cli.errors import InputError
 from taskmoe.moe.exchange import bytes_sent
-from taskmoe.moe.mesh import EXPERT_PARAMS, has_ragged
+from taskmoe.moe.mesh import has_ragged
+from taskmoe.moe.parameters import EXPERT_PARAMS
 from taskmoe.moe.travel import Peers
 from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.text.data import Batch
