@@ -12,8 +12,8 @@
 set -euo pipefail
 export STEPS=${STEPS:-1250} VOCAB=8000 SEEDS=${SEEDS:-0} D_FF=2048
 export ALL="narrow dense token target token-target static"
-export SETTINGS="--set d_model=512 --set num_heads=8 --set num_experts=32
-  --set compute_dtype=bfloat16 --set batch_tokens=16384 --set buckets=16,24,40
+export SIZES="--set d_model=512 --set num_heads=8 --set num_experts=32"
+export SETTINGS="--set compute_dtype=bfloat16 --set batch_tokens=16384 --set buckets=16,24,40
   --set learning_rate=1e-3 --set warmup_steps=${WARMUP:-$((STEPS / 8 + 1))}
   --set checkpoint_every=100000"
 "$(dirname "$0")/study-multi30k.sh" "${1:?give the folder of Multi30k}" "${2:-work/study-large}"

@@ -11,14 +11,18 @@
 #   ZERO_SHOT  directions like de-fr,fr-de that are scored and not trained on, default none; not for
 #              pruned models, which know the languages of the text that they were pruned by
 #   HIGH_RESOURCE  sentence pairs from which on a direction is high-resource, default a million
-#   SETTINGS   more arguments of every training: sizes of the model, batches; they go over those here,
-#              but for d_ff and vocab_size, which D_FF and VOCAB say
+#   SETTINGS   more arguments of every training: batches, learning rate; they go over those here
+#   SIZES      more arguments that say the model's sizes, for all but the student, which has its
+#              teacher's; D_FF and VOCAB say d_ff and vocab_size
 #   D_FF       width of an expert, default 256
 #   SEEDS      default "0 1 2"
 #   ALL        the study's systems, default all ten
 #   SYSTEMS    default ALL; some of them, to share the work between machines or cores
 #   PHASES     default "prepare train test": text is prepared once, into WORK/set; test text is scored
-#              once every system is trained and has its score on the validation text
+#              once every system is trained for STEPS and has its score on the validation text
+#
+# With more STEPS a study goes on where it ended, under a schedule that does not fix them: not the
+# cosine, which is the default here.
 set -euo pipefail
 python=${PYTHON:-python}
 all=${ALL:-narrow dense token sentence target token-target static distilled pruned reaped}
@@ -28,6 +32,7 @@ data=(--data "$WORK/set")
 settings=(--config tiny --steps "$STEPS" --set batch_tokens=1024 --set row_multiple=8
   --set schedule=cosine --set learning_rate=2e-3 --set warmup_steps=400
   --set checkpoint_every=1000 --set keep_checkpoints=1 ${SETTINGS:-})
+sizes=(${SIZES:-})
 width=${D_FF:-256}
 
 prepare() {
@@ -35,15 +40,33 @@ prepare() {
     --out "$WORK/set" --set "vocab_size=$VOCAB"
 }
 
-ended() { # folder of a training: whether it went on to STEPS; if not, what was made of it goes
-  [ -d "$1/model" ] || return 1
-  local steps
-  steps=$(tail -n 1 "$1/log.jsonl" | "$python" -c 'import json, sys; print(json.load(sys.stdin)["step"])') || {
-    echo "$1/log.jsonl is damaged: mend it, or remove $1 to train anew" >&2
-    exit 2
-  }
-  [ "$steps" -ge "$STEPS" ] && return 0
-  rm -rf "$1/model" "$1/valid.json" "$1/test.json" "$1/translations"
+at_end() { # folder of a training: whether it went on to STEPS; it exits where it cannot have so many
+  local answer
+  answer=$("$python" - "$1" "$STEPS" << 'ANSWER'
+import json, pathlib, sys
+folder, wanted = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+model = (folder / "model").is_dir()
+if not model and not any(folder.glob("checkpoints/[0-9]*")):
+    sys.exit(print("no"))
+try:
+    path = folder / "config.json"
+    fixed = json.loads(path.read_text())["train"].get("steps", wanted)
+    path = folder / "log.jsonl"
+    step = json.loads(path.read_text().splitlines()[-1])["step"] if model else 0
+except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    sys.exit(f"{path} is damaged: mend it, or remove {folder} to train anew")
+if fixed != wanted:
+    sys.exit(f"{folder} is a training of {fixed} steps, which its schedule fixes, not of {wanted}: "
+             f"give STEPS={fixed}, or another folder for the study")
+print("yes" if step >= wanted else "no")
+ANSWER
+  ) || exit 2
+  [ "$answer" = yes ]
+}
+
+ended() { # folder of a training: as at_end; where it did not, what was made of its model goes
+  at_end "$1" && return 0
+  rm -rf "$1/translations" "$1/test.json" "$1/valid.json" "$1/model"
   return 1
 }
 
@@ -58,7 +81,7 @@ train() { # system, seed
   [ "$1" != token ] || rm -rf "$WORK"/{pruned,reaped,distilled}-"$2"
   "$python" -m taskmoe.wmt train "${data[@]}" --workdir "$to" \
     --encoder "$encoder" --decoder "$decoder" --seed "$2" "${settings[@]}" \
-    --set "d_ff=$width" --set "vocab_size=$VOCAB" "${narrow[@]}"
+    "${sizes[@]}" --set "d_ff=$width" --set "vocab_size=$VOCAB" "${narrow[@]}"
 }
 
 distilled() { # seed; the student is as wide as the dense model
@@ -89,6 +112,17 @@ models() { # system, seed: its folder, of a pruned system one a target language
     pruned | reaped) printf '%s\n' "$WORK/$1-$2"/*/ ;;
     *) printf '%s\n' "$WORK/$1-$2" ;;
   esac
+}
+
+scored() { # system, seed: whether it is trained and has its scores on the validation text
+  local model
+  case $1 in
+    pruned | reaped) ;;
+    *) at_end "$WORK/$1-$2" || return 1 ;;
+  esac
+  for model in $(models "$1" "$2"); do
+    [ -f "${model%/}/valid.json" ] || return 1
+  done
 }
 
 pairs() { # model: directions that it is scored on; a pruned one knows the languages of its text only
@@ -137,9 +171,9 @@ for seed in ${SEEDS:-0 1 2}; do
         evaluate "$system" "$seed" valid 1
       else
         for other in $all; do
-          found=("$WORK/$other-$seed"/valid.json "$WORK/$other-$seed"/*/valid.json)
-          [ -f "${found[0]}" ] || [ -f "${found[1]}" ] || {
-            echo "$other, seed $seed, has no validation score yet: the test text stays closed" >&2
+          scored "$other" "$seed" || {
+            echo "$other, seed $seed, is not trained for $STEPS steps and scored on the validation" \
+              "text yet: the test text stays closed" >&2
             exit 2
           }
         done
