@@ -16,6 +16,7 @@ import pytest
 
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.__main__ import main
+from taskmoe.wmt.commands.shared import load
 from taskmoe.wmt.model.saved import load_model, save_model
 from taskmoe.wmt.model.subnetwork import extract
 
@@ -278,6 +279,9 @@ def test_extract_several_prune_distill_export(
     assert ("of the teacher's gain over the baseline" in printed) == (not nothing)
     assert (gains["of_teacher"] is None) == nothing
     assert load_model(tmp_path / "student" / "model").config.encoder == "dense"
+    shutil.rmtree(tmp_path / "student" / "model")  # as of a run that was stopped
+    assert load(tmp_path / "student").config.encoder == "dense"
+    assert "is not trained to its end: the model of step 3" in capfd.readouterr().err
     taught = json.loads((tmp_path / "student" / "sizes.json").read_text())
     assert 0 < taught["en-de"] <= 20
     # What is made from a model knows what that was trained on.

@@ -1,12 +1,15 @@
 """Training learns, goes on bit for bit where it was killed, and stops when it has gone wrong."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,14 @@ import pytest
 
 from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
+from taskmoe.wmt.commands.shared import load
 from taskmoe.wmt.config import ModelConfig, TrainConfig
 from taskmoe.wmt.model.saved import load_model
 from taskmoe.wmt.text.data import TrainingData
 from taskmoe.wmt.training import loop as training
 from taskmoe.wmt.training.loop import Progress, train
 from taskmoe.wmt.training.step import cross_entropy, make_train_step
+from taskmoe.wmt.training.stopping import Stopped
 from taskmoe.wmt.training.validation import Validation
 from taskmoe.wmt.training.workdir import alone_in, check_workdir, claim_workdir
 
@@ -212,6 +217,84 @@ def test_steps_are_the_total(tmp_path: Path) -> None:
     again = run(tmp_path, support.train_config(steps=3), note=notes.append)
     assert notes == ["nothing to train: step 4 is done, and steps=3 is the total"]
     assert not differs(again.params, whole.params)
+
+
+def test_a_run_that_goes_on_has_no_model_until_it_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "spm.model").write_bytes(support.tokenizer().model)  # as the commands do
+    run(tmp_path, support.train_config(steps=4))
+    longer, asked = support.train_config(steps=12), iter([0, signal.SIGTERM])
+    with pytest.raises(Stopped, match="step 6 of 12 is kept"):
+        run(tmp_path, longer, stop=lambda: next(asked))
+    assert not (tmp_path / "model").exists()
+    stopped = load(tmp_path)
+    assert f"{tmp_path} is not trained to its end: the model of step 6" in capsys.readouterr().err
+    whole = run(tmp_path, longer)
+    assert differs(stopped.params, whole.params)
+    assert not differs(load(tmp_path).params, whole.params)
+    assert capsys.readouterr().err == ""
+
+
+def log_of(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_log_has_each_step_once_wherever_a_run_goes_on(tmp_path: Path) -> None:
+    config = support.train_config(steps=8)
+    run(tmp_path / "w", config, report_every=3)
+    assert [line["step"] for line in log_of(tmp_path / "w")] == [3, 4, 7, 8]
+    # The last checkpoint is lost, after a report at another step and half of one.
+    shutil.rmtree(tmp_path / "w" / "checkpoints" / "8")
+    with (tmp_path / "w" / "log.jsonl").open("a") as file:
+        file.write('{"step": 8, "score": 3.0}\n{"step": 9, "loss": 1')
+    longer = dataclasses.replace(config, steps=14)
+    run(tmp_path / "w", longer, report_every=5)
+    run(tmp_path / "whole", longer)
+    log, whole = log_of(tmp_path / "w"), log_of(tmp_path / "whole")
+    assert [line["step"] for line in log] == [3, 4, 8, 12, 14]
+    for field in ("sentences", "tokens"):
+        assert sum(line[field] for line in log) == sum(line[field] for line in whole)
+    # Nothing is left of a run that reached no checkpoint.
+    shutil.rmtree(tmp_path / "w" / "checkpoints")
+    run(tmp_path / "w", support.train_config(steps=2))
+    assert [line["step"] for line in log_of(tmp_path / "w")] == [2]
+
+
+@contextlib.contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file may become larger, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_log_that_cannot_be_written_names_the_checkpoint_that_is_whole(tmp_path: Path) -> None:
+    run(tmp_path, support.train_config(steps=4))
+    log = tmp_path / "log.jsonl"
+    long = json.dumps({"step": 1, "note": "x" * (1 << 22)}) + "\n"  # than all other files
+    log.write_text(long + log.read_text())
+    longer = support.train_config(steps=8)
+    words = r"log\.jsonl: File too large; the checkpoint of step 4 is whole\. With that mended"
+    with files_up_to(log.stat().st_size + 10), pytest.raises(InputError, match=words):
+        run(tmp_path, longer, report_every=1)
+    assert not log.read_text().endswith("\n")
+    run(tmp_path, longer, report_every=1)
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 4, 5, 6, 7, 8]
+
+
+def test_a_model_that_cannot_be_written_is_told_of_in_a_line(tmp_path: Path) -> None:
+    run(tmp_path, support.train_config(steps=4))
+    model = tmp_path / "model" / "params.safetensors"
+    with (
+        files_up_to(model.stat().st_size - 1),
+        pytest.raises(InputError, match=r"model: .*File too large.*step 4 is whole"),
+    ):
+        run(tmp_path, support.train_config(steps=4))
+    assert not differs(load_model(model.parent).params, load(tmp_path).params)
 
 
 def test_steps_that_fail_between_two_reports_end_the_run(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from taskmoe.cli.command_line import write_text
+from taskmoe.cli.command_line import write_bytes, write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.settings import read_set, settable
@@ -30,6 +30,7 @@ from taskmoe.wmt.model.transformer import param_count
 from taskmoe.wmt.model.translation import translate
 from taskmoe.wmt.text.data import TrainingData
 from taskmoe.wmt.text.scoring import score
+from taskmoe.wmt.text.training_set import VOCABULARY
 from taskmoe.wmt.training.distillation import (
     STUDENT_FIELDS,
     gain_kept,
@@ -82,6 +83,7 @@ def run(a: argparse.Namespace) -> None:
     )
     data = TrainingData.encoded(text, teacher.tokenizer, train_config)
     write_text(a.workdir / SIZES, json.dumps(data.sizes, indent=2) + "\n")
+    write_bytes(a.workdir / VOCABULARY, teacher.tokenizer.model)
     with report_to("training", train_config.steps) as (report, say), stopping() as stop:
         student = train(
             a.workdir,

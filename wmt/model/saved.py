@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -60,11 +61,21 @@ def save_model(
         (beside / PARAMS).chmod(0o644)  # safetensors makes files that their owner alone reads
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that may be there; renamed first, so that half of it never has its name."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+
+
 @contextlib.contextmanager
 def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` once all is written.
 
-    replace: as in `save_model`. An error inside leaves what was there.
+    replace: as in `save_model`. An error inside leaves what was there; what cannot be written is an
+    OSError that names `folder`.
     """
     if not replace:
         check_new(folder)
@@ -81,8 +92,12 @@ def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(beside, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(folder)) from None
+        if isinstance(error, SafetensorError):  # so it tells of a full disk
+            raise OSError(errno.EIO, str(error), str(folder)) from None
         raise
 
 

@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from taskmoe.cli.command_line import write_text
 from taskmoe.cli.errors import InputError
-from taskmoe.wmt.model.saved import flatten
+from taskmoe.wmt.model.saved import flatten, remove_folder
 from taskmoe.wmt.training.parallel import agree, is_writer, wait_for_all
 
 
@@ -115,7 +115,7 @@ class Checkpoints:
             return
         for old in self.steps()[: -self.keep]:
             self._crc(old).unlink(missing_ok=True)
-            _remove(self.folder / str(old))
+            remove_folder(self.folder / str(old))
 
     def _need_room(self, flat: Mapping[str, Any]) -> None:
         """Raise OSError where the disk has no room, before orbax's threads each say so."""
@@ -159,7 +159,7 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         target = self.folder / f"{step}.damaged"
-        _remove(target)
+        remove_folder(target)
         os.replace(self._path(step), target)
         self._crc(step).unlink(missing_ok=True)
 
@@ -229,12 +229,3 @@ def _checksums(folder: Path) -> dict[str, list[int]]:
     return {
         str(p.relative_to(folder)): [p.stat().st_size, zlib.crc32(p.read_bytes())] for p in files
     }
-
-
-def _remove(folder: Path) -> None:
-    """Delete a folder; renamed first, so that a half-deleted one is no checkpoint."""
-    if folder.exists():
-        doomed = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)

@@ -8,19 +8,25 @@ import math
 from pathlib import Path
 from typing import Any, Self
 
+from taskmoe.cli.command_line import write_bytes
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.training.parallel import is_writer
 
 
 class Logs:
-    """Appends to `workdir/log.jsonl`, and to `workdir/tensorboard` if asked; process 0 alone does.
+    """Appends to `workdir/log.jsonl`, and to `workdir/tensorboard` if asked.
 
-    A run that goes on from a checkpoint writes the steps after it again: the last line of a step
-    counts.
+    Process 0 alone does.
     """
 
-    def __init__(self, workdir: Path, tensorboard: bool) -> None:
-        """Raises InputError where TensorBoard is asked for and tensorboardX is not installed."""
+    def __init__(self, workdir: Path, tensorboard: bool, step: int) -> None:
+        """step: of the checkpoint that the run goes on from, 0 where it begins.
+
+        Lines of later steps go: their checkpoints were lost, and the run writes those steps again.
+        Raises InputError where TensorBoard is asked for and tensorboardX is not installed, OSError
+        that names the file where it cannot be written.
+        """
+        self._path = workdir / "log.jsonl"
         self._file = self._events = None
         if not is_writer():
             return
@@ -32,18 +38,26 @@ class Logs:
                     "TensorBoard logs need tensorboardX: pip install 'taskmoe[tensorboard]'"
                 ) from None
             self._events = module.SummaryWriter(str(workdir / "tensorboard"))
-        self._file = (workdir / "log.jsonl").open("a", encoding="utf-8")
+        _keep(self._path, step)
+        self._file = self._path.open("ab", buffering=0)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Log numbers, and lists of loads by layer, of a step; what is not finite is null."""
+        """Log numbers, and lists of loads by layer, of a step; what is not finite is null.
+
+        Raises OSError that names the file where it cannot be written.
+        """
         if self._file is None:
             return
         plain = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        self._file.write(json.dumps({"step": step, **plain}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, **plain}) + "\n").encode()
+        try:
+            while line:  # a disk that is almost full takes a part
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         if self._events is None:
             return
         for name, value in plain.items():
@@ -61,3 +75,22 @@ class Logs:
         for part in (self._file, self._events):
             if part is not None:
                 part.close()
+
+
+def _keep(path: Path, step: int) -> None:
+    """Leave the lines up to a step in a log, and not what was half written at its end."""
+    if not path.exists():
+        return
+    before = path.read_bytes()
+    whole = before[: before.rfind(b"\n") + 1].splitlines(keepends=True)
+    after = b"".join(line for line in whole if not _is_later(line, step))
+    if after != before:
+        write_bytes(path, after)
+
+
+def _is_later(line: bytes, step: int) -> bool:
+    """Whether a line is of a later step; one that is unreadable is not, and stays."""
+    try:
+        return int(json.loads(line)["step"]) > step
+    except (ValueError, TypeError, LookupError):
+        return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from taskmoe.cli.errors import InputError, exhausted
 from taskmoe.wmt.config import ModelConfig, TrainConfig
-from taskmoe.wmt.model.saved import Model, save_model
+from taskmoe.wmt.model.saved import Model, remove_folder, save_model
 from taskmoe.wmt.model.transformer import Params
 from taskmoe.wmt.text.data import TrainingData
 from taskmoe.wmt.text.tokenizer import Tokenizer
 from taskmoe.wmt.training import parallel
-from taskmoe.wmt.training.checkpoints import Checkpoints
+from taskmoe.wmt.training.checkpoints import Checkpoints, intact_steps
 from taskmoe.wmt.training.logs import Logs
 from taskmoe.wmt.training.step import Sums, init_state, make_train_step
 from taskmoe.wmt.training.stopping import Stop, Stopped
@@ -94,10 +95,11 @@ def train(
     allowed: fields of TrainConfig that a run may go on with another value of, "text" among them.
     stop: asked after each step, see `taskmoe.wmt.training.stopping`; where it names a signal, the
       step is kept as a checkpoint and Stopped is raised.
-    Returns the model, which is also written to `workdir/model`.
-    Raises InputError if the work directory belongs to another configuration, does not fit the mesh
-    or has another run in it, FloatingPointError where too many steps in a row had to be left out or
-    a parameter is not finite (checkpoints stay as they are).
+    Returns the model, which is also written to `workdir/model`. One that is there goes when the run
+    goes on from a checkpoint: it is of fewer steps.
+    Raises InputError if the work directory belongs to another configuration, does not fit the mesh,
+    has another run in it or cannot be written, FloatingPointError where too many steps in a row had
+    to be left out or a parameter is not finite (checkpoints stay as they are).
     """
     parallel.check_mesh(mesh, model_config, config)
     with contextlib.ExitStack() as held:
@@ -112,6 +114,7 @@ def train(
         checkpoints = held.enter_context(
             contextlib.closing(Checkpoints(workdir / "checkpoints", config.keep_checkpoints))
         )
+        held.enter_context(_saying_what_is_whole(checkpoints))
         step, (state, place), problems = checkpoints.restore((state, batches.get_state()))
         batches.set_state(place, any_text=TEXT in allowed)
         for problem in problems:
@@ -124,12 +127,14 @@ def train(
             )
         train_step = make_train_step(model_config, config, mesh, strategy)
         history = History(workdir, step, validation.text if validation else None)
-        with batches, Logs(workdir, tensorboard) as logs:
+        with batches, Logs(workdir, tensorboard, step) as logs:
             pending: list[Sums] = []
             sentences, places, waited = 0, 0, 0.0
             compiled: set[tuple[int, ...]] = set()
             since = time.perf_counter()
             over = _is_over(validation, history)
+            if 0 < step < config.steps and not over and parallel.is_writer():
+                remove_folder(workdir / "model")
             while step < config.steps and not over:
                 asked = time.perf_counter()
                 batch = next(batches)
@@ -179,6 +184,21 @@ def train(
             save_model(model, workdir / "model", replace=True)
         parallel.wait_for_all("model")
         return model
+
+
+@contextlib.contextmanager
+def _saying_what_is_whole(checkpoints: Checkpoints) -> Iterator[None]:
+    """Where a file cannot be written, or read, InputError says from which step the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        if exhausted(error):
+            raise
+        checkpoints.wait()
+        whole = intact_steps(checkpoints.folder, 1)
+        safe = f"the checkpoint of step {whole[0]} is whole" if whole else "there is no checkpoint"
+        name = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise InputError(f"{name}; {safe}. With that mended the same command goes on") from None
 
 
 def _on_host(params: Params, config: ModelConfig, tokenizer: Tokenizer) -> Model:

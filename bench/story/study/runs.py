@@ -126,9 +126,8 @@ def same_training(workdir: Path, systems: list[System]) -> dict[str, Any]:
 def spent(workdir: Path, name: str, seed: int) -> dict[str, float]:
     """Steps, epochs, tokens and seconds of a system's training; {} where nothing tells of them.
 
-    Nothing does of pruned models, which are not trained, nor in logs of earlier versions. A run
-    that went on wrote some steps twice: the last line of a step counts. Raises InputError where the
-    log is damaged.
+    Nothing does of pruned models, which are not trained, nor in logs of earlier versions. Raises
+    InputError where the log is damaged.
     """
     run = workdir / f"{name}-{seed}"
     if not (run / "log.jsonl").is_file():
@@ -151,7 +150,10 @@ def _configuration(run: Path) -> dict[str, Any]:
 
 
 def _log(run: Path) -> dict[int, dict[str, Any]]:
-    """Step -> the last report of it in a run's log; InputError where there is none."""
+    """Step -> its report in a run's log, the last one where an earlier version wrote several.
+
+    Raises InputError where there is none.
+    """
     path = run / "log.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
