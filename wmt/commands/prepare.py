@@ -47,8 +47,10 @@ def run(a: argparse.Namespace) -> None:
         _embedded(a)
         return
     known = [*settable(TrainConfig), "vocab_size"]
-    given = read_set(a.set, known, "TrainConfig, and vocab_size, to set")
+    given = read_set(a.set, known, "TrainConfig, nor vocab_size,")
     size = given.pop("vocab_size", PRESETS[a.config][0]["vocab_size"])
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise InputError(f"--set vocab_size must be a whole number of at least 1, got {size!r}")
     config = build(TrainConfig, {**PRESETS[a.config][1], "seed": a.seed, **given})
     if a.dry_run:
         _look_only(a, config)

@@ -51,16 +51,25 @@ def finished_seeds(workdir: Path, name: str) -> list[int]:
 def folders_of(workdir: Path, name: str, seed: int) -> list[Path]:
     """Where a system's models of a seed are."""
     path = workdir / f"{name}-{seed}"
-    return sorted(path.glob("*/")) if name in WHOLE else [path]
+    parts = (part for part in path.glob("*/") if not part.name.startswith("."))  # half written
+    return sorted(parts) if name in WHOLE else [path]
 
 
 def gather(workdir: Path, name: str, seeds: list[int], trained: tuple[str, ...]) -> System:
     """Scores and translations of one system's runs.
 
-    trained: the directions that count in means. Raises InputError where a file is damaged.
+    trained: the directions that count in means. Raises InputError where a file is damaged, and
+    where seeds have scores of different directions.
     """
     done = [folders_of(workdir, name, seed) for seed in seeds]
     scores = {split: [_scores(folders, split) for folders in done] for split in ("valid", "test")}
+    for split, every in scores.items():
+        for seed, score in zip(seeds, every, strict=True):
+            if score.keys() != every[0].keys():
+                raise InputError(
+                    f"{workdir}: the {split} scores of {name}-{seed} are of {', '.join(score)}, those "
+                    f"of {name}-{seeds[0]} of {', '.join(every[0])}: score both alike"
+                )
     bleu = {
         split: [{pair: score["bleu"] for pair, score in seed.items()} for seed in every]
         for split, every in scores.items()
@@ -169,8 +178,15 @@ def _log(run: Path) -> dict[int, dict[str, Any]]:
 
 def _scores(folders: list[Path], split: str) -> dict[str, dict[str, Any]]:
     """Direction -> scores of a system's models of one seed."""
-    each = (_read(folder / f"{split}.json", "scores")["scores"] for folder in folders)
-    return {pair: score for scores in each for pair, score in scores.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        path = folder / f"{split}.json"
+        for pair, score in _read(path, "scores")["scores"].items():
+            for field in ("bleu", "sentences"):
+                if not isinstance(score, dict) or not isinstance(score.get(field), int | float):
+                    raise InputError(f"{path} is damaged: {pair} has no number {field}")
+            found[pair] = score
+    return found
 
 
 def _read(path: Path, *wanted: str) -> dict[str, Any]:

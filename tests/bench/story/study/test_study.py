@@ -259,6 +259,13 @@ def test_pruned_models_are_timed_on_a_direction_of_theirs(folder: Path) -> None:
         assert pair in study._model_of(pruned, pair).config.pairs
 
 
+def test_what_prune_had_half_written_is_no_model(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "pruned-0" / ".de-x1y2").mkdir()
+    assert main(words(copy, "--quick", "--systems", "dense,token,pruned")) == 0
+
+
 def test_a_system_on_the_other_side_of_dense_is_named() -> None:
     worse = [row(name, [level]) for name, level in (BLEU | {"token": 1.0}).items()]
     said = " ".join(findings(worse))
@@ -338,6 +345,9 @@ def test_steps_of_a_schedule_without_an_end_are_those_of_the_log(
         ("token-0/config.json", "{}", "is damaged: 'train'"),
         ("target-1/test.json", '{"scores": 1}', "no object scores"),
         ("dense-0/test.json", "{", "is damaged"),
+        ("dense-0/test.json", '{"scores": {"en-de": {}}}', "test.json is damaged: en-de has no"),
+        ("token-1/valid.json", '{"scores": {"en-de": [1]}}', "en-de has no number bleu"),
+        ("target-1/test.json", scores(1, ("en-de",)), "the test scores of target-1 are of en-de, "),
         ("dense-0/config.json", None, "No such file"),
     ],
 )
