@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
+from taskmoe.cli.errors import InputError
 from taskmoe.kernels import __version__
 
 
@@ -43,6 +44,12 @@ def missing_package(error: ModuleNotFoundError, extra: str) -> str:
     if package == "taskmoe":
         raise error
     return f"this needs the package {package}; pip install 'taskmoe[{extra}]'"
+
+
+def check_new(folder: Path) -> None:
+    """Raise InputError where a folder, or a file of that name, holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} already holds something; name a new folder")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from taskmoe.wmt.text import cldr
-from taskmoe.wmt.text.data import available_pairs, read_pairs
+from taskmoe.wmt.text.data import read_pairs
+from taskmoe.wmt.text.folders import Folder
 
 SMALL = cldr.CldrConfig(train=60, valid=10, test=10)
 
@@ -20,7 +21,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_thirty_directions_of_the_sizes_that_were_asked_for(corpus: Path) -> None:
-    assert sorted(cldr.PAIRS) == available_pairs(corpus, "train")
+    assert sorted(cldr.PAIRS) == Folder(corpus).pairs("train")
     assert len(cldr.PAIRS) == 30
     for split, size in (("valid", 10), ("test", 10)):
         pairs = read_pairs(corpus, split, cldr.PAIRS)

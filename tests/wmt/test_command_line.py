@@ -145,6 +145,10 @@ WRONG: list[tuple[Any, str]] = [
     (lambda _: ["--set", "vocab_size=20"], "vocab_size=20 does not fit this text"),
     (lambda _: ["--set", "buckets=[2]"], "every sentence is longer than the longest bucket"),
     (lambda _: ["--encoder", "word"], "invalid choice: 'word'"),
+    (lambda _: ["--patience", "2"], "--patience needs --validate-every"),
+    (lambda _: ["--tokenize", "13a"], "--tokenize needs --validate-every"),
+    (lambda _: ["--validate-sentences", "9"], "--validate-sentences needs --validate-every"),
+    (lambda _: ["--init-task", "de=fr"], "--init-task needs --init"),
 ]
 
 
@@ -305,8 +309,16 @@ def test_extract_several_prune_distill_export(
         ([*pruned, "9", "--out", str(tmp_path / "x")], "keep must be in [2, 4], got 9"),
         ([*exported[:2], str(full), "--out", str(tmp_path / "x")], "extract a task first"),
         ([*student, "--task-model", str(full)], "--task-model needs --baseline"),
-        ([*student, "--limit", "-1"], "--limit must be at least 1, got -1"),
-        ([*student, "--set", "d_ff=9"], "the student has the teacher's sizes"),
+        ([*student, "--split", "test"], "--split needs --baseline"),
+        ([*student, "--limit", "3"], "--limit needs --baseline"),
+        ([*student, "--json", str(kept)], "--json needs --baseline"),
+        ([*student, "--seed", "1"], "train.seed is 0 there and 1 here; name another --workdir"),
+        (
+            [*student, "--set", "d_model=32"],
+            "no field 'd_model' of TrainConfig (the student has its teacher's sizes, but for "
+            "encoder_wide_d_ff and decoder_wide_d_ff)",
+        ),
+        ([*student, *more[:2], "--limit", "-1"], "--limit must be at least 1, got -1"),
     ):
         assert main(wrong) == 2
         assert message in one_line(capfd)

@@ -11,7 +11,8 @@ import pytest
 
 from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
-from taskmoe.wmt.text.data import Batch, TrainingData, available_pairs, read_pairs
+from taskmoe.wmt.text.data import Batch, TrainingData, read_pairs
+from taskmoe.wmt.text.folders import Folder
 from taskmoe.wmt.text.pipeline import BatchIterator
 from taskmoe.wmt.text.sampling import Draw, Schedule
 from taskmoe.wmt.text.tokenizer import BOS, EOS, PAD
@@ -28,14 +29,14 @@ def test_multi_parallel_files_serve_every_direction(tmp_path: Path) -> None:
     write(tmp_path, train_en="a\nb\n", train_de="x\ny\n", train_fr="p\nq")
     found = read_pairs(tmp_path, "train", ("en-de", "fr-en"))
     assert found == {"en-de": (["a", "b"], ["x", "y"]), "fr-en": (["p", "q"], ["a", "b"])}
-    assert available_pairs(tmp_path, "train") == [
+    assert Folder(tmp_path).pairs("train") == [
         "de-en", "de-fr", "en-de", "en-fr", "fr-de", "fr-en",
     ]  # fmt: skip
 
 
 def test_pair_files_serve_both_directions_and_validation_has_three_names(tmp_path: Path) -> None:
     write(tmp_path, val_en__de_en="a\n", val_en__de_de="x\n")
-    assert available_pairs(tmp_path, "valid") == ["de-en", "en-de"]
+    assert Folder(tmp_path).pairs("valid") == ["de-en", "en-de"]
     assert read_pairs(tmp_path, "valid", ("de-en",)) == {"de-en": (["x"], ["a"])}
 
 
@@ -349,7 +350,7 @@ def test_batches_far_beyond_the_text_are_an_error() -> None:
 def test_real_text_is_read_whole() -> None:
     found = read_pairs(support.REAL, "train", ("en-de", "fr-en"))
     assert all(len(side) > 28_900 for sides in found.values() for side in sides)
-    assert len(available_pairs(support.REAL, "valid")) == 12
+    assert len(Folder(support.REAL).pairs("valid")) == 12
 
 
 def test_configurations_are_frozen() -> None:

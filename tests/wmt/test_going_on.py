@@ -113,6 +113,9 @@ def test_a_run_goes_on_with_what_is_allowed_to_change(
     assert main(train(tmp_path, "w", 8, *other, *allowed)) == 0
     assert "resuming at step 4 of 8" in capfd.readouterr().out
     assert main(train(tmp_path, "w", 8, *other)) == 0  # it is the run's own by now
+    back = ["--pairs", "en-de", "--set", "learning_rate=1e-4", "--allow", "schedule"]
+    assert main(train(tmp_path, "w", 8, *back)) == 0  # to a schedule that looks at no steps
+    assert main(train(tmp_path, "w", 8, *other, "--allow", "schedule")) == 0
     for file in data.glob("train.*"):
         file.write_text(file.read_text() + "one more\n")
     assert main(train(tmp_path, "w", 8, *other)) == 2
@@ -153,15 +156,20 @@ def test_the_mean_of_the_last_checkpoints(
     for name, leaf in single[1].items():
         want = np.mean([np.asarray(m[name], np.float64) for m in mean], axis=0)
         np.testing.assert_allclose(np.asarray(leaf), want, rtol=1e-5, atol=1e-7)
+    assert main([*words[:-2], "--out", str(tmp_path / "plain")]) == 0  # as many as are kept
+    assert "plain: mean of the checkpoints of steps 2, 4, 6" in capfd.readouterr().out
     assert main([*words[:-1], "4", "--out", str(tmp_path / "4")]) == 2
-    assert "checkpoints has only 3 whole checkpoints" in one_line(capfd)
+    assert (
+        "checkpoints has only 3 whole checkpoints; `train --set keep_checkpoints=4` keeps so many"
+        in one_line(capfd)
+    )
 
 
 def test_fields_are_listed_and_near_ones_are_named(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(train(tmp_path, "w", 1, "--set", "help"))
+        main(["train", "--set", "help"])  # alone, as --help
     assert ended.value.code == 0
     printed = " ".join(capfd.readouterr().out.split())
     for name, kind in [("d_model", ModelConfig), ("learning_rate", TrainConfig)]:
@@ -169,6 +177,12 @@ def test_fields_are_listed_and_near_ones_are_named(
     assert "its peak, after warm-up" in printed
     for kind in (ModelConfig, TrainConfig):
         assert {name for name, text in meanings(kind) if text} == set(kind.__dataclass_fields__)
+    for command, more in (("prepare", "vocab_size"), ("distill", "encoder_wide_d_ff")):
+        with pytest.raises(SystemExit):
+            main([command, "--set", "help"])
+        printed = capfd.readouterr().out
+        assert f" {more} " in printed
+        assert " d_model " not in printed
     support.write_folder(tmp_path / "data")
     assert main(train(tmp_path, "w", 1, "--set", "lerning_rate=1")) == 2
     assert "did you mean learning_rate?" in one_line(capfd)

@@ -129,7 +129,7 @@ def test_lines_may_end_in_any_way(tmp_path: Path) -> None:
     put(tmp_path, {"train.en": ""})
     (tmp_path / "train.en").write_bytes(b"one\rtwo\rthree\r")
     (tmp_path / "train.de").write_bytes(b"eins\r\nzwei\r\ndrei")
-    (tmp_path / "train.fr").write_bytes(b"un\nde\rux\ntrois\n")
+    (tmp_path / "train.fr").write_bytes(b"un\nde\rux\ntro\ris")
     read = open_source(str(tmp_path)).read
     assert read("train", "en-de") == (["one", "two", "three"], ["eins", "zwei", "drei"])
-    assert read("train", "en-fr")[1] == ["un", "de\rux", "trois"]
+    assert read("train", "en-fr")[1] == ["un", "de\rux", "tro\ris"]

@@ -10,7 +10,7 @@ import pytest
 
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.__main__ import main
-from taskmoe.wmt.text.data import available_pairs, read_pairs
+from taskmoe.wmt.text.data import read_pairs
 from taskmoe.wmt.text.folders import Folder
 
 datasets = pytest.importorskip("datasets")
@@ -98,7 +98,7 @@ def test_prepare_writes_cleaned_text_that_reads_the_same(
     assert sizes["train"]["en-de"]["long"] > 0
     assert cells(printed, "en-de")[7] == str(sizes["train"]["en-de"]["kept"])
     assert cells(printed, "en-de")[8] == str(sizes["valid"]["en-de"]) == "12"
-    pairs = tuple(available_pairs(out, "train"))
+    pairs = tuple(Folder(out).pairs("train"))
     assert len(pairs) == 6
     for pair, columns in read_pairs(out, "train", pairs).items():
         assert len(columns[0]) == sizes["train"][pair]["kept"]
@@ -112,6 +112,36 @@ def test_prepare_writes_cleaned_text_that_reads_the_same(
     assert "no field 'width' of TrainConfig" in fails(capfd, *again, "--set", "width=3")
     assert "give one" in fails(capfd, "prepare", "--out", str(tmp_path / "x"), "--pairs", "en-de")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--set vocab_size=abc",
+            "--set vocab_size must be a whole number of at least 1, got 'abc'",
+        ),
+        ("--set vocab_size=2.5", "--set vocab_size must be a whole number of at least 1, got 2.5"),
+        ("--set vocab_size=0", "--set vocab_size must be a whole number of at least 1, got 0"),
+        (
+            "--set vocab_sise=9",
+            "no field 'vocab_sise' of TrainConfig to set; did you mean vocab_si",
+        ),
+        ("--dry-run --json {out}.json", "--json does nothing with --dry-run; leave one out"),
+        ("--dry-run --workers 2", "--workers does nothing with --dry-run; leave one out"),
+        ("--text --workers 2", "--workers does nothing with --text; leave one out"),
+        ("--text --vocabulary {out}", "--vocabulary does nothing with --text; leave one out"),
+    ],
+)
+def test_prepare_names_what_does_not_fit(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    data, out = support.write_folder(tmp_path / "data"), tmp_path / "out"
+    words = ["prepare", "--data", str(data), "--out", str(out)]
+    assert message in fails(capfd, *words, *arguments.format(out=out).split())
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    embedded = ["prepare", "--out", str(out), "--cache", str(out)]
+    assert "--cache: only for the sources of --data" in fails(capfd, *embedded)
 
 
 @pytest.mark.parametrize(

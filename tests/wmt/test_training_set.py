@@ -168,6 +168,35 @@ def test_several_sources_go_on_too(
     assert content(prepare(tmp_path / "out", wanted).folder) == whole
 
 
+@pytest.mark.parametrize("left", ["plan.json", ""])
+def test_what_a_run_left_that_was_killed_at_its_end_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    wanted = plan(folder_of_text(tmp_path / "text"))
+    more = folder_of_text(tmp_path / "more")
+    for side in more.glob("train.*"):
+        side.write_text(f"one\n{side.read_text()}")
+    other = plan(more, identity="more")
+    out, part = tmp_path / "out", tmp_path / "out.part"
+
+    def killed(folder: Path) -> None:
+        if not left:
+            (folder / "plan.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(out, wanted)
+    assert (part / "plan.json").exists() == bool(left)
+    whole = content(out)
+    shutil.rmtree(out)
+    copy = shutil.copytree(part, tmp_path / "same.part").with_suffix("")
+    assert content(prepare(copy, wanted).folder) == whole
+    assert content(prepare(out, other).folder) == content(prepare(tmp_path / "x", other).folder)
+    assert not part.exists()
+
+
 def test_a_disk_without_room_for_the_tokens_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from taskmoe.cli.command_line import check_new
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.commands.shared import out, sizes_file
-from taskmoe.wmt.model.saved import check_new, save_model
+from taskmoe.wmt.config import TrainConfig
+from taskmoe.wmt.model.saved import save_model
 from taskmoe.wmt.training.workdir import averaged_model
 
 
@@ -24,5 +26,11 @@ def run(a: argparse.Namespace) -> None:
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     p.add_argument("--workdir", type=Path, required=True, help="a run's folder")
-    p.add_argument("--last", type=int, default=5, metavar="N", help="checkpoints to average")
+    p.add_argument(
+        "--last",
+        type=int,
+        default=TrainConfig.keep_checkpoints,
+        metavar="N",
+        help="checkpoints to average; `train --set keep_checkpoints=N` keeps more",
+    )
     p.add_argument("--out", type=Path, required=True, help="new model folder")

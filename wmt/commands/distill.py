@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from taskmoe.cli.command_line import write_bytes, write_text
-from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.settings import read_set, settable
 from taskmoe.wmt.commands.shared import (
     add_decoding,
     build,
     check_limit,
+    check_needed,
     decoding,
     load,
     out,
@@ -42,23 +42,21 @@ from taskmoe.wmt.training.loop import train
 from taskmoe.wmt.training.stopping import ending_at_once, stopping
 from taskmoe.wmt.training.workdir import SIZES, check_workdir
 
+_SETTABLE = [*settable(TrainConfig), *STUDENT_FIELDS]
+_SIZES = f"the student has its teacher's sizes, but for {' and '.join(STUDENT_FIELDS)}"
+
 
 def run(a: argparse.Namespace) -> None:
     """Train a dense student on a teacher's translations, from the teacher's non-expert weights."""
+    check_needed(a, "baseline", "task_model", "json", "split", "limit")
     check_limit(a.limit)
     teacher = load(a.teacher)
     how = decoding(a, teacher)
     references = {"--baseline": a.baseline, "--task-model": a.task_model}
-    if a.task_model is not None and a.baseline is None:
-        raise InputError("--task-model needs --baseline, the dense model that gains count from")
     beside = {name: load(path) for name, path in references.items() if path is not None}
     for other in beside.values():
         decoding(a, other)  # what does not fit is said before hours of work
-    whose = (
-        "TrainConfig; the student has the teacher's sizes but for "
-        f"{' and '.join(STUDENT_FIELDS)}; none of these is it"
-    )
-    fields = read_set(a.set, [*settable(TrainConfig), *STUDENT_FIELDS], whose)
+    fields = read_set(a.set, _SETTABLE, f"TrainConfig ({_SIZES})")
     widths = {name: fields[name] for name in STUDENT_FIELDS if name in fields}
     train_fields = configure_training(a, fields)
     train_config = build(TrainConfig, train_fields)
@@ -104,7 +102,10 @@ def run(a: argparse.Namespace) -> None:
     gain = gain_kept(
         means["--baseline"], means["teacher"], means["student"], means.get("--task-model")
     )
-    out.print(f"BLEU on {a.split}: " + ", ".join(f"{name} {x:.2f}" for name, x in means.items()))
+    out.print(
+        f"BLEU on {a.split or 'valid'}: "
+        + ", ".join(f"{name} {x:.2f}" for name, x in means.items())
+    )
     for name, best, share in (
         ("teacher", gain.teacher, gain.of_teacher),
         ("task-routed model", gain.task_moe, gain.of_task_moe),
@@ -120,7 +121,7 @@ def run(a: argparse.Namespace) -> None:
 def _bleu(a: argparse.Namespace, model: Model, pairs: tuple[str, ...]) -> float:
     """Mean BLEU over the directions."""
     asked = argparse.Namespace(**{**vars(a), "pairs": list(pairs)})
-    text, _ = text_to_score(asked, a.split, model)
+    text, _ = text_to_score(asked, a.split or "valid", model)
     text = {pair: (x[: a.limit], y[: a.limit]) for pair, (x, y) in text.items()}
     requests = [(pair, line) for pair, (lines, _) in text.items() for line in lines]
     found = iter(translate(model, requests, decoding(a, model)))
@@ -133,7 +134,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--teacher", type=Path, required=True, help="model folder or work directory")
     add_data(p)
     p.add_argument("--workdir", type=Path, required=True, help="translations, checkpoints, student")
-    add_configuration(p, routing=False)
+    add_configuration(p, _SETTABLE, f"TrainConfig; {_SIZES}", routing=False)
     add_decoding(p)
     p.add_argument(
         "--baseline", type=Path, metavar="MODEL", help="a dense model: prints what gain is kept"
@@ -141,6 +142,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--task-model", type=Path, metavar="MODEL", help="a task-routed model: its gain too"
     )
-    p.add_argument("--split", choices=("valid", "test"), default="valid")
+    p.add_argument(
+        "--split", choices=("valid", "test"), help="with --baseline: what is scored (default valid)"
+    )
     p.add_argument("--limit", type=int, help="first sentences of each direction that are scored")
     p.add_argument("--json", type=Path, help="write the gains here too")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from taskmoe.cli.command_line import check_new
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.commands.shared import build, load, out
 from taskmoe.wmt.model.ctranslate2_export import WEIGHTS, export_ctranslate2
 from taskmoe.wmt.model.export import PROGRAM, export
-from taskmoe.wmt.model.saved import check_new
 from taskmoe.wmt.model.shortlist import Shortlist
 from taskmoe.wmt.model.translation import Decoding
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from taskmoe.cli.command_line import check_new
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.commands.shared import load, out, sizes_file
-from taskmoe.wmt.model.saved import check_new, save_model
+from taskmoe.wmt.model.saved import save_model
 from taskmoe.wmt.model.subnetwork import extract
 from taskmoe.wmt.model.transformer import param_count
 from taskmoe.wmt.text.languages import spelled

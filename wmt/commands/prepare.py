@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,11 +13,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from taskmoe.cli.command_line import write_text
+from taskmoe.cli.command_line import check_new, write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.cli.progress import bar
 from taskmoe.wmt.commands.settings import add_set, read_set, settable
-from taskmoe.wmt.commands.shared import build, load, out, own_words
+from taskmoe.wmt.commands.shared import build, check_apart, load, out, own_words
 from taskmoe.wmt.commands.text import (
     add_data,
     named_text,
@@ -29,14 +26,16 @@ from taskmoe.wmt.commands.text import (
     training_text,
 )
 from taskmoe.wmt.config import PRESETS, TrainConfig
+from taskmoe.wmt.model.saved import whole_folder
 from taskmoe.wmt.text import blocks, cldr
 from taskmoe.wmt.text.cleaning import Account, account_table, look
-from taskmoe.wmt.text.folders import Pairs, write_splits
+from taskmoe.wmt.text.folders import write_splits
 from taskmoe.wmt.text.preparing import prepare
 from taskmoe.wmt.text.sources import Source
 from taskmoe.wmt.training.stopping import ending_at_once
 
 _SAMPLES = 3
+_SETTABLE = [*settable(TrainConfig), "vocab_size"]
 
 
 def run(a: argparse.Namespace) -> None:
@@ -46,8 +45,9 @@ def run(a: argparse.Namespace) -> None:
     if a.data is None:
         _embedded(a)
         return
-    known = [*settable(TrainConfig), "vocab_size"]
-    given = read_set(a.set, known, "TrainConfig, nor vocab_size,")
+    check_apart(a, "dry_run", "json", "vocabulary", "workers")
+    check_apart(a, "text", "vocabulary", "workers")
+    given = read_set(a.set, _SETTABLE, "TrainConfig")
     size = given.pop("vocab_size", PRESETS[a.config][0]["vocab_size"])
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise InputError(f"--set vocab_size must be a whole number of at least 1, got {size!r}")
@@ -70,7 +70,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         default="tiny",
         help="whose vocabulary's size and longest bucket are taken",
     )
-    add_set(p, "TrainConfig that is about text, or vocab_size")
+    add_set(p, _SETTABLE, "TrainConfig that is about text, or vocab_size")
     p.add_argument(
         "--vocabulary", type=Path, metavar="MODEL", help="take a trained model's vocabulary"
     )
@@ -106,10 +106,11 @@ def _set(a: argparse.Namespace, config: TrainConfig, size: int) -> None:
 
 
 def _cleaned(a: argparse.Namespace, config: TrainConfig) -> None:
-    _check_new(a.out)
+    check_new(a.out)
     named, train, accounts = training_text(a, config)
     splits = {"train": train, **splits_to_score(named)}
-    _write(a.out, splits)
+    with whole_folder(a.out) as beside:
+        write_splits(beside, splits)
     sizes = {s: {p: len(text[p][0]) if p in text else 0 for p in named.pairs}
              for s, text in splits.items() if s != "train"}  # fmt: skip
     out.print(account_table(f"{named.title} in {a.out}", accounts, sizes))
@@ -153,28 +154,8 @@ def _write_json(
         write_text(a.json, json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
 
-def _check_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} already holds something; name a new folder")
-
-
-def _write(folder: Path, splits: dict[str, Pairs]) -> None:
-    """Write all splits; the folder appears whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write_splits(beside, splits)
-        beside.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(beside, folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-
-
 def _embedded(a: argparse.Namespace) -> None:
-    about = ("pairs", "set", "json", "vocabulary", "text", "dry_run", "workers")
+    about = ("pairs", "set", "json", "vocabulary", "text", "dry_run", "workers", "cache")
     if given := [f"--{name.replace('_', '-')}" for name in about if getattr(a, name)]:
         raise InputError(f"{', '.join(given)}: only for the sources of --data; give one")
     config = build(cldr.CldrConfig, {"seed": a.seed})

@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from taskmoe.cli.command_line import check_new
 from taskmoe.kernels.quantized import nbytes
 from taskmoe.wmt.commands.shared import load, out, sizes_file
 from taskmoe.wmt.model.quantization import checked_quantized
-from taskmoe.wmt.model.saved import check_new, save_model
+from taskmoe.wmt.model.saved import save_model
 
 
 def run(a: argparse.Namespace) -> None:

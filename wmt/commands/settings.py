@@ -6,7 +6,6 @@ import argparse
 import difflib
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, get_origin, get_type_hints
 
@@ -21,11 +20,28 @@ from taskmoe.wmt.config import ModelConfig, TrainConfig
 _OWN = {"pairs"}
 
 
-def add_set(p: argparse.ArgumentParser, what: str) -> None:
-    """The argument; what: whose fields it sets."""
+class _Set(argparse.Action):
+    """Collects what --set names; `--set help` lists the fields and ends, as --help does."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if values == "help":
+            _print_help(set(self.const))
+            parser.exit()
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
+
+
+def add_set(p: argparse.ArgumentParser, fields: Sequence[str], what: str) -> None:
+    """The argument; fields: those that it sets. what: whose they are."""
     p.add_argument(
         "--set",
-        action="append",
+        action=_Set,
+        const=fields,
         default=[],
         metavar="FIELD=VALUE",
         help=f"set a field of {what}; may be given again, and --set help lists them",
@@ -35,12 +51,9 @@ def add_set(p: argparse.ArgumentParser, what: str) -> None:
 def read_set(items: Sequence[str], fields: Sequence[str], what: str) -> dict[str, Any]:
     """The fields that --set names, with values of their types.
 
-    fields: those that may be set. what: whose they are. `help` among the items prints them all and
-    ends. Raises InputError for what is no FIELD=VALUE and for other fields, with the nearest one.
+    fields: those that may be set. what: whose they are. Raises InputError for what is no
+    FIELD=VALUE and for other fields, with the nearest one.
     """
-    if "help" in items:
-        _print_help(set(fields))
-        sys.exit(0)
     found = {}
     for item in items:
         name, equals, value = item.partition("=")

@@ -112,6 +112,31 @@ def print_exchange(
             console.print(f"exchange, {side}, a layer and device: {', '.join(said)}")
 
 
+def check_needed(a: argparse.Namespace, needed: str, *names: str) -> None:
+    """Raise InputError where arguments were given that do nothing without one.
+
+    Those that are not given are None or [].
+    """
+    if getattr(a, needed) is not None:
+        return
+    for name in names:
+        if getattr(a, name) not in (None, []):
+            raise InputError(f"{_flag(name)} needs {_flag(needed)}")
+
+
+def check_apart(a: argparse.Namespace, chosen: str, *names: str) -> None:
+    """As `check_needed`, where they do nothing beside one, such as --text."""
+    if not getattr(a, chosen):
+        return
+    for name in names:
+        if getattr(a, name) is not None:
+            raise InputError(f"{_flag(name)} does nothing with {_flag(chosen)}; leave one out")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def check_limit(limit: int | None) -> None:
     """Raise InputError where --limit leaves no sentence."""
     if limit is not None and limit < 1:

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +24,7 @@ from taskmoe.wmt.commands.shared import (
     add_expert_parallel,
     add_tokenize,
     build,
+    check_needed,
     load,
     out,
     print_exchange,
@@ -61,6 +62,8 @@ def run(a: argparse.Namespace) -> None:
 def _run(a: argparse.Namespace) -> None:
     out.quiet = not parallel.is_writer()
     with parallel.failing_together():  # all input is read before anything is written
+        check_needed(a, "validate_every", "validate_sentences", "patience", "tokenize")
+        check_needed(a, "init", "init_task")
         mesh = parallel.make_mesh(a.data_parallel, a.expert_parallel)
         begin_from = None if a.init is None else load(a.init)
         model_fields, train_fields = configure(a, begin_from)
@@ -276,8 +279,6 @@ def configure_training(a: argparse.Namespace, given: Mapping[str, Any]) -> dict[
 def _validation(a: argparse.Namespace, source: Plan | Named) -> Validation | None:
     """How --validate-every says that the run is scored: greedy BLEU on the sources' valid text."""
     if a.validate_every is None:
-        if a.patience is not None:
-            raise InputError("--patience needs --validate-every")
         return None
     for name in ("validate_every", "validate_sentences", "patience"):
         value = getattr(a, name)
@@ -291,7 +292,7 @@ def _validation(a: argparse.Namespace, source: Plan | Named) -> Validation | Non
     for pair in set(source.pairs) & there:
         check_tokenizer(pair, a.tokenize)
     text = read_split(source.sources, "valid", [p for p in source.pairs if p in there])
-    n = a.validate_sentences
+    n = a.validate_sentences or 100
     text = {pair: (lines[:n], references[:n]) for pair, (lines, references) in text.items()}
     requests = [(pair, line) for pair, (lines, _) in text.items() for line in lines]
 
@@ -313,7 +314,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add_data(p)
     p.add_argument("--workdir", type=Path, required=True, help="checkpoints, log and model")
-    add_configuration(p)
+    add_configuration(p, settable(ModelConfig, TrainConfig), "ModelConfig or TrainConfig")
     p.add_argument(
         "--init",
         type=Path,
@@ -346,9 +347,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--validate-sentences",
         type=int,
-        default=100,
         metavar="N",
-        help="first sentences of each direction that are scored",
+        help="first sentences of each direction that are scored (default 100)",
     )
     p.add_argument(
         "--patience", type=int, metavar="N", help="end after N scores in a row without a new best"
@@ -379,8 +379,10 @@ def _task_like(word: str) -> tuple[str, str]:
     return new, old
 
 
-def add_configuration(p: argparse.ArgumentParser, *, routing: bool = True) -> None:
-    """Arguments that say what is trained and how; without routing only how."""
+def add_configuration(
+    p: argparse.ArgumentParser, fields: Sequence[str], what: str, *, routing: bool = True
+) -> None:
+    """Arguments that say what is trained and how; fields, what: of --set, as of `add_set`."""
     p.add_argument("--config", choices=list(PRESETS), default="tiny")
     p.add_argument("--steps", type=int, help="optimiser steps in all, resumed ones included")
     p.add_argument("--seed", type=int)
@@ -388,4 +390,4 @@ def add_configuration(p: argparse.ArgumentParser, *, routing: bool = True) -> No
         p.add_argument(
             f"--{side}", choices=get_args(SideRouting), help="routing; target by default"
         )
-    add_set(p, "ModelConfig or TrainConfig" if routing else "TrainConfig")
+    add_set(p, fields, what)

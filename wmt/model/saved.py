@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from taskmoe.cli.command_line import check_new
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import ModelConfig
 from taskmoe.wmt.model.quantization import quantized
@@ -36,12 +37,6 @@ class Model:
     params: Params
     config: ModelConfig
     tokenizer: Tokenizer
-
-
-def check_new(folder: Path) -> None:
-    """Raise InputError where a folder, or a file of that name, holds something already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} already holds something; name a new folder")
 
 
 def save_model(

@@ -12,7 +12,6 @@ import numpy as np
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import TrainConfig
 from taskmoe.wmt.text.folders import Pairs as Pairs
-from taskmoe.wmt.text.folders import available_pairs as available_pairs
 from taskmoe.wmt.text.folders import read_pairs as read_pairs
 from taskmoe.wmt.text.pipeline import BatchIterator
 from taskmoe.wmt.text.rows import Rows, encode

@@ -202,11 +202,6 @@ def read_pairs(folder: Path, split: str, pairs: tuple[str, ...]) -> Pairs:
     return {pair: without_empty(*text.read(split, pair), f"{folder}, {pair}") for pair in pairs}
 
 
-def available_pairs(folder: Path, split: str) -> list[str]:
-    """Directions that the folder's files of one split can serve, sorted."""
-    return Folder(folder).pairs(split)
-
-
 def columns_of(lines: Iterable[tuple[str, str]]) -> Columns:
     """Source and target lines, apart."""
     source: list[str] = []

@@ -60,13 +60,15 @@ class BatchIterator(Iterator[Batch], Generic[Batch]):
         text = np.frombuffer(bytes.fromhex(self._fingerprint), np.uint8)
         return {"next_index": np.array(self.step, np.int64), "text": text}
 
-    def set_state(self, state: Mapping[str, Any], *, any_text: bool = False) -> None:
-        """Go on where a `get_state` was; raises InputError for another text, unless any may be."""
+    def set_state(self, state: Mapping[str, Any], *, any_text: bool = False, way: str = "") -> None:
+        """Go on where a `get_state` was; raises InputError for another text, unless any may be.
+
+        way: what else a person may do, for that error.
+        """
         if not any_text and not np.array_equal(state["text"], self.get_state()["text"]):
             raise InputError(
                 "the training text is another than when the checkpoint was written; "
-                "bring the text back, go on with this one by --allow text, or begin in another "
-                "work directory"
+                f"bring the text back, {way}or begin in another work directory"
             )
         self._grain.set_state({"next_index": int(state["next_index"])})
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from taskmoe.cli.command_line import write_bytes, write_text
+from taskmoe.cli.command_line import check_new, write_bytes, write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import TrainConfig, split_pair
 from taskmoe.wmt.text import blocks
@@ -114,8 +114,7 @@ def prepare(
     Raises InputError where `out` is there, another run is at it, `out.part` is of other text or
     settings, text is wrong, or a disk is full: what is done stays and the same call goes on.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} already holds something; name a new folder")
+    check_new(out)
     try:
         return write_set(out, plan, count, report)
     except OSError as error:
@@ -358,8 +357,17 @@ def _alone_in(part: Path) -> Iterator[None]:
 
 
 def _claim(part: Path, plan: Plan) -> None:
-    """Write down what is made, or see that it is the same as what was begun."""
+    """Write down what is made, or see that it is the same as what was begun.
+
+    A part without its set is one whose run ended, but was killed while it removed the part.
+    """
     path, ours = part / "plan.json", plan.description()
+    if not (part / "set").exists():
+        for left in part.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != ".lock":
+                left.unlink()
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
         for name, value in ours.items():

@@ -105,7 +105,8 @@ def _split(raw: bytes, name: Path | str, before: int = 0) -> list[str]:
         raise InputError(
             f"{name}, line {line}: a NUL character, so no UTF-8 text{_conversion(raw)}"
         )
-    lines = (text if before else text.removeprefix("\ufeff")).split("\n" if "\n" in text else "\r")
+    end = "\n" if before or "\n" in text else "\r"
+    lines = (text if before else text.removeprefix("\ufeff")).split(end)
     if lines[-1] == "":
         lines.pop()
     return lines

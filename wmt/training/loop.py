@@ -76,7 +76,7 @@ def train(
     report: Callable[[Progress], None] = lambda _: None,
     note: Callable[[str], None] = lambda _: None,
     report_every: int = 20,
-    allowed: Collection[str] = (),
+    allowed: Collection[str] | None = None,
     stop: Stop = lambda: 0,
 ) -> Model:
     """Train up to `config.steps` in all, going on from the work directory's newest checkpoint.
@@ -92,7 +92,8 @@ def train(
     tensorboard: write event files to `workdir/tensorboard` too.
     report: called about every `report_every` steps. note: called with lines worth knowing, such as
     where it resumes and which checkpoint was damaged.
-    allowed: fields of TrainConfig that a run may go on with another value of, "text" among them.
+    allowed: fields of TrainConfig that a run may go on with another value of, "text" among them;
+      None where the command has no --allow for errors to name.
     stop: asked after each step, see `taskmoe.wmt.training.stopping`; where it names a signal, the
       step is kept as a checkpoint and Stopped is raised.
     Returns the model, which is also written to `workdir/model`. One that is there goes when the run
@@ -116,7 +117,8 @@ def train(
         )
         held.enter_context(_saying_what_is_whole(checkpoints))
         step, (state, place), problems = checkpoints.restore((state, batches.get_state()))
-        batches.set_state(place, any_text=TEXT in allowed)
+        way = "" if allowed is None else "go on with this one by --allow text, "
+        batches.set_state(place, any_text=TEXT in (allowed or ()), way=way)
         for problem in problems:
             note(f"{problem}; " + (f"using the one of step {step}" if step else "starting anew"))
         if step:

@@ -60,7 +60,7 @@ def claim_workdir(
     model_config: ModelConfig,
     config: TrainConfig,
     source: str,
-    allowed: Collection[str] = (),
+    allowed: Collection[str] | None = None,
 ) -> None:
     """Write the configuration into a new work directory, or check that it is the same.
 
@@ -79,7 +79,8 @@ def check_workdir(
     model_config: ModelConfig,
     config: TrainConfig,
     source: str,
-    allowed: Collection[str] = (),
+    allowed: Collection[str] | None = None,
+    flag: str = "--workdir",
 ) -> bool:
     """Whether a run of this configuration has begun in a work directory; False where none has.
 
@@ -87,8 +88,9 @@ def check_workdir(
     from, and another may take its place. Raises InputError that names the first field that differs.
     How checkpoints are kept may change, `steps` under a schedule that does not look at them, and
     fields of TrainConfig that are allowed to by name, but for the optimizer, whose state is kept.
+    allowed: None where a command has no --allow. flag: its argument that names another folder.
     """
-    for name in allowed:
+    for name in allowed or ():
         if name != TEXT and (name not in TrainConfig.__dataclass_fields__ or name in _FIXED):
             known = sorted({TEXT, *TrainConfig.__dataclass_fields__} - _FIXED)
             raise InputError(f"--allow {name}: a run can go on with another {', '.join(known)}")
@@ -108,16 +110,18 @@ def check_workdir(
         # What they do not have is newer than they are.
         for name in sorted(a.keys() - _NOTED):
             field = name.removeprefix("train.")
-            if a[name] != b.get(name) and field not in allowed:
-                free = name.startswith("train.") and field not in _FIXED
+            if name == "train.steps" and name not in b:
+                continue  # nothing here depends on them
+            if a[name] != b.get(name) and field not in (allowed or ()):
+                free = allowed is not None and name.startswith("train.") and field not in _FIXED
                 way = f"--allow {field} goes on with it, or " if free else ""
                 raise InputError(
                     f"work directory {workdir} belongs to another configuration: {name} is "
-                    f"{a[name]!r} there and {b.get(name)!r} here; {way}name another --workdir"
+                    f"{a[name]!r} there and {b.get(name)!r} here; {way}name another {flag}"
                 )
         return True
     what = "checkpoints" if saved else "a model"
-    raise InputError(f"{workdir} has {what} but no config.json; name another --workdir")
+    raise InputError(f"{workdir} has {what} but no config.json; name another {flag}")
 
 
 def interrupted_model(workdir: Path) -> tuple[int, Model]:
@@ -139,7 +143,8 @@ def averaged_model(workdir: Path, last: int) -> tuple[list[int], Model]:
     steps = intact_steps(folder, last)
     if len(steps) < last:
         there = f"only {len(steps)} whole checkpoints" if steps else "no whole checkpoint"
-        raise InputError(f"{folder} has {there}")
+        more = f"; `train --set keep_checkpoints={last}` keeps so many" if last > 1 else ""
+        raise InputError(f"{folder} has {there}{more}")
     total = read_arrays(folder, steps[0], _PARAMS)
     for step in steps[1:]:
         for name, array in read_arrays(folder, step, _PARAMS).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from taskmoe.wmt.text.data import Pairs, TrainingData, read_pairs
 from taskmoe.wmt.text.scoring import averages, score
 from taskmoe.wmt.text.tokenizer import BOS, PAD, Tokenizer, train_tokenizer
 from taskmoe.wmt.training.loop import Progress, train
+from taskmoe.wmt.training.workdir import check_workdir
 
 DEVICES = 8
 #: Few, so that minutes of training take every model past its beginnings; see docs/tried.md.
@@ -74,7 +76,10 @@ class Bleu:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """A trained model. loss, tokens_per_s, busiest_expert: where this run trained it."""
+    """A trained model. loss, tokens_per_s, busiest_expert: where this run trained it.
+
+    seconds: of its training in all runs, 0 where this one had nothing to train.
+    """
 
     parameters: int
     decoder_parameters: int
@@ -203,7 +208,9 @@ def _train(
         **MODEL,
         **(narrow if name == "narrow" else {}),
     )
-    began, log = time.perf_counter(), []
+    source = "taskmoe.wmt.text.cldr"
+    check_workdir(work / name, model_config, config, source, flag="--out")
+    log: list[Progress] = []
     with bar(f"{name:5}", "steps") as progress:
 
         def report(p: Progress) -> None:
@@ -216,18 +223,17 @@ def _train(
             config,
             data,
             tokenizer,
-            source="taskmoe.wmt.text.cldr",
+            source=source,
             report=report,
             note=lambda line: out.print(f"  {line}"),
         )
     sizes = param_count(model.params), param_count(model.params["decoder"])
-    facts = Facts(*sizes, round(time.perf_counter() - began, 1))
-    if log:  # empty where an earlier run had trained it
-        speed = float(np.median([p.tokens_per_s for p in log]))
-        facts = dataclasses.replace(
-            facts, loss=log[-1].loss, tokens_per_s=speed, busiest_expert=log[-1].busiest
-        )
-    return model, facts
+    if not log:  # an earlier run had trained it
+        return model, Facts(*sizes, 0.0)
+    lines = map(json.loads, (work / name / "log.jsonl").read_text().splitlines())
+    seconds = round(sum(line.get("seconds", 0.0) for line in lines), 1)
+    speed = float(np.median([p.tokens_per_s for p in log]))
+    return model, Facts(*sizes, seconds, log[-1].loss, speed, log[-1].busiest)
 
 
 def _translate(

@@ -67,8 +67,8 @@ def gather(workdir: Path, name: str, seeds: list[int], trained: tuple[str, ...])
         for seed, score in zip(seeds, every, strict=True):
             if score.keys() != every[0].keys():
                 raise InputError(
-                    f"{workdir}: the {split} scores of {name}-{seed} are of {', '.join(score)}, those "
-                    f"of {name}-{seeds[0]} of {', '.join(every[0])}: score both alike"
+                    f"{workdir}: the {split} scores of {name}-{seed} are of {', '.join(score)}, "
+                    f"those of {name}-{seeds[0]} of {', '.join(every[0])}: score both alike"
                 )
     bleu = {
         split: [{pair: score["bleu"] for pair, score in seed.items()} for seed in every]
