@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,6 +51,15 @@ def check_new(folder: Path) -> None:
     """Raise InputError where a folder, or a file of that name, holds something already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} already holds something; name a new folder")
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that may be there; renamed first, so that half of it never has its name."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
 
 
 def write_text(path: Path, text: str) -> None:

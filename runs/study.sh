@@ -47,7 +47,8 @@ import json, pathlib, sys
 folder, wanted = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 model = (folder / "model").is_dir()
 if not model and not any(folder.glob("checkpoints/[0-9]*")):
-    sys.exit(print("no"))
+    print("no")
+    sys.exit()
 try:
     path = folder / "config.json"
     fixed = json.loads(path.read_text())["train"].get("steps", wanted)

@@ -56,15 +56,6 @@ def save_model(
         (beside / PARAMS).chmod(0o644)  # safetensors makes files that their owner alone reads
 
 
-def remove_folder(folder: Path) -> None:
-    """Delete a folder that may be there; renamed first, so that half of it never has its name."""
-    if folder.exists():
-        doomed = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
-
-
 @contextlib.contextmanager
 def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` once all is written.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from taskmoe.cli.command_line import remove_folder
 from taskmoe.cli.errors import InputError, exhausted
 from taskmoe.kernels import __version__
 from taskmoe.wmt.text.preparing import Plan, Report, part_of, write_set
@@ -68,7 +69,8 @@ def kept_set(
                         found, how = write_set(out, plan, None, report), "prepared in"
                     except OSError as error:  # while no other run may be at work in the part
                         if number + 1 < len(places) and error.errno in _FULL:
-                            shutil.rmtree(part_of(out), ignore_errors=True)
+                            with contextlib.suppress(OSError):
+                                remove_folder(part_of(out))
                         raise
             note(_said(found, how))
             return found

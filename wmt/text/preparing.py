@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from taskmoe.cli.command_line import check_new, write_bytes, write_text
+from taskmoe.cli.command_line import check_new, remove_folder, write_bytes, write_text
 from taskmoe.cli.errors import InputError
 from taskmoe.wmt.config import TrainConfig, split_pair
 from taskmoe.wmt.text import blocks
@@ -136,7 +136,8 @@ def write_set(out: Path, plan: Plan, count: int | None, report: Report) -> Train
             if out.exists():
                 out.rmdir()
             os.replace(part / "set", out)
-        shutil.rmtree(part)
+        with contextlib.suppress(OSError):  # the set is whole all the same
+            remove_folder(part)
     except BrokenProcessPool:
         raise InputError(
             "a worker process was killed, as the system does where memory is short; what is done "
@@ -359,10 +360,10 @@ def _alone_in(part: Path) -> Iterator[None]:
 def _claim(part: Path, plan: Plan) -> None:
     """Write down what is made, or see that it is the same as what was begun.
 
-    A part without its set is one whose run ended, but was killed while it removed the part.
+    A plan without its set is of a run that ended, and was killed before it removed the part.
     """
     path, ours = part / "plan.json", plan.description()
-    if not (part / "set").exists():
+    if path.exists() and not (part / "set").exists():
         for left in part.iterdir():
             if left.is_dir():
                 shutil.rmtree(left)

@@ -26,9 +26,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from taskmoe.cli.command_line import write_text
+from taskmoe.cli.command_line import remove_folder, write_text
 from taskmoe.cli.errors import InputError
-from taskmoe.wmt.model.saved import flatten, remove_folder
+from taskmoe.wmt.model.saved import flatten
 from taskmoe.wmt.training.parallel import agree, is_writer, wait_for_all
 
 

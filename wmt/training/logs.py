@@ -14,10 +14,7 @@ from taskmoe.wmt.training.parallel import is_writer
 
 
 class Logs:
-    """Appends to `workdir/log.jsonl`, and to `workdir/tensorboard` if asked.
-
-    Process 0 alone does.
-    """
+    """Process 0 appends to `workdir/log.jsonl`, and to `workdir/tensorboard` if asked."""
 
     def __init__(self, workdir: Path, tensorboard: bool, step: int) -> None:
         """step: of the checkpoint that the run goes on from, 0 where it begins.

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from taskmoe.cli.command_line import remove_folder
 from taskmoe.cli.errors import InputError, exhausted
 from taskmoe.wmt.config import ModelConfig, TrainConfig
-from taskmoe.wmt.model.saved import Model, remove_folder, save_model
+from taskmoe.wmt.model.saved import Model, save_model
 from taskmoe.wmt.model.transformer import Params
 from taskmoe.wmt.text.data import TrainingData
 from taskmoe.wmt.text.tokenizer import Tokenizer
@@ -136,7 +137,7 @@ def train(
             since = time.perf_counter()
             over = _is_over(validation, history)
             if 0 < step < config.steps and not over and parallel.is_writer():
-                remove_folder(workdir / "model")
+                remove_folder(workdir / "model")  # that of a run of fewer steps
             while step < config.steps and not over:
                 asked = time.perf_counter()
                 batch = next(batches)
