@@ -25,6 +25,7 @@ from taskmoe.kernels.checks import (
     check_shape,
     everywhere,
     match_varying,
+    zeros_like_all,
 )
 from taskmoe.kernels.gating_kernel import gating_backward_mosaic, gating_mosaic
 from taskmoe.kernels.platforms import (
@@ -320,7 +321,7 @@ def given_gating(
             slots=jnp.where(held, slots, -1),
             counts=counts,
             mean_probs=sums / jnp.maximum(jnp.sum(valid), 1),
-            z_loss=jnp.zeros_like(sums, shape=()),
+            z_loss=zeros_like_all((), kept.dtype, sums),
         )
 
 

@@ -1,5 +1,6 @@
 """top_k_gating and row_plan: choices, queues, statistics and gradients."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from taskmoe.kernels import ROUTERS, Gating, Router, given_gating, row_plan, top_k_gating
 from taskmoe.tests.kernels import support
@@ -338,6 +340,16 @@ def test_given_gating_errors_name_the_argument(
     valid = None if valid is None else jnp.array(valid)
     with pytest.raises(error, match=message):
         given_gating(jnp.zeros(experts, int), jnp.ones(experts), 4, valid=valid)
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_given_gating_of_explicitly_sharded_choices(in_use: bool) -> None:
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    experts, weights = jnp.arange(16).reshape(8, 2) % 4, jnp.arange(16.0).reshape(8, 2)
+    cut = NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh) if in_use else contextlib.nullcontext():
+        found = given_gating(jax.device_put(experts, cut), jax.device_put(weights, cut), 4)
+    jax.tree.map(np.testing.assert_array_equal, found, given_gating(experts, weights, 4))
 
 
 def test_given_gating_of_no_tokens() -> None:

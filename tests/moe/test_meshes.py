@@ -61,16 +61,21 @@ def test_experts_and_their_hidden_units_cut_at_once(strategy: str) -> None:
     support.check(run(support.params(CONFIG), batch(4)), wanted(4))
 
 
+def place(params: Any, mesh: Mesh, axes: moe.MeshAxes | None = None) -> Any:
+    """Parameters as `moe.param_specs` lays them; experts everywhere where no axis is theirs."""
+    if axes is None and "expert" not in mesh.axis_names:
+        axes = moe.MeshAxes(expert=None)
+    specs = moe.param_specs(params, axes)
+    return {name: jax.device_put(w, NamedSharding(mesh, specs[name])) for name, w in params.items()}
+
+
 def test_parameters_lie_as_the_axes_say() -> None:
     mesh, axes = framework()
     specs = moe.param_specs(support.params(CONFIG), axes)
     assert specs["w_in"] == specs["w_gate"] == P("expert", None, ("tensor",))
     assert specs["w_out"] == P("expert", ("tensor",))
     assert specs["gate"] == P()
-    placed = {
-        name: jax.device_put(w, NamedSharding(mesh, specs[name]))
-        for name, w in support.params(CONFIG).items()
-    }
+    placed = place(support.params(CONFIG), mesh, axes)
     run = jax.jit(lambda p, x: moe.apply(p, CONFIG, x, mesh=mesh, axes=axes)[0])
     text = run.lower(placed, batch(4)).compile().as_text()
     gathered = [line for line in text.splitlines() if "all-gather(" in line and "6,8" in line]
@@ -101,11 +106,7 @@ def test_the_mesh_in_use_is_taken() -> None:
 def test_axes_that_are_given_count_on_the_mesh_in_use() -> None:
     """Hidden units cut, experts everywhere: parts are added up, and nothing else travels."""
     mesh, axes = mesh_of(("data", 2), ("wide", 4)), moe.MeshAxes("data", None, "wide")
-    specs = moe.param_specs(support.params(CONFIG), axes)
-    placed = {
-        name: jax.device_put(w, NamedSharding(mesh, specs[name]))
-        for name, w in support.params(CONFIG).items()
-    }
+    placed = place(support.params(CONFIG), mesh, axes)
     with jax.set_mesh(mesh):
         x = jax.device_put(batch(4), NamedSharding(mesh, P("data")))
         run = jax.jit(lambda p, x: moe.apply(p, CONFIG, x, axes=axes))
@@ -189,13 +190,7 @@ def test_inside_a_pipeline() -> None:
 @pytest.mark.parametrize("in_use", [True, False])
 def test_explicit_sharding(axes: Any, in_use: bool) -> None:
     mesh = mesh_of(*axes, kind=AxisType.Explicit)
-    specs = moe.param_specs(support.params(CONFIG))
-    if "expert" not in mesh.axis_names:
-        specs = dict.fromkeys(specs, P())
-    placed = {
-        name: jax.device_put(w, NamedSharding(mesh, specs[name]))
-        for name, w in support.params(CONFIG).items()
-    }
+    placed = place(support.params(CONFIG), mesh)
     x = jax.device_put(batch(8), NamedSharding(mesh, P("data")))
     run = jax.jit(all_of(CONFIG))
     if in_use:
@@ -214,8 +209,7 @@ def test_sub_networks_of_explicitly_sharded_layers(in_use: bool) -> None:
 
     def both(config: moe.MoEConfig, cut: Any) -> None:
         params = support.params(config)
-        specs = moe.param_specs(params, axes)
-        placed = {n: jax.device_put(w, NamedSharding(mesh, specs[n])) for n, w in params.items()}
+        placed = place(params, mesh, axes)
         with jax.set_mesh(mesh) if in_use else contextlib.nullcontext():
             found = jax.device_get(cut(placed))
         jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(cut(params)))
@@ -234,11 +228,7 @@ def test_a_batch_of_one_task_on_a_mesh(kind: AxisType) -> None:
         mesh = mesh_of(("data", 2), ("expert", 4), kind=kind)
     else:
         mesh, axes = framework()
-    specs = moe.param_specs(support.params(TASKS), axes)
-    placed = {
-        name: jax.device_put(w, NamedSharding(mesh, specs[name]))
-        for name, w in support.params(TASKS).items()
-    }
+    placed = place(support.params(TASKS), mesh, axes)
     with jax.set_mesh(mesh):
         x = jax.device_put(batch(8), NamedSharding(mesh, P("data")))
         have = jax.jit(all_of(TASKS, task=1, axes=axes))(placed, x)
