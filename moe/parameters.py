@@ -19,6 +19,8 @@ Params = dict[str, jax.Array]
 EXPERT_PARAMS = ("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")
 #: Of the expert that every token passes; every device has it.
 SHARED_PARAMS = ("shared_in", "shared_out", "shared_gate_in", "shared_gate")
+#: Of a gate that looks at tokens.
+_OF_GATES = ("gate", "gate_bias", "gate_scale", "choice_bias")
 #: Sizes of each: num_experts E, d_model D, d_ff F, shared S, num_tasks T.
 _SIZES = {
     "gate": "DE",
@@ -100,6 +102,8 @@ def init(key: jax.Array, config: MoEConfig, dtype: Any = jnp.float32) -> Params:
 def check_params(params: Any, config: MoEConfig, experts_cut: int = 1, hidden_cut: int = 1) -> None:
     """ValueError or TypeError that names a parameter that is not as the configuration has it.
 
+    With routing "given" a gate may be there, of which nothing is looked at; so may be what is no
+    parameter of a layer.
     experts_cut, hidden_cut: devices of the caller's own `jax.shard_map` over which experts may be
     spread, and hidden units are.
     """
@@ -108,7 +112,8 @@ def check_params(params: Any, config: MoEConfig, experts_cut: int = 1, hidden_cu
     wanted = shapes(config)
     if missing := [name for name in wanted if name not in params]:
         raise ValueError(f"params must hold {', '.join(missing)} by the configuration")
-    if extra := [name for name in _SIZES if name in params and name not in wanted]:
+    unused = _OF_GATES if config.routing == "given" else ()
+    if extra := [n for n in _SIZES if n in params and n not in wanted and n not in unused]:
         raise ValueError(
             f"params must not hold {', '.join(extra)}, which the configuration does not have"
         )

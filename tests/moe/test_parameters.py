@@ -74,6 +74,17 @@ def test_what_is_no_dictionary_is_named() -> None:
         moe.prune([], config, np.ones(4), 2)
 
 
+def test_choices_that_are_given_need_no_gate_and_may_have_one() -> None:
+    gated, given = (support.make(routing=routing) for routing in ("token", "given"))
+    x, params = jnp.ones((2, 3, 6)), support.params(gated) | {"gate_bias": jnp.ones(4)}
+    chosen = {"experts": jnp.ones((2, 3, 2), int) * jnp.arange(2), "weights": jnp.ones((2, 3, 2))}
+    found = moe.apply(params, given, x, **chosen)
+    without = {name: w for name, w in params.items() if "gate" not in name}
+    jax.tree.map(np.testing.assert_array_equal, found, moe.apply(without, given, x, **chosen))
+    with pytest.raises(ValueError, match="params must not hold expert_scale"):
+        moe.apply(params | {"expert_scale": jnp.ones(4)}, given, x, **chosen)
+
+
 def test_what_the_layer_does_not_know_is_left_alone() -> None:
     config, x = support.make(), jnp.ones((2, 3, 6))
     params = support.params(config)
