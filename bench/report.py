@@ -42,7 +42,10 @@ class Benchmark:
 
 _STUDY = "study work/study-multi30k --data work/study-multi30k/data"
 _LONG = (
-    "study work/study-long --data work/study-long/data"
+    "study work/study-long --data work/study-long/data --systems dense,token,target,pruned,reaped"
+)
+_SHORTER = (
+    "study work/study-15000 --data work/study-15000/data"
     " --systems narrow,dense,token,target,static,pruned,reaped"
 )
 _LARGE = (
@@ -56,7 +59,9 @@ _SIZES = (
 BENCHMARKS = {
     "demo": Benchmark("story.demo", {"demo": "demo"}),
     "study": Benchmark("story.study", {"study-multi30k": _STUDY}),
-    "study-long": Benchmark("story.study", {"study-multi30k-long": _LONG}),
+    "study-long": Benchmark(
+        "story.study", {"study-multi30k-long": _LONG, "study-multi30k-15000": _SHORTER}
+    ),
     "study-large": Benchmark("story.study", {"study-multi30k-large": _LARGE}),
     "ablation": Benchmark(
         "story.ablation",

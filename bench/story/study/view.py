@@ -38,11 +38,12 @@ def view(*results: Studied) -> View:
     for result in results:
         name = "news" if len(result.model.get("pairs", ())) > 12 else "multi30k"
         size = result.model.get("d_model", "")
-        title = f"{result.sentences:,} test sentences, {len(result.rows)} systems (measured)"
+        steps = result.training.get("steps", 0)
+        systems = f"{len(result.rows)} systems after {steps:,} steps"
+        title = f"{systems}, {result.sentences:,} test sentences (measured)"
         tables.append(Table(title, HEADINGS, cells(result.rows)))
         tables += _apart(result) + _spent(result)
         draw = functools.partial(_chart, result)
-        steps = result.training.get("steps", 0)
         shown = f"Scores and sizes, {name}, d_model {size}, {steps:,} steps"
         charts.append(Chart(f"study-{name}-{size}-{steps}", shown, draw))
         said += findings(result.rows, result.bootstrap)
