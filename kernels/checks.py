@@ -7,6 +7,7 @@ brought to one set of varying axes, so that custom gradients see operands of one
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -97,7 +97,7 @@ def as_dtype(name: str, value: Any, *known: Any) -> Any:
 
 def as_number(name: str, value: Any) -> float:
     """The value as a finite float; ValueError for anything else."""
-    real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return float(value)

@@ -318,9 +318,10 @@ batching.primitive_batchers[taskmoe_op] = _batched
 
 
 def _no_derivative(*arrays: Any, call: Call) -> Any:
-    raise NotImplementedError(
-        f"{call.op.name} has gradients of reverse mode (jax.grad, jax.vjp), and no derivative in "
-        "forward mode or of its gradient"
+    """What JAX asks for beyond the gradients, which each op has by `jax.custom_vjp`."""
+    raise TypeError(
+        f"{call.op.name} has no derivative: ops have gradients of reverse mode (jax.grad); "
+        "derivatives of these, and forward mode, want implementation='reference'"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 
 from jax.experimental.pallas import tpu as pltpu
 
@@ -43,18 +43,6 @@ class ProductSizes:
     rhs_itemsize: int | None = None
     count: int = 1
 
-    def candidates(self) -> Iterator[Tiling]:
-        """Block sizes to try."""
-        for rows in heights(block_rows(self.m, self.e, self.itemsize), self.m, TALLEST):
-            for n in shared_splits(self.n, self.info):
-                for k in splits(self.k):
-                    yield Tiling(rows, k, n)
-
-    def otherwise(self) -> Tiling:
-        """Block sizes where none fits."""
-        rows = block_rows(self.m, self.e, self.itemsize)
-        return Tiling(rows, min(self.k, LANES), min(self.n, LANES))
-
     def seconds(self, t: Tiling, moved_bytes: int, contracted: bool = False) -> float:
         """Estimated time with these blocks; contracted: as in `executed_rows`."""
         mxu = self.info.mxu_column_size
@@ -62,6 +50,27 @@ class ProductSizes:
         tiles = self.count * tiles_of(self.k, t.k, mxu) * tiles_of(self.n, t.n, mxu)
         rows = executed_rows(t.m, self.m, self.e, self.info, contracted)
         return seconds(self.info, moved_bytes, rows, tiles, steps)
+
+
+def _best(
+    s: ProductSizes,
+    vmem_bytes: Callable[[Tiling, ProductSizes], int],
+    time: Callable[[Tiling, ProductSizes], tuple[float, int]],
+) -> Tiling:
+    """The block sizes that fit and take least time, of fewer bytes and wider where equal."""
+    base = block_rows(s.m, s.e, s.itemsize)
+    return best(
+        (
+            Tiling(rows, k, n)
+            for rows in heights(base, s.m, TALLEST)
+            for n in shared_splits(s.n, s.info)
+            for k in splits(s.k)
+        ),
+        lambda t: vmem_bytes(t, s),
+        lambda t: (*time(t, s), -t.n),
+        s.info,
+        Tiling(base, min(s.k, LANES), min(s.n, LANES)),
+    )
 
 
 def gmm_vmem_bytes(t: Tiling, s: ProductSizes) -> int:
@@ -89,13 +98,7 @@ def gmm_seconds(t: Tiling, s: ProductSizes) -> tuple[float, int]:
 @functools.cache
 def gmm_tiling(s: ProductSizes) -> Tiling:
     """Block sizes for gmm."""
-    return best(
-        s.candidates(),
-        lambda t: gmm_vmem_bytes(t, s),
-        lambda t: (*gmm_seconds(t, s), -t.n),
-        s.info,
-        s.otherwise(),
-    )
+    return _best(s, gmm_vmem_bytes, gmm_seconds)
 
 
 def tgmm_vmem_bytes(t: Tiling, s: ProductSizes) -> int:
@@ -119,10 +122,4 @@ def tgmm_seconds(t: Tiling, s: ProductSizes) -> tuple[float, int]:
 @functools.cache
 def tgmm_tiling(s: ProductSizes) -> Tiling:
     """Block sizes for tgmm."""
-    return best(
-        s.candidates(),
-        lambda t: tgmm_vmem_bytes(t, s),
-        lambda t: (*tgmm_seconds(t, s), -t.n),
-        s.info,
-        s.otherwise(),
-    )
+    return _best(s, tgmm_vmem_bytes, tgmm_seconds)

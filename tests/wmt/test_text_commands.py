@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from taskmoe.cli.errors import InputError
 from taskmoe.tests.wmt import support
 from taskmoe.wmt.__main__ import main
 from taskmoe.wmt.text.data import read_pairs
 from taskmoe.wmt.text.folders import Folder
+from taskmoe.wmt.text.sources import open_sources, read_all
 
 datasets = pytest.importorskip("datasets")
 
@@ -222,3 +224,33 @@ def test_text_in_no_language_is_named_with_what_to_do(
     assert "has no train text of any pair" in line
     assert "left aside, in no language: train.src, train.tgt; --pairs takes any two words" in line
     assert main([*arguments, "--pairs", "src-tgt"]) == 0
+
+
+def test_patterns_and_moses_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, seed in (("news", 0), ("talks", 1)):
+        for language in ("de", "en"):
+            text = "".join(f"{x}\n" for x in support.sentences(language, 30, seed))
+            (tmp_path / f"{name}.de-en.{language}").write_text(text, encoding="utf-8")
+    rows = zip(support.sentences("en", 20, 2), support.sentences("de", 20, 2), strict=True)
+    (tmp_path / "web.en-de.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in rows))
+    names = [source.name for source in open_sources([str(tmp_path / "*.de-en")])]
+    assert names == [str(tmp_path / "news.de-en"), str(tmp_path / "talks.de-en")]
+    every = open_sources([str(tmp_path / "*.de-en"), str(tmp_path / "*.tsv")])
+    text = read_all(every, "train", ("en-de",))["en-de"]
+    assert len(text[0]) == 80
+    assert text[0][30:60] == support.sentences("en", 30, 1)
+    (held,) = open_sources([str(tmp_path / "talks.de-en") + "@valid"])
+    assert held.pairs("train") == []
+    assert held.pairs("valid") == ["de-en", "en-de"]
+    with pytest.raises(InputError, match=r"it fits no folder, \.tsv file or Moses files"):
+        open_sources([str(tmp_path / "*.fr-en")])
+
+    data = ["--data", str(tmp_path / "*.de-en"), "--pairs", "en-de", "--out", str(tmp_path / "o")]
+    assert "--out FOLDER says where" in fails(capfd, "prepare", *data[:4])
+    assert main(["prepare", *data[:4], "--dry-run"]) == 0
+    printed = capfd.readouterr().out
+    assert "60" in printed
+    assert support.sentences("en", 1)[0] in printed
+    assert not (tmp_path / "o").exists()
+    (tmp_path / "talks.de-en.en").write_text("one\n")
+    assert "has 1 lines but" in fails(capfd, "prepare", *data)
